@@ -1,0 +1,1 @@
+"""The Protocols that parts meet at. Implementations live above; nobody here knows one."""

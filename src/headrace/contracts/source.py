@@ -1,0 +1,65 @@
+"""Source: where rows come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from headrace.core.options import BlockLimits
+from headrace.core.refs import Origin
+from headrace.core.splits import Split
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Immutable and picklable (cloudpickle). `open` runs in workers, the rest in the driver.
+
+    name: "parquet", "csv", ... remote: reads wait for a network, so the worker reads one block ahead.
+    """
+
+    name: str
+    remote: bool
+
+    def schema(self) -> pa.Schema:
+        """The schema of every block that `open` yields. Reads the first object only.
+
+        Raises DataError when there is no input or it can't be understood.
+        """
+        ...
+
+    def splits(self, *, per_input: bool) -> Iterator[Split]:
+        """Splits in input order, indexes 0, 1, ...; lazy, in memory that does not grow with the listing.
+
+        per_input: one split per input object, whole. Otherwise small objects are packed and large ones divided.
+        """
+        ...
+
+    def project(self, columns: tuple[str, ...]) -> Source:
+        """The same source reading only `columns` (names of its schema; may be empty: only row counts then)."""
+        ...
+
+    def prune(self, predicate: Any) -> tuple[Source, bool]:
+        """(source, exact): a source that applies the pyarrow expression while reading. exact: all rows that it
+        yields satisfy it; otherwise it only skips ranges that can't match, and a filter must follow. A source that
+        can't do anything returns (self, False).
+        """
+        ...
+
+    def open(self, split: Split, limits: BlockLimits) -> Iterator[tuple[pa.RecordBatch, Origin]]:
+        """Blocks of the split, in order. Memory held is bounded by the block, not by the file or row group.
+
+        A generator: closing it releases everything. Raises DataError (with file and row group or offset) for broken
+        input, InputChanged when an object is not the version that was planned.
+        """
+        ...
+
+    def count(self) -> int | None:
+        """Rows in all, when metadata alone tells, else None. Ignores nothing: must equal what `open` yields."""
+        ...
+
+    def describe(self) -> str:
+        """One line for explain(): format, place, columns and predicate in force. No secrets."""
+        ...

@@ -1,0 +1,77 @@
+"""Errors, by who must act. Each says what happened, where, and what to do next; all of them pickle."""
+
+from __future__ import annotations
+
+
+class HeadraceError(Exception):
+    """The base of every error that Headrace raises on purpose.
+
+    where: (label, value) pairs such as ("split", "3 (a.parquet)"), ("rows", "0-127 of a.parquet"), ("stage", "map_batches(f)").
+    hint: what to do next. frames: the user's own traceback, formatted, without Headrace's frames.
+    """
+
+    def __init__(
+        self, message: str, *, where: tuple[tuple[str, str], ...] = (), hint: str = "", frames: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.hint = hint
+        self.frames = frames
+
+    def __str__(self) -> str:
+        lines = [self.message]
+        lines += [f"  {label}: {value}" for label, value in self.where]
+        if self.frames:
+            lines.append("  in your code:")
+            lines += [f"    {line}" for line in self.frames.rstrip().splitlines()]
+        if self.hint:
+            lines.append(f"  next: {self.hint}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.message, self.where, self.hint, self.frames)
+
+    def at(self, *where: tuple[str, str]) -> HeadraceError:
+        """The same error with more places; those it already names are kept."""
+        known = {label for label, _ in self.where}
+        self.where = self.where + tuple(pair for pair in where if pair[0] not in known)
+        return self
+
+
+def _rebuild(
+    kind: type[HeadraceError], message: str, where: tuple[tuple[str, str], ...], hint: str, frames: str
+) -> HeadraceError:
+    return kind(message, where=where, hint=hint, frames=frames)
+
+
+class PlanError(HeadraceError, ValueError):
+    """The pipeline can't run as written: refused before any work."""
+
+
+class UserCodeError(HeadraceError):
+    """The user's function or model raised, or broke its contract."""
+
+
+class DataError(HeadraceError):
+    """The input, or what a function made of it, can't be read, converted or written."""
+
+
+class InputChanged(DataError):
+    """An input object changed between planning and reading."""
+
+
+class DestinationError(HeadraceError):
+    """The destination can't be written, or holds something that must not be overwritten."""
+
+
+class TransientError(HeadraceError):
+    """Storage or network trouble that a retry may cure."""
+
+
+class WorkerDied(HeadraceError):
+    """A worker process died: killed, out of memory, or a crash in native code."""
+
+
+class InternalError(HeadraceError):
+    """A fault of Headrace itself."""

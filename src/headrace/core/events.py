@@ -1,0 +1,87 @@
+"""Events for observers: the one stream that progress, report and traces subscribe to, and read nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from headrace.core.receipts import Receipt, Tally
+from headrace.core.steps import Timing
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted:
+    """pools: pool name -> number of workers. stages: stage id -> (name, pool). ops: operator index -> name."""
+
+    at_s: float
+    name: str
+    engine: str
+    pools: dict[str, int]
+    stages: dict[int, tuple[str, str]]
+    ops: dict[int, str]
+    budget_bytes: int
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SplitsFound:
+    """count, bytes: totals so far. complete: the listing is finished."""
+
+    at_s: float
+    count: int
+    bytes: int
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepStarted:
+    at_s: float
+    worker: int
+    pool: str
+    stage: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepFinished:
+    """rows: rows that left the stage (for a source stage that ends in a sink: rows written)."""
+
+    at_s: float
+    worker: int
+    pool: str
+    stage: int
+    rows: int
+    bytes: int
+    timing: Timing
+    tally: Tally
+
+
+@dataclass(frozen=True, slots=True)
+class SplitSettled:
+    """receipt is None for a split whose rows were delivered to a consumer or cut by a limit."""
+
+    at_s: float
+    index: int
+    bytes: int
+    receipt: Receipt | None
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySampled:
+    """in_flight_bytes: blocks between stages. rss_bytes: anonymous memory of driver and workers."""
+
+    at_s: float
+    in_flight_bytes: int
+    rss_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunFinished:
+    """error: its text, or "" after success. metrics: accumulator results by name."""
+
+    at_s: float
+    tally: Tally
+    error: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+RunEvent = RunStarted | SplitsFound | StepStarted | StepFinished | SplitSettled | MemorySampled | RunFinished

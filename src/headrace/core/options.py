@@ -1,0 +1,47 @@
+"""Run options: one frozen object passed down. Every default means "find out by yourself"."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+Engine = Literal["auto", "inline", "threads", "processes"]
+Progress = Literal["auto", "line", "log", "quiet"]
+Outputs = Literal["packed", "per_input"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """engine: where workers live. cpus: CPU workers (None: one per usable core). devices: accelerator names
+    ("cuda:0", "sim:0"; None: what the machine has). memory_bytes: budget for blocks in flight (None: from the
+    machine or its cgroup). progress: "line" in a terminal, "log" otherwise, "quiet" for nothing.
+    """
+
+    engine: Engine = "auto"
+    cpus: int | None = None
+    devices: tuple[str, ...] | None = None
+    memory_bytes: int | None = None
+    progress: Progress = "auto"
+    deterministic: bool = False
+
+
+class ActionOptions(TypedDict, total=False):
+    """What every action accepts as keywords; see RunOptions."""
+
+    engine: Engine
+    cpus: int | None
+    devices: tuple[str, ...] | list[str] | None
+    memory_bytes: int | None
+    progress: Progress
+    deterministic: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLimits:
+    """How a reader cuts blocks. rows_multiple: cut at multiples of this many rows from the split's start, so that
+    batches never straddle a block (1: anywhere). Cuts depend on the input and these numbers alone.
+    """
+
+    target_bytes: int = 16 << 20
+    max_rows: int = 65_536
+    rows_multiple: int = 1

@@ -1,0 +1,25 @@
+"""Resources: what a machine has and what a worker holds. Pure data; detection lives in runtime/machine.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CPU_POOL = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """cores: usable (affinity and cgroup quota). memory_bytes: usable (cgroup aware). devices: e.g. ("cuda:0",)."""
+
+    cores: int
+    memory_bytes: int
+    devices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSpec:
+    """What a worker to be started holds. pool: "cpu" or a device kind ("cuda", "sim"). device: "cpu", "cuda:0", "sim:1"."""
+
+    id: int
+    pool: str
+    device: str

@@ -1,0 +1,185 @@
+"""Logical plan nodes: what the verbs of a Dataset build. Immutable; a plan is a chain, source first.
+
+Invariants: a node holds what the user asked for and nothing decided. Expressions, functions and models are opaque here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from headrace.contracts.accumulator import Accumulator
+from headrace.contracts.sink import Sink
+from headrace.contracts.source import Source
+from headrace.contracts.transform import Transform
+
+BatchFormat = Literal["numpy", "pyarrow", "pandas", "torch"]
+
+AUTO_BATCH_ROWS = 1024  # map_batches' default: 1,024 decoded 224x224 images are 150 MB, the most that a batch by default should hold
+
+
+@dataclass(frozen=True, slots=True)
+class UserFunction:
+    """A user's function, callable object, or class.
+
+    is_class: `target` is a class, constructed once per worker with `ctor_args`/`ctor_kwargs`; `args`/`kwargs` go to every call.
+    """
+
+    target: Callable[..., Any]
+    is_class: bool = False
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    ctor_args: tuple[Any, ...] = ()
+    ctor_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def name(self) -> str:
+        target = self.target
+        return getattr(target, "__name__", None) or type(target).__name__
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    source: Source
+
+    @property
+    def name(self) -> str:
+        return f"read_{self.source.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Project:
+    """select, drop and rename, normalised. columns: (output name, input name) in output order."""
+
+    columns: tuple[tuple[str, str], ...]
+    name: str = "select"
+
+
+@dataclass(frozen=True, slots=True)
+class FilterExpr:
+    """Keep rows for which the pyarrow compute expression is true. columns: field names that it reads (() if unknown)."""
+
+    expression: Any
+    columns: tuple[str, ...]
+    name: str = "filter"
+
+
+@dataclass(frozen=True, slots=True)
+class FilterRows:
+    """Keep rows for which fn({column: value}) is true."""
+
+    fn: UserFunction
+
+    @property
+    def name(self) -> str:
+        return f"filter({self.fn.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class MapRows:
+    """fn({column: value}) -> {column: value}, one row for one row; the answer replaces the row."""
+
+    fn: UserFunction
+
+    @property
+    def name(self) -> str:
+        return f"map({self.fn.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class FlatMap:
+    """fn({column: value}) -> iterable of {column: value}."""
+
+    fn: UserFunction
+
+    @property
+    def name(self) -> str:
+        return f"flat_map({self.fn.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class MapBatches:
+    """fn(batch) -> batch (or an iterator of batches). The answer replaces the columns; any number of rows.
+
+    batch_rows: rows per call, cut from the start of the split, the last one may be shorter. None ("auto"): blocks as
+    they come, cut at AUTO_BATCH_ROWS; blocks depend on the input alone. max_workers: `concurrency`.
+    """
+
+    fn: UserFunction
+    batch_rows: int | None = None
+    batch_format: BatchFormat = "numpy"
+    max_workers: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"map_batches({self.fn.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class Apply:
+    """A Transform of our own (hr.images.decode)."""
+
+    transform: Transform
+
+    @property
+    def name(self) -> str:
+        return self.transform.name
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    rows: int
+    name: str = "limit"
+
+
+@dataclass(frozen=True, slots=True)
+class Predict:
+    """A row-wise model.
+
+    inputs: the columns that it gets, () for all columns. single: `input="x"` was one name, so that the model gets the bare
+    array instead of a dict. output: names of the columns that it adds; () when the model names them itself (it returns a dict).
+    batch_rows: None for "auto". device: "auto", "cpu", "cuda", "cuda:1", "sim", "sim:0". replicas: None for "auto".
+    """
+
+    model: UserFunction
+    inputs: tuple[str, ...]
+    single: bool
+    output: tuple[str, ...]
+    batch_rows: int | None = None
+    batch_format: BatchFormat = "numpy"
+    device: str = "auto"
+    replicas: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"predict({self.model.name})"
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Accumulators by name; rows pass unchanged."""
+
+    accumulators: Mapping[str, Accumulator]
+    name: str = "evaluate"
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    sink: Sink
+
+    @property
+    def name(self) -> str:
+        return f"write_{self.sink.name}"
+
+
+Op = Project | FilterExpr | FilterRows | MapRows | FlatMap | MapBatches | Apply | Limit | Predict | Evaluate
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """read -> ops -> write. write is None when blocks are delivered to a consumer."""
+
+    read: Read
+    ops: tuple[Op, ...] = ()
+    write: Write | None = None

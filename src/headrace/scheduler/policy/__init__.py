@@ -1,0 +1,1 @@
+"""Scheduling decisions as small pure functions of frozen numbers."""

@@ -1,0 +1,29 @@
+"""Program: all that a worker needs to know of a run. Shipped once to each worker, by cloudpickle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from headrace.contracts.sink import Sink
+from headrace.contracts.source import Source
+from headrace.core.options import BlockLimits
+from headrace.core.stages import Stage
+from headrace.plan.nodes import Op
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """ops: the plan's operators; a stage runs ops[stage.first:stage.stop]. sink: None when blocks are delivered.
+
+    out_schema: what blocks are cast to before the sink, field by field where it is safe; None when not known before the run.
+    """
+
+    source: Source
+    ops: tuple[Op, ...]
+    stages: tuple[Stage, ...]
+    sink: Sink | None = None
+    limits: BlockLimits = BlockLimits()
+    deterministic: bool = False
+    out_schema: Any = None
+    sys_path: tuple[str, ...] = field(default=())

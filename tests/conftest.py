@@ -1,0 +1,187 @@
+"""Leak checks after every test: no process, thread, descriptor or shared memory may outlive it.
+
+The check compares what is there before and after a test. A difference is judged again after a garbage collection and a
+short grace (a collection costs 0.1 s once large libraries are loaded, so it runs only on suspicion). A test that
+failed is not judged: its traceback keeps its objects alive. Fixtures of module or session scope are set up before
+this one, so what they hold is part of "before".
+
+Allowed: what libraries open once and keep for the life of the interpreter, named one by one in `_lasting`.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+
+import pytest
+
+_FAILED = pytest.StashKey[bool]()
+_GRACE_S = 2.0  # how long a suspected leak may take to go: a thread past its last line, a child being reaped
+_RETRY_S = 0.01
+_OWN_THREADS = "headrace"
+_OWN_MEMORY = b"/memfd:headrace"
+
+_obstore_runtime: set[int] = set()  # descriptors of obstore's I/O runtime: one per process, opened at its first call
+
+
+@dataclass(frozen=True)
+class Holdings:
+    """What the process holds. descriptors: number -> what it points to. Each is empty where the platform can't tell."""
+
+    children: frozenset[int]
+    threads: frozenset[threading.Thread]
+    descriptors: dict[int, str] = field(default_factory=dict)
+    mappings: int = 0
+    shared: frozenset[str] = frozenset()
+
+
+def holdings() -> Holdings:
+    return Holdings(_children(), frozenset(threading.enumerate()), _descriptors(), _mappings(), _shared())
+
+
+def leaks(before: Holdings, after: Holdings) -> list[str]:
+    """What `after` holds that it should not, in words."""
+    found = [f"process {pid} ({_command(pid)})" for pid in sorted(after.children - before.children) if not _kept(pid)]
+    for thread in after.threads - before.threads:
+        if thread.is_alive() and (not thread.daemon or thread.name.startswith(_OWN_THREADS)):
+            found.append(f"thread {thread.name!r}")
+    fresh = {fd: to for fd, to in after.descriptors.items() if before.descriptors.get(fd) != to}
+    fresh = {fd: to for fd, to in fresh.items() if not _lasting(fd, to)}
+    found += [f"descriptor {fd} -> {to}" for fd, to in sorted(fresh.items())]
+    if after.mappings > before.mappings:
+        found.append(f"{after.mappings - before.mappings} mapping(s) of block memory")
+    found += [f"/dev/shm/{name}" for name in sorted(after.shared - before.shared)]
+    return found
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed:
+        item.stash[_FAILED] = True
+    return report
+
+
+@pytest.fixture(autouse=True)
+def nothing_outlives_the_test(request: pytest.FixtureRequest) -> Generator[None]:
+    before = holdings()
+    yield
+    if request.node.stash.get(_FAILED, False):
+        return
+    found = leaks(before, holdings())
+    if found:
+        found = _judge_again(before)
+    if found:
+        pytest.fail("outlived the test: " + "; ".join(found), pytrace=False)
+
+
+def _judge_again(before: Holdings) -> list[str]:
+    deadline = time.monotonic() + _GRACE_S
+    gc.collect()
+    while found := leaks(before, holdings()):
+        if time.monotonic() > deadline:
+            return found
+        time.sleep(_RETRY_S)
+        gc.collect()
+    return []
+
+
+def _children() -> frozenset[int]:
+    """Direct children, zombies included. (psutil walks all of the machine's processes; the kernel's own list is quick.)"""
+    try:
+        tasks = os.listdir("/proc/self/task")
+    except OSError:
+        import psutil
+
+        return frozenset(child.pid for child in psutil.Process().children())
+    pids: set[int] = set()
+    for task in tasks:
+        try:
+            with open(f"/proc/self/task/{task}/children") as listing:
+                pids.update(int(pid) for pid in listing.read().split())
+        except OSError:
+            continue  # the thread is gone
+    return frozenset(pids)
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as line:
+            return line.read().replace(b"\0", b" ").decode(errors="replace").strip() or "ended, never waited for"
+    except OSError:
+        return "?"
+
+
+def _kept(pid: int) -> bool:
+    """The standard library's resource tracker stays until the interpreter ends, by design."""
+    return "resource_tracker" in _command(pid)
+
+
+def _descriptors() -> dict[int, str]:
+    found: dict[int, str] = {}
+    try:
+        numbers = os.listdir("/proc/self/fd")
+    except OSError:
+        return found
+    for number in numbers:
+        try:
+            found[int(number)] = os.readlink(f"/proc/self/fd/{number}")
+        except OSError:
+            continue  # the listing's own descriptor
+    return found
+
+
+def _lasting(fd: int, to: str) -> bool:
+    """Opened by a library once and kept on purpose."""
+    if to in ("/dev/urandom", "/dev/random"):
+        return True
+    if to in ("anon_inode:[eventpoll]", "anon_inode:[eventfd]") and "obstore" in sys.modules:
+        # Its runtime holds two epolls and one eventfd for the life of the process; more than that is somebody's leak.
+        if len(_obstore_runtime) < 3:
+            _obstore_runtime.add(fd)
+        return fd in _obstore_runtime
+    if to.startswith("socket:["):
+        # Kept-alive connections to an object store, or a test server's end of them. Headrace itself opens none.
+        return to[len("socket:[") : -1] in _internet_sockets()
+    if to.startswith("pipe:[") and "multiprocessing.resource_tracker" in sys.modules:
+        tracker = sys.modules["multiprocessing.resource_tracker"]
+        return fd == getattr(getattr(tracker, "_resource_tracker", None), "_fd", None)
+    return False
+
+
+def _internet_sockets() -> set[str]:
+    """Inode numbers of this network namespace's TCP sockets."""
+    inodes: set[str] = set()
+    for table in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
+        try:
+            with open(table) as lines:
+                next(lines, None)
+                inodes.update(line.split()[9] for line in lines)
+        except OSError:
+            continue
+    return inodes
+
+
+def _mappings() -> int:
+    """Mappings of headrace's block memory. Reading the table costs 3 ms once torch is loaded: only when there can be one."""
+    if "headrace.substrates.processes" not in sys.modules:
+        return 0
+    try:
+        with open("/proc/self/maps", "rb") as table:
+            return table.read().count(_OWN_MEMORY)
+    except OSError:
+        return 0
+
+
+def _shared() -> frozenset[str]:
+    try:
+        return frozenset(name for name in os.listdir("/dev/shm") if "headrace" in name)
+    except OSError:
+        return frozenset()
