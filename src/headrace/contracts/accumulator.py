@@ -17,7 +17,8 @@ class Accumulator(Protocol):
     (exact sums, integer bins).
     """
 
-    columns: tuple[str, ...]
+    @property
+    def columns(self) -> tuple[str, ...]: ...
 
     def zero(self) -> Any:
         """The state of no rows."""

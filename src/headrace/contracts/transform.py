@@ -16,9 +16,14 @@ class Transform(Protocol):
     row_bytes: rough size of one output row, for cutting blocks; None when unknown.
     """
 
-    name: str
-    columns_in: tuple[str, ...]
-    columns_out: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def columns_in(self) -> tuple[str, ...]: ...
+
+    @property
+    def columns_out(self) -> tuple[str, ...]: ...
 
     @property
     def row_bytes(self) -> int | None: ...

@@ -25,12 +25,13 @@ class RunStarted:
 
 @dataclass(frozen=True, slots=True)
 class SplitsFound:
-    """count, bytes: totals so far. complete: the listing is finished."""
+    """count, bytes: totals so far. complete: the listing is finished. rows: in all splits, None when not known."""
 
     at_s: float
     count: int
     bytes: int
     complete: bool
+    rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

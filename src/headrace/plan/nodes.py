@@ -13,10 +13,11 @@ from headrace.contracts.accumulator import Accumulator
 from headrace.contracts.sink import Sink
 from headrace.contracts.source import Source
 from headrace.contracts.transform import Transform
+from headrace.core.errors import PlanError
 
 BatchFormat = Literal["numpy", "pyarrow", "pandas", "torch"]
 
-AUTO_BATCH_ROWS = 1024  # map_batches' default: 1,024 decoded 224x224 images are 150 MB, the most that a batch by default should hold
+AUTO_BATCH_ROWS = 1024  # 1,024 decoded 224x224 images are 150 MB, the most that a batch by default should hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,32 @@ class Project:
 
     columns: tuple[tuple[str, str], ...]
     name: str = "select"
+
+
+@dataclass(frozen=True, slots=True)
+class Reshape:
+    """drop or rename as the user wrote it. Becomes a Project as soon as the names that come in are known; after a user's
+    function they are known only in the worker, which then does it by name. rename: (old, new).
+    """
+
+    drop: tuple[str, ...] = ()
+    rename: tuple[tuple[str, str], ...] = ()
+    name: str = "drop"
+
+    def resolve(self, known: tuple[str, ...]) -> Project:
+        """The projection that it means for these columns. Raises PlanError for a name that is not there."""
+        for wanted in (*self.drop, *(old for old, _ in self.rename)):
+            if wanted not in known:
+                raise PlanError(
+                    f"{self.name} names column {wanted!r}, which is not there",
+                    where=(("columns there", ", ".join(known)),),
+                    hint="check the spelling",
+                )
+        new = dict(self.rename)
+        pairs = tuple((new.get(name, name), name) for name in known if name not in self.drop)
+        if len({out for out, _ in pairs}) != len(pairs):
+            raise PlanError(f"{self.name} would give two columns the same name", hint="choose names that are not taken")
+        return Project(pairs, self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +200,7 @@ class Write:
         return f"write_{self.sink.name}"
 
 
-Op = Project | FilterExpr | FilterRows | MapRows | FlatMap | MapBatches | Apply | Limit | Predict | Evaluate
+Op = Project | Reshape | FilterExpr | FilterRows | MapRows | FlatMap | MapBatches | Apply | Limit | Predict | Evaluate
 
 
 @dataclass(frozen=True, slots=True)

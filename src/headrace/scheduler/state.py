@@ -5,7 +5,11 @@ order: a cursor stands where its input stood, its outputs are inserted before it
 sequential stage is a marker in the list: everything before it has passed the stage, everything after has not, so it
 takes the node that follows it. The source stands at the end. So order needs no sequence numbers and no reorder buffer.
 
-Invariants: a node is in exactly one list; a part belongs to exactly one live block; a cursor is idle, queued or running.
+A block's key tells its place among the blocks of its split that wait for the same stage: keys compare as the list is
+ordered, so that "the oldest first" is a heap's order.
+
+Invariants: a node is in exactly one list; a part belongs to exactly one live block; a cursor is idle, queued or running;
+a queued cursor that has a worker is in its stage's `bound` heap, or parked at its worker while that has no room.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from headrace.core.stages import Order, Stage
 from headrace.core.steps import Step
 
 DELIVER_STAGE = -1  # the "next stage" of a block that waits for the consumer
+MAX_DEPTH = 2  # steps that a worker may hold: one runs, one is queued behind it
 
 
 class CursorState(Enum):
@@ -32,15 +37,16 @@ class CursorState(Enum):
 class Node:
     """A place in a split's list: a block (cursor is None), or a cursor (source, free, or the marker of a sequence).
 
-    stage: for a block the stage that it waits for or is running in. running: handed to a worker.
+    stage: for a block the stage that it waits for or is running in. running: handed to a worker. key: see the module.
     """
 
-    __slots__ = ("block", "cursor", "gone", "next", "prev", "running", "split", "stage")
+    __slots__ = ("block", "cursor", "gone", "key", "next", "prev", "running", "split", "stage")
 
-    def __init__(self, split: SplitState, stage: int, block: BlockRef | None = None) -> None:
+    def __init__(self, split: SplitState, stage: int, block: BlockRef | None = None, key: tuple[int, ...] = ()) -> None:
         self.split = split
         self.stage = stage
         self.block = block
+        self.key = key
         self.cursor: CursorEntry | None = None
         self.running = False
         self.gone = False
@@ -49,9 +55,12 @@ class Node:
 
 
 class CursorEntry:
-    """A cursor, as the scheduler sees it. worker: None until first dispatched; bound to it afterwards."""
+    """A cursor, as the scheduler sees it. worker: None until first dispatched; bound to it afterwards.
 
-    __slots__ = ("end_sent", "fed", "id", "more", "node", "split", "stage", "started", "state", "worker")
+    made: blocks it has put out. fed: its input blocks, from dispatch to answer.
+    """
+
+    __slots__ = ("end_sent", "fed", "id", "made", "more", "node", "sequential", "split", "stage", "started", "state", "worker")
 
     def __init__(self, id: int, stage: Stage, split: SplitState) -> None:
         self.id = id
@@ -65,10 +74,8 @@ class CursorEntry:
         self.more = False
         self.end_sent = False
         self.fed: tuple[BlockRef, ...] = ()
-
-    @property
-    def sequential(self) -> bool:
-        return self.stage.order in (Order.SPLIT, Order.GLOBAL)
+        self.made = 0
+        self.sequential = stage.order is Order.SPLIT or stage.order is Order.GLOBAL
 
 
 class SplitState:
@@ -140,13 +147,67 @@ class SplitState:
 
 
 class WorkerState:
-    """A live worker. running: its steps, oldest first. bound: stage id -> heap of (split, tie, cursor) that only it can run."""
+    """A live worker. running: its steps, oldest first. sources: open splits that it reads.
 
-    __slots__ = ("bound", "id", "pool", "running", "sources")
+    parked: queued cursors that only it can run, while it has no room. place: where its pool has filed it.
+    """
+
+    __slots__ = ("id", "parked", "place", "pool", "running", "sources")
 
     def __init__(self, id: int, pool: str) -> None:
         self.id = id
         self.pool = pool
         self.running: dict[int, Step] = {}
-        self.bound: dict[int, list[tuple[int, int, CursorEntry]]] = {}
+        self.parked: list[QueueEntry] = []
+        self.place: dict[int, WorkerState] | None = None
         self.sources = 0
+
+
+class PoolState:
+    """The live workers of a pool, filed by what they could take on.
+
+    places: those with nothing running that read no split, those with nothing running that do, then the same for those
+    with one step running that may have a second one queued. A worker without room is in none.
+    """
+
+    __slots__ = ("places", "workers")
+
+    def __init__(self) -> None:
+        self.workers: dict[int, WorkerState] = {}
+        self.places: tuple[dict[int, WorkerState], ...] = tuple({} for _ in range(2 * MAX_DEPTH))
+
+    def file(self, worker: WorkerState, depth: int) -> None:
+        """Put the worker where it belongs. depth: steps that it may hold now."""
+        running = len(worker.running)
+        place = self.places[2 * running + (worker.sources > 0)] if running < depth else None
+        if place is not worker.place:
+            self.remove(worker)
+            if place is not None:
+                place[worker.id] = worker
+            worker.place = place
+
+    @staticmethod
+    def remove(worker: WorkerState) -> None:
+        """Take the worker out of its place."""
+        if worker.place is not None:
+            del worker.place[worker.id]
+            worker.place = None
+
+    def pick(self) -> WorkerState | None:
+        """The worker that new work should go to: the least loaded, first those that read no split."""
+        for place in self.places:
+            if place:
+                return next(iter(place.values()))
+        return None
+
+    @property
+    def has_room(self) -> bool:
+        return any(self.places)
+
+    @property
+    def starving(self) -> bool:
+        """Some worker has nothing to do."""
+        return bool(self.places[0] or self.places[1])
+
+
+QueueEntry = tuple[int, tuple[int, ...], int, Node | CursorEntry]  # (split, key, tie, item): the order of queues

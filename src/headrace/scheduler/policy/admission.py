@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 
-def queue_target(pool: str, workers: int) -> int:
+def queue_target(pool: str, workers: int, blocks_per_step: int = 1) -> int:
     """Blocks that may wait for a stage before those who feed it pause.
 
     A device worker holds one step running and one queued; two more per device ride out the jitter of CPU steps. CPU
-    workers take downstream work first, so one block each is enough.
+    workers take downstream work first, so one block each is enough. blocks_per_step: blocks that one step gathers.
     """
-    return 2 * max(1, workers) if pool != "cpu" else max(2, workers)
+    return 2 * max(1, workers) * blocks_per_step if pool != "cpu" else max(2, workers)
 
 
 def producers_wanted(consumers: int, make_s: float, take_s: float) -> int:

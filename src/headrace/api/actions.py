@@ -1,0 +1,160 @@
+"""Actions that bring rows, counts or words to the caller; each runs the plan through the session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from headrace.api.planning import parse_options, prepare, resolve, static_schema
+from headrace.api.session import stream, write
+from headrace.core.errors import PlanError
+from headrace.core.options import ActionOptions
+from headrace.plan.nodes import Apply, BatchFormat, Evaluate, Limit, Plan, Predict, Project, Reshape
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+
+def iter_batches(
+    plan: Plan, rows: int | None, batch_format: BatchFormat, drop_last: bool, options: ActionOptions
+) -> Iterator[Any]:
+    """Batches of `rows` rows in a format; see Dataset.iter_batches."""
+    from headrace.worker.formats import to_format
+
+    options = _quiet(options)
+    if batch_format not in ("numpy", "pyarrow", "pandas", "torch"):
+        raise PlanError(f"batch_format is {batch_format!r}", hint="use numpy, pyarrow, pandas or torch")
+    return (to_format(batch, batch_format) for batch in rebatch(stream(plan, options), rows, drop_last))
+
+
+def rebatch(blocks: Iterator[pa.RecordBatch], rows: int | None, drop_last: bool) -> Iterator[pa.RecordBatch]:
+    """Cut blocks into batches of exactly `rows` rows (the last may be shorter), copying only where a batch spans blocks."""
+    if rows is None:
+        yield from (b for b in blocks if b.num_rows)
+        return
+    import pyarrow as pa
+
+    held: list[pa.RecordBatch] = []
+    have = 0
+    try:
+        for block in blocks:
+            at = 0
+            while have + block.num_rows - at >= rows:
+                piece = block.slice(at, rows - have)
+                at += rows - have
+                yield pa.concat_batches([*held, piece]) if held else piece
+                held, have = [], 0
+            if at < block.num_rows:
+                held.append(block.slice(at))
+                have += block.num_rows - at
+        if held and not drop_last:
+            yield pa.concat_batches(held)
+    finally:
+        close = getattr(blocks, "close", None)
+        if close is not None:
+            close()
+
+
+def _quiet(options: ActionOptions) -> ActionOptions:
+    """Loops of the caller's own show no progress unless asked to."""
+    return options if "progress" in options else {**options, "progress": "quiet"}
+
+
+def take(plan: Plan, rows: int, options: ActionOptions) -> list[dict[str, Any]]:
+    from headrace.worker.formats import to_rows
+
+    limited = replace(plan, ops=(*plan.ops, Limit(rows)))
+    return [row for batch in stream(limited, _quiet(options)) for row in to_rows(batch)]
+
+
+def show(plan: Plan, rows: int, options: ActionOptions) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    found = take(plan, rows, options)
+    if not found:
+        print("(no rows)")
+        return
+    table = Table()
+    for name in found[0]:
+        table.add_column(name, overflow="ellipsis", no_wrap=True)
+    for row in found:
+        table.add_row(*(_cell(row.get(name)) for name in found[0]))
+    Console().print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    if hasattr(value, "shape") and hasattr(value, "dtype") and value.shape:
+        return f"<{value.dtype} {'x'.join(map(str, value.shape))}>"
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def count(plan: Plan, options: ActionOptions) -> int:
+    from headrace.connectors.sinks.discard import DiscardSink
+
+    if all(isinstance(op, Project | Reshape | Predict | Apply | Evaluate) for op in plan.ops):
+        known = plan.read.source.count()
+        if known is not None:
+            return known
+    return write(plan, DiscardSink(), _quiet(options), at_end=frozenset()).rows
+
+
+def schema(plan: Plan) -> pa.Schema:
+    static = static_schema(plan.read.source.schema(), resolve(plan).ops)
+    if static is not None:
+        return static
+    limited = replace(plan, ops=(*plan.ops, Limit(1)))
+    for batch in stream(limited, {"engine": "inline", "progress": "quiet"}):
+        return batch.schema
+    raise PlanError("the schema can't be told: a user's function decides it, and there is no row to run it on")
+
+
+def to_arrow(plan: Plan, options: ActionOptions) -> pa.Table:
+    import pyarrow as pa
+
+    batches = list(stream(plan, options))
+    if not batches:
+        static = static_schema(plan.read.source.schema(), resolve(plan).ops)
+        return static.empty_table() if static is not None else pa.table({})
+    tables = [pa.Table.from_batches([b]) for b in batches]
+    if all(t.schema.equals(tables[0].schema) for t in tables):
+        return pa.concat_tables(tables)
+    return pa.concat_tables(tables, promote_options="permissive")
+
+
+def to_pandas(plan: Plan, options: ActionOptions) -> pd.DataFrame:
+    from headrace.worker.formats import to_format
+
+    table = to_arrow(plan, options).combine_chunks()
+    batches = table.to_batches()
+    if not batches:
+        return table.to_pandas()
+    return to_format(batches[0], "pandas")
+
+
+def to_torch(batch: dict[str, Any], device: str | None, dtypes: Any) -> dict[str, Any]:
+    """Move and cast the tensors of a batch."""
+    out: dict[str, Any] = {}
+    for name, value in batch.items():
+        if hasattr(value, "to"):
+            dtype = dtypes.get(name) if isinstance(dtypes, Mapping) else dtypes
+            value = value.to(device=device, dtype=dtype, non_blocking=True)
+        out[name] = value
+    return out
+
+
+def explain(plan: Plan, options: ActionOptions) -> str:
+    from headrace.plan.explain import explain as explain_plan
+
+    ready = prepare(plan, parse_options(options))
+    pools: dict[str, list[str]] = {}
+    for worker in ready.workers:
+        pools.setdefault(worker.pool, []).append(worker.device)
+    return explain_plan(
+        plan, ready.physical, pools=pools, engine=ready.engine, budget_bytes=ready.budget_bytes, notes=ready.notes
+    )

@@ -1,0 +1,340 @@
+"""Dataset: a lazy chain of verbs. It only builds plan nodes; actions hand the plan to the session."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Unpack
+
+from headrace.api import actions, session
+from headrace.contracts.accumulator import Accumulator
+from headrace.contracts.transform import Transform
+from headrace.core.errors import PlanError
+from headrace.core.options import ActionOptions, Outputs
+from headrace.plan.nodes import (
+    Apply,
+    BatchFormat,
+    Evaluate,
+    FilterExpr,
+    FilterRows,
+    FlatMap,
+    Limit,
+    MapBatches,
+    MapRows,
+    Op,
+    Plan,
+    Predict,
+    Project,
+    Read,
+    Reshape,
+    UserFunction,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+    from headrace.connectors.sinks.parquet import Compression
+    from headrace.observe.run import Run
+
+_FORMATS = ("numpy", "pyarrow", "pandas", "torch")
+
+
+class Dataset:
+    """Rows to be read, and what is to be done with them. Immutable: every verb returns a new Dataset, and nothing is read
+    before an action (`write_*`, `iter_batches`, `take`, `show`, `count`, `to_*`, `run`).
+
+    Rows keep their input order through every verb.
+    """
+
+    __slots__ = ("_plan",)
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def _with(self, op: Op) -> Dataset:
+        return Dataset(Plan(self._plan.read, (*self._plan.ops, op)))
+
+    def __repr__(self) -> str:
+        chain = " > ".join([self._plan.read.name, *(op.name for op in self._plan.ops)])
+        return f"Dataset({chain})"
+
+    # ---------------------------------------------------------------- columns
+
+    def select(self, *columns: str | Sequence[str]) -> Dataset:
+        """Keep only these columns, in this order."""
+        names = _names(columns)
+        return self._with(Project(tuple((name, name) for name in names), "select"))
+
+    def drop(self, *columns: str | Sequence[str]) -> Dataset:
+        """Leave out these columns. One that is not there is refused when the plan is run."""
+        return self._with(Reshape(drop=_names(columns), name="drop"))
+
+    def rename(self, columns: Mapping[str, str]) -> Dataset:
+        """Rename columns: {old: new}; the others keep their names, all keep their places."""
+        return self._with(Reshape(rename=tuple(columns.items()), name="rename"))
+
+    # ---------------------------------------------------------------- rows
+
+    def filter(self, predicate: Any, *, fn_kwargs: Mapping[str, Any] | None = None) -> Dataset:
+        """Keep the rows for which `predicate` holds: a pyarrow expression (`pc.field("x") > 3`; may move into the reader), or
+        a function of a row {column: value} that returns a truth value.
+        """
+        if type(predicate).__name__ == "Expression" and type(predicate).__module__.startswith("pyarrow"):
+            return self._with(FilterExpr(predicate, ()))
+        return self._with(FilterRows(_function(predicate, (), fn_kwargs, (), None)))
+
+    def map(self, fn: Callable[..., Mapping[str, Any]], *, fn_kwargs: Mapping[str, Any] | None = None) -> Dataset:
+        """One row for one row: fn({column: value}) returns the new row as a dict."""
+        return self._with(MapRows(_function(fn, (), fn_kwargs, (), None)))
+
+    def flat_map(self, fn: Callable[..., Any], *, fn_kwargs: Mapping[str, Any] | None = None) -> Dataset:
+        """Any number of rows for one row: fn({column: value}) returns an iterable of dicts (a generator is best for many)."""
+        return self._with(FlatMap(_function(fn, (), fn_kwargs, (), None)))
+
+    def map_batches(
+        self,
+        fn: Callable[..., Any] | type | Transform,
+        *,
+        batch_size: int | Literal["auto"] | None = "auto",
+        batch_format: BatchFormat = "numpy",
+        concurrency: int | None = None,
+        fn_args: Sequence[Any] = (),
+        fn_kwargs: Mapping[str, Any] | None = None,
+        fn_constructor_args: Sequence[Any] = (),
+        fn_constructor_kwargs: Mapping[str, Any] | None = None,
+    ) -> Dataset:
+        """fn(batch) -> batch, for whole batches; the answer replaces the columns and may have any number of rows.
+
+        fn: a function, a callable object, or a class (constructed once per worker).
+        batch_size: rows per call, cut from the start of each split, the last batch of a split may be shorter; "auto" (or None):
+            blocks as they come, at most 1,024 rows.
+        batch_format: "numpy" {column: array} (zero-copy, read-only; tensors are (rows, *shape)), "pyarrow" Table,
+            "pandas", "torch".
+        concurrency: at most this many workers run fn at once; None lets the engine decide.
+        The answer: dict of arrays, Arrow table, pandas frame, or an iterator of those.
+        """
+        if isinstance(fn, Transform) and not isinstance(fn, type):
+            return self.apply(fn)
+        if batch_format not in _FORMATS:
+            raise PlanError(f"batch_format is {batch_format!r}", hint=f"use one of {', '.join(_FORMATS)}")
+        rows = _rows("batch_size", batch_size)
+        user = _function(fn, fn_args, fn_kwargs, fn_constructor_args, fn_constructor_kwargs)
+        return self._with(MapBatches(user, rows, batch_format, _rows("concurrency", concurrency)))
+
+    def apply(self, transform: Transform) -> Dataset:
+        """Add or replace columns by one of Headrace's transforms, such as `hr.images.decode("image")`."""
+        return self._with(Apply(transform))
+
+    def limit(self, rows: int) -> Dataset:
+        """The first `rows` rows in input order; nothing more is read than they need."""
+        if rows < 0:
+            raise PlanError(f"limit({rows}): the number of rows can't be negative", hint="use 0 or more")
+        return self._with(Limit(rows))
+
+    # ---------------------------------------------------------------- models
+
+    def predict(
+        self,
+        model: Any,
+        *,
+        input: str | Sequence[str] | None = None,
+        output: str | Sequence[str] | None = None,
+        batch_size: int | Literal["auto"] = "auto",
+        batch_format: BatchFormat = "numpy",
+        device: str = "auto",
+        replicas: int | Literal["auto"] = "auto",
+        constructor_args: Sequence[Any] = (),
+        constructor_kwargs: Mapping[str, Any] | None = None,
+    ) -> Dataset:
+        """Add a model's outputs as columns; every other column is carried over untouched.
+
+        model: a class (constructed once per worker; a constructor parameter named `device` gets the worker's device), a
+            callable object, a function, a torch module, or an object with an asynchronous `stream` (contracts.model).
+        input: one name: the model gets that column as a bare array; a list of names: a dict of arrays; None: all columns.
+        output: one name, a list of names (the model returns a tuple or a dict with those keys), or None: the keys of the
+            dict that it returns, or "prediction" for a bare array.
+        batch_size: "auto" finds the best while it runs.
+        device: "auto" (a GPU if there is one and the model can say where it runs, else CPU), "cpu", "cuda", "cuda:1", or
+            "sim" for a simulated accelerator: a worker of its own beside the CPU workers.
+        replicas: how many workers hold the model; "auto": one per device, or one per core on CPUs.
+
+        The model must return as many rows as it got, and treat rows independently: its batches may span files.
+        """
+        if not callable(model) and not hasattr(model, "stream"):
+            raise PlanError(f"predict needs a callable model, not {type(model).__name__}", hint="give a class or a function")
+        if batch_format not in _FORMATS:
+            raise PlanError(f"batch_format is {batch_format!r}", hint=f"use one of {', '.join(_FORMATS)}")
+        user = _function(model, (), None, constructor_args, constructor_kwargs)
+        inputs = (input,) if isinstance(input, str) else tuple(input or ())
+        outputs = (output,) if isinstance(output, str) else tuple(output or ())
+        node = Predict(
+            user,
+            inputs,
+            isinstance(input, str),
+            outputs,
+            _rows("batch_size", batch_size),
+            batch_format,
+            device,
+            _rows("replicas", replicas),
+        )
+        return self._with(node)
+
+    def evaluate(self, **accumulators: Accumulator) -> Dataset:
+        """Compute metrics over the rows in the same pass; rows pass unchanged. Results are in the Run's `metrics`.
+
+        `ds.evaluate(acc=hr.metrics.Accuracy("prediction", "label")).write_parquet(out).metrics["acc"]`
+        """
+        for name, accumulator in accumulators.items():
+            if not isinstance(accumulator, Accumulator):
+                raise PlanError(f"evaluate({name}=...) needs an accumulator", hint="for example hr.metrics.Accuracy(...)")
+        taken = {name for op in self._plan.ops if isinstance(op, Evaluate) for name in op.accumulators}
+        if again := taken & set(accumulators):
+            raise PlanError(f"the metric name {min(again)!r} is used twice", hint="give each accumulator its own name")
+        return self._with(Evaluate(dict(accumulators)))
+
+    # ---------------------------------------------------------------- actions: files
+
+    def write_parquet(
+        self,
+        path: str,
+        *,
+        outputs: Outputs = "packed",
+        fresh: bool = False,
+        compression: Compression | None = None,
+        **options: Unpack[ActionOptions],
+    ) -> Run:
+        """Run, and write Parquet files under `path` (a directory, local or s3://).
+
+        outputs: "packed": files of a good size, part-..., in input order; "per_input": one file per input file, same name.
+        fresh: replace what a finished run left; the old output is removed only when the new one is complete.
+        A file appears under its final name only when it is whole; `_SUCCESS` and `_manifest.json` come last.
+        Raises DestinationError when `path` holds a finished run and fresh is False.
+        """
+        from headrace.connectors.sinks.parquet import ParquetSink
+
+        more = {} if compression is None else {"compression": compression}
+        return session.write(self._plan, ParquetSink(str(path), outputs=outputs, fresh=fresh, **more), options)
+
+    def write_csv(
+        self, path: str, *, outputs: Outputs = "packed", fresh: bool = False, **options: Unpack[ActionOptions]
+    ) -> Run:
+        """Run, and write CSV files with a header; as `write_parquet`. Nested, tensor and binary columns are refused."""
+        from headrace.connectors.sinks.csv import CsvSink
+
+        return session.write(self._plan, CsvSink(str(path), outputs=outputs, fresh=fresh), options)
+
+    def write_json(
+        self, path: str, *, outputs: Outputs = "packed", fresh: bool = False, **options: Unpack[ActionOptions]
+    ) -> Run:
+        """Run, and write JSON lines; as `write_parquet`."""
+        from headrace.connectors.sinks.json import JsonSink
+
+        return session.write(self._plan, JsonSink(str(path), outputs=outputs, fresh=fresh), options)
+
+    def run(self, **options: Unpack[ActionOptions]) -> Run:
+        """Run for the metrics and side effects alone: no row is kept."""
+        from headrace.connectors.sinks.discard import DiscardSink
+
+        return session.write(self._plan, DiscardSink(), options)
+
+    # ---------------------------------------------------------------- actions: rows to the caller
+
+    def iter_batches(
+        self,
+        *,
+        batch_size: int | None = 256,
+        batch_format: BatchFormat = "numpy",
+        drop_last: bool = False,
+        **options: Unpack[ActionOptions],
+    ) -> Iterator[Any]:
+        """Batches in input order, while workers go on in the background. batch_size None: blocks as they come.
+
+        Memory stays bounded however slowly the caller takes them; closing the iterator (or leaving the loop) ends the run.
+        """
+        rows = _rows("batch_size", batch_size)
+        return actions.iter_batches(self._plan, rows, batch_format, drop_last, options)
+
+    def iter_torch_batches(
+        self,
+        *,
+        batch_size: int | None = 256,
+        device: str | None = None,
+        dtypes: Any = None,
+        drop_last: bool = False,
+        **options: Unpack[ActionOptions],
+    ) -> Iterator[dict[str, Any]]:
+        """As `iter_batches`, as {column: torch tensor} on `device`. dtypes: one torch dtype, or {column: dtype}.
+
+        Columns that are no numbers (strings, bytes, ragged) stay NumPy object arrays.
+        """
+        for batch in self.iter_batches(batch_size=batch_size, batch_format="torch", drop_last=drop_last, **options):
+            yield actions.to_torch(batch, device, dtypes)
+
+    def take(self, rows: int = 20, **options: Unpack[ActionOptions]) -> list[dict[str, Any]]:
+        """The first rows as dicts of Python values (tensors as NumPy arrays)."""
+        return actions.take(self._plan, rows, options)
+
+    def show(self, rows: int = 10, **options: Unpack[ActionOptions]) -> None:
+        """Print the first rows as a table."""
+        actions.show(self._plan, rows, options)
+
+    def count(self, **options: Unpack[ActionOptions]) -> int:
+        """The number of rows; from metadata alone where that tells."""
+        return actions.count(self._plan, options)
+
+    def schema(self) -> pa.Schema:
+        """The schema of the rows. With user functions or models in the plan the first row is run to find it."""
+        return actions.schema(self._plan)
+
+    def to_arrow(self, **options: Unpack[ActionOptions]) -> pa.Table:
+        """All rows as one Arrow table, in memory."""
+        return actions.to_arrow(self._plan, options)
+
+    def to_pandas(self, **options: Unpack[ActionOptions]) -> pd.DataFrame:
+        """All rows as a pandas frame, in memory; tensor columns as object columns of arrays."""
+        return actions.to_pandas(self._plan, options)
+
+    def explain(self, **options: Unpack[ActionOptions]) -> str:
+        """The logical plan, the stages it is cut into, and the decisions taken; nothing is run. Print it."""
+        return actions.explain(self._plan, options)
+
+
+def from_source(source: Any) -> Dataset:
+    """A Dataset over any Source (contracts.source)."""
+    return Dataset(Plan(Read(source)))
+
+
+def _names(columns: Sequence[str | Sequence[str]]) -> tuple[str, ...]:
+    flat: list[str] = []
+    for column in columns:
+        if isinstance(column, str):
+            flat.append(column)
+        else:
+            flat.extend(column)
+    if len(set(flat)) != len(flat):
+        raise PlanError("a column is named twice", where=(("columns", ", ".join(flat)),), hint="name each once")
+    return tuple(flat)
+
+
+def _rows(what: str, value: int | str | None) -> int | None:
+    if value is None or value == "auto":
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PlanError(f"{what} is {value!r}", hint='use a whole number of at least 1, or "auto"')
+    return value
+
+
+def _function(
+    target: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None,
+    ctor_args: Sequence[Any],
+    ctor_kwargs: Mapping[str, Any] | None,
+) -> UserFunction:
+    is_class = inspect.isclass(target)
+    if not is_class and (ctor_args or ctor_kwargs):
+        raise PlanError("constructor arguments go with a class", hint="give the class itself, not an object of it")
+    if not callable(target) and not hasattr(target, "stream"):
+        raise PlanError(f"{target!r} can't be called", hint="give a function, a callable object or a class")
+    return UserFunction(target, is_class, tuple(args), dict(kwargs or {}), tuple(ctor_args), dict(ctor_kwargs or {}))

@@ -1,0 +1,196 @@
+"""Planning of an action: check options, resolve names by the input's schema, apply the rules, cut into stages, choose workers
+and engine. Reads the first input's schema (and, to choose an engine, runs its first rows); starts nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from headrace.core.errors import PlanError
+from headrace.core.options import ActionOptions, RunOptions
+from headrace.core.resources import CPU_POOL, Machine, WorkerSpec
+from headrace.plan.columns import ALL, Columns, check_columns
+from headrace.plan.nodes import Apply, Evaluate, FilterExpr, Limit, Op, Plan, Predict, Project, Reshape
+from headrace.plan.physical import PhysicalPlan, make_physical
+from headrace.plan.rules import optimise
+from headrace.runtime.engine import choose_engine
+from headrace.runtime.machine import block_budget_bytes, detect_machine
+from headrace.worker.program import Program
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A plan ready to run; nothing has been started."""
+
+    written: Plan
+    physical: PhysicalPlan
+    program: Program
+    workers: tuple[WorkerSpec, ...]
+    engine: str
+    budget_bytes: int
+    notes: tuple[str, ...]
+
+
+def parse_options(options: ActionOptions) -> RunOptions:
+    """Options checked. Raises PlanError for a value that can't be."""
+    unknown = set(options) - set(ActionOptions.__annotations__)
+    if unknown:
+        known = ", ".join(sorted(ActionOptions.__annotations__))
+        raise PlanError(f"there is no option {min(unknown)!r}", hint=f"the options are {known}")
+    values: dict[str, Any] = dict(options)
+    if values.get("devices") is not None:
+        values["devices"] = tuple(values["devices"])
+    parsed = RunOptions(**values)
+    if parsed.engine not in ("auto", "inline", "threads", "processes"):
+        raise PlanError(f"engine is {parsed.engine!r}", hint="use auto, inline, threads or processes")
+    if parsed.progress not in ("auto", "line", "log", "quiet"):
+        raise PlanError(f"progress is {parsed.progress!r}", hint="use auto, line, log or quiet")
+    for name, least in (("cpus", 1), ("memory_bytes", 1 << 20)):
+        value = getattr(parsed, name)
+        if value is not None and (not isinstance(value, int) or value < least):
+            raise PlanError(f"{name} is {value!r}", hint=f"use a whole number of at least {least}")
+    return parsed
+
+
+def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
+    """Everything that is decided before work starts. Raises PlanError for what can never run."""
+    machine = detect_machine()
+    cores = options.cpus or machine.cores
+    if options.devices is not None:
+        machine = replace(machine, devices=options.devices)
+    resolved = resolve(plan)
+    optimised, notes = optimise(resolved, at_end)
+    pool_of = _PoolChoice(machine)
+    physical = make_physical(optimised, delivers=plan.write is None, pool_of=pool_of, at_end=at_end)
+    budget = options.memory_bytes or block_budget_bytes(machine)
+    sink = optimised.write.sink if optimised.write is not None else None
+    program = Program(
+        source=optimised.read.source,
+        ops=optimised.ops,
+        stages=physical.stages,
+        sink=sink,
+        limits=physical.limits,
+        deterministic=options.deterministic,
+        sys_path=tuple(sys.path),
+    )
+    workers = _workers(physical, cores, machine)
+    engine, why = choose_engine(options.engine, program, cores)
+    return Prepared(plan, physical, program, workers, engine, budget, (*notes, f"engine {engine}: {why}"))
+
+
+def resolve(plan: Plan) -> Plan:
+    """Fill in what only the input's schema tells: names behind drop and rename, columns that a filter expression reads."""
+    schema = plan.read.source.schema()
+    known: tuple[str, ...] | None = tuple(schema.names)
+    ops: list[Op] = []
+    for op in plan.ops:
+        if known is not None and isinstance(op, Reshape):
+            op = op.resolve(known)
+        elif known is not None and isinstance(op, FilterExpr) and not op.columns:
+            op = replace(op, columns=_expression_columns(op.expression, static_schema(schema, ops), known))
+        ops.append(op)
+        known = check_columns(ops, schema.names)[-1]
+    return replace(plan, ops=tuple(ops))
+
+
+def _expression_columns(expression: Any, schema: pa.Schema | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Which columns an expression reads, found by taking each away: pyarrow does not tell. () when it can't be found."""
+    import pyarrow as pa
+
+    if schema is None:
+        return ()
+    empty = schema.empty_table()
+    try:
+        empty.filter(expression)
+    except pa.ArrowInvalid as error:
+        raise PlanError(
+            f"the filter {expression} can't be used on this input: {error}", hint="check the column names"
+        ) from None
+    except (pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+        raise PlanError(f"the filter {expression} does not fit the columns' types: {error}", hint="cast one side") from None
+    read: list[str] = []
+    for name in known:
+        try:
+            empty.drop_columns([name]).filter(expression)
+        except pa.ArrowException:
+            read.append(name)
+    return tuple(read)
+
+
+def static_schema(schema: pa.Schema, ops: Sequence[Op]) -> pa.Schema | None:
+    """The schema after `ops`, or None where only running tells."""
+    import pyarrow as pa
+
+    for op in ops:
+        match op:
+            case Project(columns=columns):
+                schema = pa.schema([schema.field(old).with_name(new) for new, old in columns])
+            case Apply(transform=transform):
+                made = transform.schema(pa.schema([schema.field(c) for c in transform.columns_in]))
+                for field in made:
+                    at = schema.get_field_index(field.name)
+                    schema = schema.append(field) if at < 0 else schema.set(at, field)
+            case FilterExpr() | Limit() | Evaluate():
+                pass
+            case _:
+                return None
+    return schema
+
+
+class _PoolChoice:
+    """Which pool a model runs in. Raises PlanError for a device that is not there."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+
+    def __call__(self, op: Predict) -> str:
+        device = op.device
+        has_cuda = any(d.startswith("cuda") for d in self.machine.devices)
+        if device == "auto":
+            return "cuda" if has_cuda and _takes_device(op) else CPU_POOL
+        kind, _, index = device.partition(":")
+        if kind == "cpu":
+            return CPU_POOL
+        if kind == "sim":
+            return device
+        if kind != "cuda" or (index and not index.isdigit()):
+            raise PlanError(f"{op.name}: there is no device {device!r}", hint="use auto, cpu, cuda, cuda:<n> or sim")
+        if not has_cuda or (index and device not in self.machine.devices):
+            there = ", ".join(self.machine.devices) or "no accelerator"
+            raise PlanError(
+                f"{op.name} asks for {device}, and this machine has {there}",
+                hint='use device="auto", which takes a GPU where there is one',
+            )
+        return device
+
+
+def _takes_device(op: Predict) -> bool:
+    """Can this model be told where to run? A class whose constructor has a `device`, or a torch module."""
+    import inspect
+
+    if op.model.is_class:
+        return "device" in inspect.signature(op.model.target).parameters
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(op.model.target, torch.nn.Module)
+
+
+def _workers(physical: PhysicalPlan, cores: int, machine: Machine) -> tuple[WorkerSpec, ...]:
+    """One CPU worker per core, one worker per device of each pool (more when a model asks for more replicas)."""
+    specs = [WorkerSpec(i, CPU_POOL, "cpu") for i in range(cores)]
+    for pool in physical.pools:
+        replicas = max((s.max_workers or 0 for s in physical.stages if s.pool == pool), default=0)
+        if pool == CPU_POOL:
+            specs += [WorkerSpec(i, CPU_POOL, "cpu") for i in range(cores, replicas)]
+            continue
+        devices = [pool] if ":" in pool else [d for d in machine.devices if d.partition(":")[0] == pool]
+        if pool == "sim" and not devices:
+            devices = [f"sim:{i}" for i in range(max(1, replicas))]
+        for i in range(max(replicas, len(devices))):
+            specs.append(WorkerSpec(len(specs), pool, devices[i % len(devices)]))
+    return tuple(specs)

@@ -1,0 +1,81 @@
+"""Readers: where a Dataset starts. Paths are local or s3://; a file, a directory, a glob, or a list of those."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from headrace.api.dataset import Dataset, from_source
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
+
+
+def read_parquet(paths: Paths, *, columns: Sequence[str] | None = None) -> Dataset:
+    """Rows of Parquet files. columns: read only these (the engine also leaves out what nothing later needs)."""
+    from headrace.connectors.sources.parquet import ParquetSource
+
+    dataset = from_source(ParquetSource(paths))
+    return dataset if columns is None else dataset.select(list(columns))
+
+
+def read_csv(paths: Paths, *, delimiter: str = ",", newlines_in_values: bool = False) -> Dataset:
+    """Rows of CSV files with a header line, plain or compressed (.gz, .bz2, .zst). Types are inferred from the start of the
+    first file and hold for all.
+    """
+    from headrace.connectors.sources.csv import CsvSource
+
+    return from_source(CsvSource(paths, delimiter=delimiter, newlines_in_values=newlines_in_values))
+
+
+def read_json(paths: Paths) -> Dataset:
+    """Rows of JSON lines files (an object a line), plain or compressed."""
+    from headrace.connectors.sources.json import JsonSource
+
+    return from_source(JsonSource(paths))
+
+
+def read_text(paths: Paths) -> Dataset:
+    """A row for each line, in column "text"."""
+    from headrace.connectors.sources.text import TextSource
+
+    return from_source(TextSource(paths))
+
+
+def read_images(paths: Paths) -> Dataset:
+    """A row for each image file: columns "bytes" (binary) and "path". Decode with `hr.images.decode("bytes")`."""
+    from headrace.connectors.sources.images import ImageSource
+
+    return from_source(ImageSource(paths))
+
+
+def from_arrow(table: pa.Table | pa.RecordBatch) -> Dataset:
+    """Rows of an Arrow table in memory."""
+    from headrace.connectors.sources.memory import ArrowSource
+
+    return from_source(ArrowSource(table))
+
+
+def from_pandas(frame: pd.DataFrame) -> Dataset:
+    """Rows of a pandas frame (without its index)."""
+    import pyarrow as pa
+
+    return from_arrow(pa.Table.from_pandas(frame, preserve_index=False))
+
+
+def from_items(rows: Iterable[Mapping[str, Any]]) -> Dataset:
+    """Rows given as dicts of Python values."""
+    import pyarrow as pa
+
+    return from_arrow(pa.Table.from_pylist([dict(row) for row in rows]))
+
+
+def range(rows: int) -> Dataset:
+    """Rows 0..rows-1 in the int64 column "id"."""
+    from headrace.connectors.sources.memory import RangeSource
+
+    return from_source(RangeSource(rows))

@@ -1,0 +1,193 @@
+"""Blocks: cutting record batches to the limits of a run, and casting them to the schema that was promised.
+
+Invariants: cuts are a function of the pieces and the limits alone; every block but the last of a split has a multiple of
+`rows_multiple` rows; a piece that fits passes without a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from headrace.core.errors import DataError
+from headrace.core.options import BlockLimits
+from headrace.core.refs import Origin, Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows as a reader got them. row_bytes: estimated Arrow size of a row, the same on every machine."""
+
+    batch: pa.RecordBatch
+    origin: Origin
+    row_bytes: float
+
+
+def rows_per_block(row_bytes: float, limits: BlockLimits) -> int:
+    """How many rows of this size make a block: a multiple of rows_multiple, at least one."""
+    fit = max(1, min(limits.max_rows, int(limits.target_bytes / max(row_bytes, 1e-9))))
+    multiple = limits.rows_multiple
+    return max(multiple, fit - fit % multiple)
+
+
+def rechunk(pieces: Iterable[Piece], limits: BlockLimits) -> Iterator[tuple[pa.RecordBatch, Origin]]:
+    """Join small pieces and slice large ones. rows_multiple counts from the first piece on."""
+    held = _Held()
+    for piece in pieces:
+        batch, origin = piece.batch, piece.origin
+        if batch.num_rows == 0:
+            continue
+        while batch.num_rows:
+            room = held.room(piece.row_bytes, limits)
+            if room < batch.num_rows and held.may_go(limits):
+                yield held.take()
+                continue
+            n = min(room, batch.num_rows)
+            held.add(batch.slice(0, n), origin.slice(0, n), piece.row_bytes)
+            origin = origin.slice(n, batch.num_rows - n)
+            batch = batch.slice(n)
+            if n == room:
+                yield held.take()
+    if held.rows:
+        yield held.take()
+
+
+@dataclass(slots=True)
+class _Held:
+    """The block in the making."""
+
+    rows: int = 0
+    bytes: float = 0.0
+    parts: list[tuple[pa.RecordBatch, Origin]] = field(default_factory=list)
+
+    def room(self, row_bytes: float, limits: BlockLimits) -> int:
+        """Rows of this size that still go in; at least one. Filling it all ends on a multiple."""
+        fit = int(max(0.0, limits.target_bytes - self.bytes) / max(row_bytes, 1e-9))
+        capacity = self.rows + min(fit, limits.max_rows - self.rows)
+        m = limits.rows_multiple
+        capacity -= capacity % m
+        least = self.rows + 1
+        return max(capacity, least + -least % m) - self.rows
+
+    def may_go(self, limits: BlockLimits) -> bool:
+        """Better to close this block than to slice the next piece: it is big enough, and its end is a place to cut."""
+        if not self.rows or self.rows % limits.rows_multiple:
+            return False
+        return self.bytes * 4 >= limits.target_bytes or self.rows * 4 >= limits.max_rows
+
+    def add(self, batch: pa.RecordBatch, origin: Origin, row_bytes: float) -> None:
+        self.rows += batch.num_rows
+        self.bytes += batch.num_rows * row_bytes
+        self.parts.append((batch, origin))
+
+    def take(self) -> tuple[pa.RecordBatch, Origin]:
+        batches = [b for b, _ in self.parts]
+        segments: list[Segment] = []
+        for _, o in self.parts:
+            for s in o.segments:
+                last = segments[-1] if segments else None
+                if last is not None and last.uri == s.uri and last.row + last.rows == s.row:
+                    segments[-1] = Segment(s.uri, last.row, last.rows + s.rows)
+                else:
+                    segments.append(s)
+        exact = all(o.exact for _, o in self.parts)
+        batch = concat(batches)
+        self.rows, self.bytes, self.parts = 0, 0.0, []
+        return batch, Origin(tuple(segments), exact)
+
+
+def concat(batches: list[pa.RecordBatch]) -> pa.RecordBatch:
+    if len(batches) == 1:
+        return batches[0]
+    if batches[0].num_columns == 0:
+        return no_columns(sum(b.num_rows for b in batches))
+    return pa.concat_batches(batches)
+
+
+def no_columns(rows: int) -> pa.RecordBatch:
+    """A batch of rows without columns."""
+    return pa.record_batch([pa.nulls(rows)], names=["_"]).select([])
+
+
+def measured(batch: pa.RecordBatch, origin: Origin) -> Piece:
+    """A piece whose row size is its own Arrow size."""
+    return Piece(batch, origin, batch.nbytes / max(1, batch.num_rows))
+
+
+def conform(batch: pa.RecordBatch, schema: pa.Schema, where: tuple[tuple[str, str], ...]) -> pa.RecordBatch:
+    """The batch with the columns and types of `schema`, matched by name. Raises DataError for a column that is missing
+    or whose type does not go in without loss.
+    """
+    if batch.schema.equals(schema):
+        return batch
+    if len(schema) == 0:
+        return batch.select([])
+    arrays: list[pa.Array] = []
+    for f in schema:
+        i = batch.schema.get_field_index(f.name)
+        if i < 0:
+            names = ", ".join(batch.schema.names[:20])
+            raise DataError(f"column {f.name!r} is missing (there are: {names})", where=(*where, ("column", f.name)))
+        arrays.append(_cast(batch.column(i), f, where))
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _cast(array: pa.Array, f: pa.Field, where: tuple[tuple[str, str], ...]) -> pa.Array:
+    if array.type.equals(f.type):
+        return array
+    if not goes_into(array.type, f.type):
+        text = f"column {f.name!r} has type {array.type} here, {f.type} was expected"
+        raise DataError(text, where=(*where, ("column", f.name)), hint="cast it to one type in all inputs")
+    try:
+        return array.cast(f.type, safe=True)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
+        text = f"column {f.name!r} of type {array.type} does not fit {f.type}: {e}"
+        raise DataError(text, where=(*where, ("column", f.name)), hint="cast it to one type in all inputs") from e
+
+
+def goes_into(a: pa.DataType, b: pa.DataType) -> bool:
+    """May values of type a become type b? Values are still checked by the cast (overflow, lost fractions)."""
+    t = pa.types
+    if a.equals(b) or t.is_null(a):
+        return True
+    if t.is_dictionary(a):
+        return goes_into(a.value_type, b)
+    if isinstance(a, pa.BaseExtensionType) or isinstance(b, pa.BaseExtensionType):
+        return False
+    if t.is_integer(a):
+        return t.is_integer(b) or t.is_floating(b) or t.is_decimal(b)
+    if t.is_floating(a):
+        return t.is_floating(b) and b.bit_width >= a.bit_width
+    if t.is_decimal(a):
+        return t.is_decimal(b)
+    if _is_text(a):
+        return _is_text(b)
+    if _is_binary(a):
+        return _is_binary(b)
+    if t.is_timestamp(a):
+        return t.is_timestamp(b) and (a.tz is None) == (b.tz is None)
+    if t.is_date(a):
+        return t.is_date(b)
+    if _is_list(a) and _is_list(b):
+        return goes_into(a.value_type, b.value_type)
+    if t.is_struct(a) and t.is_struct(b):
+        names = [a.field(i).name for i in range(a.num_fields)]
+        return names == [b.field(i).name for i in range(b.num_fields)] and all(
+            goes_into(a.field(i).type, b.field(i).type) for i in range(a.num_fields)
+        )
+    return False
+
+
+def _is_text(a: pa.DataType) -> bool:
+    return pa.types.is_string(a) or pa.types.is_large_string(a) or pa.types.is_string_view(a)
+
+
+def _is_binary(a: pa.DataType) -> bool:
+    t = pa.types
+    return t.is_binary(a) or t.is_large_binary(a) or t.is_binary_view(a) or t.is_fixed_size_binary(a)
+
+
+def _is_list(a: pa.DataType) -> bool:
+    return pa.types.is_list(a) or pa.types.is_large_list(a) or pa.types.is_fixed_size_list(a)

@@ -1,0 +1,94 @@
+"""S3 settings from the process environment and ~/.aws, read the way AWS tools read them.
+
+The only file of the connectors that looks at `os.environ`. Nothing here connects to anything. Order of precedence:
+environment variables, then the profile (AWS_PROFILE, else "default") in ~/.aws/credentials and ~/.aws/config. What neither
+names (web identity tokens, container and instance roles) the object store client finds by itself.
+"""
+
+from __future__ import annotations
+
+import configparser
+import os
+from pathlib import Path
+from typing import Any
+
+_KEYS = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_PROFILE",
+    "AWS_SHARED_CREDENTIALS_FILE",
+    "AWS_CONFIG_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_ROLE_ARN",
+    "AWS_SKIP_SIGNATURE",
+    "AWS_ALLOW_HTTP",
+    "HOME",
+)
+
+DEFAULT_REGION = "us-east-1"  # what S3-compatible servers expect when nobody names a region
+
+
+def fingerprint() -> tuple[str | None, ...]:
+    """The values that `s3_config` depends on; a cached client is good as long as they stay the same."""
+    return tuple(os.environ.get(key) for key in _KEYS)
+
+
+def s3_config() -> dict[str, Any]:
+    """Keyword arguments for an S3 client, without the bucket."""
+    env = os.environ
+    profile = _profile(env.get("AWS_PROFILE") or "default")
+    config: dict[str, Any] = {
+        "region": env.get("AWS_REGION") or env.get("AWS_DEFAULT_REGION") or profile.get("region") or DEFAULT_REGION
+    }
+    endpoint = (
+        env.get("AWS_ENDPOINT_URL_S3")
+        or env.get("AWS_ENDPOINT_URL")
+        or profile.get("endpoint_url_s3")
+        or profile.get("endpoint_url")
+    )
+    if endpoint:
+        config["endpoint"] = endpoint.rstrip("/")
+        config["virtual_hosted_style_request"] = False  # custom servers rarely have a host name per bucket
+        config["client_options"] = {"allow_http": endpoint.startswith("http://")}
+    if not (env.get("AWS_ACCESS_KEY_ID") and env.get("AWS_SECRET_ACCESS_KEY")) and "aws_access_key_id" in profile:
+        config["access_key_id"] = profile["aws_access_key_id"]
+        config["secret_access_key"] = profile.get("aws_secret_access_key", "")
+        if "aws_session_token" in profile:
+            config["session_token"] = profile["aws_session_token"]
+    return config
+
+
+def _profile(name: str) -> dict[str, str]:
+    """Settings of a profile, credentials file over config file; {} when neither has it."""
+    out: dict[str, str] = {}
+    config = Path(os.environ.get("AWS_CONFIG_FILE") or "~/.aws/config").expanduser()
+    credentials = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials").expanduser()
+    for file, section in ((config, name if name == "default" else f"profile {name}"), (credentials, name)):
+        parser = configparser.RawConfigParser()
+        try:
+            parser.read(file)
+        except (OSError, configparser.Error):
+            continue
+        if not parser.has_section(section):
+            continue
+        out.update(parser.items(section))
+        services = out.get("services")
+        if services and parser.has_section(f"services {services}"):
+            out.update(_service_endpoint(parser.get(f"services {services}", "s3", fallback="")))
+    return out
+
+
+def _service_endpoint(block: str) -> dict[str, str]:
+    """`endpoint_url` out of the indented lines under `s3 =` in a [services x] section."""
+    for line in block.splitlines():
+        key, _, value = line.partition("=")
+        if key.strip() == "endpoint_url":
+            return {"endpoint_url_s3": value.strip()}
+    return {}

@@ -1,0 +1,323 @@
+"""Listing: what the user wrote (files, directories, globs, lists, s3://) becomes a stream of stored objects.
+
+What must not live here: formats and splits. Invariants: objects come out in a fixed order (entries as written, each sorted by
+path); memory is one directory (local) or one page of keys (S3), whatever the length of the listing; names, which outputs
+are called after, are unique.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlparse
+
+from headrace.connectors import storage
+from headrace.connectors.storage import Stored
+from headrace.core.errors import DataError
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+COMPRESSED = (".gz", ".bz2", ".zst")
+
+_MAGIC = re.compile(r"[*?\[]")
+
+
+def output_stem(name: str) -> str:
+    """An object's name without what outputs drop: a compression suffix, then the extension."""
+    path = PurePosixPath(name)
+    if path.suffix.lower() in COMPRESSED:
+        path = path.with_suffix("")
+    return str(path.with_suffix("")) if path.suffix else str(path)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """entries: normalised paths (absolute, or s3://...). extensions: lower-case suffixes that directories are filtered by;
+    () for every file. Compressed variants (.csv.gz) of an extension count as it when `compressed`.
+    """
+
+    entries: tuple[str, ...]
+    extensions: tuple[str, ...]
+    compressed: bool = False
+
+    @staticmethod
+    def of(paths: Paths, extensions: tuple[str, ...], *, compressed: bool = False) -> Listing:
+        given: list[Any] = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+        if not given:
+            raise DataError("there is nothing to read: the list of paths is empty")
+        return Listing(tuple(_normalise(p) for p in given), extensions, compressed)
+
+    @property
+    def remote(self) -> bool:
+        return any(storage.is_remote(e) for e in self.entries)
+
+    @property
+    def label(self) -> str:
+        more = f" and {len(self.entries) - 1} more" if len(self.entries) > 1 else ""
+        return "".join(self.entries[:1]) + more
+
+    def first(self) -> Stored:
+        return next(self.objects())
+
+    def objects(self) -> Iterator[Stored]:
+        """All objects. Raises DataError for an entry that is missing or holds nothing to read."""
+        root = _common_root(self.entries)
+        names = _Names(bounded=any(_is_broad(e) for e in self.entries))
+        earlier: list[_Matcher] = []
+        for entry in self.entries:
+            found = False
+            matcher = _Matcher(entry)
+            for o in self._expand(entry):
+                found = True
+                name = _relative(o.uri, root)
+                repeats = sum(m.matches(o.uri) for m in earlier)
+                yield Stored(o.uri, o.size, o.version, names.unique(name, repeats))
+            if not found:
+                raise self._nothing(entry)
+            if matcher.broad and len(self.entries) > 1:
+                earlier.append(matcher)
+
+    def _expand(self, entry: str) -> Iterator[Stored]:
+        if storage.is_remote(entry):
+            return self._expand_s3(entry)
+        if _MAGIC.search(entry) and not os.path.lexists(entry):
+            return _local_glob(entry)
+        if os.path.isdir(entry):
+            return (o for o in _walk(entry, re.compile(r"[^_.]").match) if self._wanted(o.uri))
+        found = storage.stat(entry)
+        return iter(() if found is None else (found,))
+
+    def _expand_s3(self, entry: str) -> Iterator[Stored]:
+        bucket, key = storage.split_s3(entry)
+        magic = _MAGIC.search(key)
+        if magic:
+            fixed = key[: magic.start()]
+            pattern = _glob_pattern(key)
+            for o in _list_s3(bucket, fixed):
+                if pattern.fullmatch(storage.split_s3(o.uri)[1]):
+                    yield o
+            return
+        if key and not key.endswith("/"):
+            found = storage.stat(entry)
+            if found is not None:
+                yield found
+                return
+        prefix = key.rstrip("/") + "/" if key else ""
+        for o in _list_s3(bucket, prefix):
+            inner = storage.split_s3(o.uri)[1][len(prefix) :]
+            hidden = any(part[:1] in ("_", ".") for part in inner.split("/"))
+            if inner and not inner.endswith("/") and not hidden and self._wanted(inner):
+                yield o
+
+    def _wanted(self, path: str) -> bool:
+        if not self.extensions:
+            return True
+        low = path.lower()
+        if self.compressed:
+            for suffix in COMPRESSED:
+                low = low.removesuffix(suffix)
+        return low.endswith(self.extensions)
+
+    def _nothing(self, entry: str) -> DataError:
+        kinds = ", ".join(self.extensions) or "files"
+        if _MAGIC.search(entry):
+            return DataError("no object matches the pattern", where=(("path", entry),), hint="check the pattern")
+        if storage.is_remote(entry):
+            hint = f"check the bucket and the prefix; under a prefix these are read: {kinds}"
+            return DataError("no object to read at this path", where=(("path", entry),), hint=hint)
+        if os.path.isdir(entry):
+            hint = f"a directory is read for {kinds}, names that begin with _ or . apart; name other files by a glob"
+            return DataError("the directory holds nothing to read", where=(("path", entry),), hint=hint)
+        return DataError("no such file or directory", where=(("path", entry),), hint="check the path")
+
+
+def _normalise(path: str | os.PathLike[str]) -> str:
+    text = str(os.fspath(path))
+    if text.startswith(storage.S3_PREFIX):
+        return text
+    if text.startswith("file://"):
+        text = unquote(urlparse(text).path)
+    elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
+        raise DataError(f"can't read {text!r}: unknown scheme", hint="use a local path, file:// or s3://")
+    return os.path.abspath(os.path.expanduser(text))
+
+
+def _is_broad(entry: str) -> bool:
+    """May it stand for several objects?"""
+    if _MAGIC.search(entry):
+        return True
+    if storage.is_remote(entry):
+        return not PurePosixPath(entry).suffix
+    return os.path.isdir(entry)
+
+
+def _fixed_root(entry: str) -> str:
+    """The directory that an entry's names are relative to."""
+    magic = _MAGIC.search(entry)
+    if magic:
+        return entry[: magic.start()].rpartition("/")[0]
+    return entry.rstrip("/") if _is_broad(entry) else entry.rpartition("/")[0]
+
+
+def _common_root(entries: Sequence[str]) -> str:
+    roots = [_fixed_root(e).split("/") for e in entries]
+    depth = 0
+    while all(len(r) > depth for r in roots) and len({r[depth] for r in roots}) == 1:
+        depth += 1
+    return "/".join(roots[0][:depth])
+
+
+def _relative(uri: str, root: str) -> str:
+    if uri == root:
+        return uri.rpartition("/")[2]
+    inside = uri[len(root) :].lstrip("/") if root and uri.startswith(f"{root}/") else uri
+    return inside.removeprefix(storage.S3_PREFIX).lstrip("/")
+
+
+class _Matcher:
+    """Does an entry cover an object? For telling when two entries of a list overlap."""
+
+    def __init__(self, entry: str) -> None:
+        self.broad = _is_broad(entry)
+        self._prefix = entry.rstrip("/") + "/"
+        self._pattern = _glob_pattern(entry) if _MAGIC.search(entry) else None
+
+    def matches(self, uri: str) -> bool:
+        return uri.startswith(self._prefix) if self._pattern is None else self._pattern.fullmatch(uri) is not None
+
+
+class _Names:
+    """Hands out names whose output stems differ. bounded: names arrive sorted, so that only neighbours with the same
+    beginning can clash and older ones are forgotten; an explicit list of files is remembered whole.
+    """
+
+    def __init__(self, *, bounded: bool) -> None:
+        self._bounded = bounded
+        self._seen: set[str] = set()
+        self._head = ""
+
+    def unique(self, name: str, repeats: int) -> str:
+        if repeats:
+            suffix = PurePosixPath(name).suffix
+            name = f"{name.removesuffix(suffix)}.again{repeats}{suffix}"
+        if self._bounded and not (self._head and name.startswith(self._head)):
+            self._seen.clear()
+            folder, slash, base = name.rpartition("/")
+            self._head = f"{folder}{slash}{base.partition('.')[0]}."
+        suffix = PurePosixPath(name).suffix or ".x"
+        n = 2
+        while (stem := output_stem(name)) in self._seen:
+            # a.jpg, a.png -> a, a.png; the same file listed twice -> a, a.jpg, a-2.jpg, ...
+            name = f"{name}{suffix}" if n == 2 else f"{stem}-{n}{suffix}"
+            n += 1
+        self._seen.add(stem)
+        return name
+
+
+def _walk(top: str, keep: Any) -> Iterator[Stored]:
+    """Files under a directory, sorted as S3 sorts keys; `keep(name)` chooses files and directories."""
+    try:
+        with os.scandir(top) as entries:
+            found = [(e.name + "/" if e.is_dir() else e.name, e) for e in entries if keep(e.name)]
+    except OSError as e:
+        raise DataError(f"can't list the directory: {e.strerror}", where=(("path", top),)) from e
+    found.sort(key=lambda pair: pair[0])
+    for name, entry in found:
+        if name.endswith("/"):
+            yield from _walk(entry.path, keep)
+            continue
+        try:
+            st = entry.stat()
+        except FileNotFoundError:
+            continue  # removed since the directory was read, or a link to nowhere
+        yield Stored(entry.path, st.st_size, storage.stat_version(st))
+
+
+def _local_glob(pattern: str) -> Iterator[Stored]:
+    """Files that match, level by level: only directories that can match are entered."""
+    parts = Path(pattern).parts
+    return _match_level(parts[0], parts[1:])
+
+
+def _match_level(folder: str, parts: tuple[str, ...]) -> Iterator[Stored]:
+    head, rest = parts[0], parts[1:]
+    if "**" in head:
+        wanted = _glob_pattern("/".join(parts))
+        for o in _walk(folder, re.compile(r"[^.]").match):
+            if wanted.fullmatch(os.path.relpath(o.uri, folder).replace(os.sep, "/")):
+                yield o
+        return
+    if not _MAGIC.search(head):
+        path = os.path.join(folder, head)
+        if rest:
+            if os.path.isdir(path):
+                yield from _match_level(path, rest)
+        elif os.path.isfile(path):
+            found = storage.stat(path)
+            if found is not None:
+                yield found
+        return
+    wanted = _glob_pattern(head)
+    try:
+        names = sorted(n for n in os.listdir(folder) if wanted.fullmatch(n))
+    except OSError:
+        return
+    for name in names:
+        path = os.path.join(folder, name)
+        if rest:
+            if os.path.isdir(path):
+                yield from _match_level(path, rest)
+        elif os.path.isfile(path):
+            found = storage.stat(path)
+            if found is not None:
+                yield found
+
+
+def _glob_pattern(glob: str) -> re.Pattern[str]:
+    """`*` and `?` stay within a level, `**/` is any number of levels, [abc] a set. A leading dot must be written out."""
+    out = ""
+    i = 0
+    while i < len(glob):
+        at_start = i == 0 or glob[i - 1] == "/"
+        no_dot = r"(?!\.)" if at_start else ""
+        if glob.startswith("**/", i):
+            out += r"(?:(?!\.)[^/]+/)*"
+            i += 3
+        elif glob.startswith("**", i):
+            out += no_dot + ".*"
+            i += 2
+        elif glob[i] == "*":
+            out += no_dot + "[^/]*"
+            i += 1
+        elif glob[i] == "?":
+            out += no_dot + "[^/]"
+            i += 1
+        elif glob[i] == "[" and (end := glob.find("]", i + 2)) > 0:
+            inner = glob[i + 1 : end].replace("\\", "\\\\")
+            out += f"[{'^' + inner[1:] if inner[0] == '!' else inner}]"
+            i = end + 1
+        else:
+            out += re.escape(glob[i])
+            i += 1
+    return re.compile(out, re.DOTALL)
+
+
+def _list_s3(bucket: str, prefix: str) -> Iterator[Stored]:
+    """Keys that begin with `prefix` (a plain string prefix), sorted, a page at a time."""
+    import obstore
+
+    folder, _, rest = prefix.rpartition("/")
+    uri = f"{storage.S3_PREFIX}{bucket}/"
+    with storage.s3_errors(f"{uri}{prefix}"):
+        # The client lists whole path segments, so the part after the last slash is matched here; keys before it are skipped.
+        stream = obstore.list(storage.s3_store(bucket), folder or None, chunk_size=1000)
+        for page in stream:
+            for meta in page:
+                path = meta["path"]
+                if rest and not path.startswith(prefix):
+                    continue
+                yield Stored(uri + path, meta["size"], storage.meta_version(meta))

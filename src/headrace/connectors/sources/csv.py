@@ -1,0 +1,189 @@
+"""CSV: types inferred once, from the beginning of the first file, and fixed for all.
+
+Files are divided at newlines, so a quoted value may hold one only with `newlines_in_values=True`, which keeps files whole.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+
+import pyarrow as pa
+
+from headrace.connectors import packing
+from headrace.connectors.blocks import Piece, measured
+from headrace.connectors.listing import Paths
+from headrace.connectors.sources import lines
+from headrace.connectors.sources.files import FileSource
+from headrace.connectors.storage import Stored
+from headrace.core.errors import DataError
+from headrace.core.options import BlockLimits
+from headrace.core.splits import Fragment
+
+_HINT = "give its type: read_csv(..., column_types={name: pa.string()})"
+
+
+class CsvSource(FileSource):
+    """CSV files with a header line each, or `column_names` for files without. Compressed ones (.gz, .bz2, .zst) too.
+
+    column_types: fixes the type of columns by name, the rest is inferred from the first 4 MiB. Columns are matched by name.
+    """
+
+    name = "csv"
+    extensions = (".csv", ".tsv")
+    compressed = True
+
+    def __init__(
+        self,
+        paths: Paths,
+        *,
+        delimiter: str | None = None,
+        column_names: list[str] | None = None,
+        column_types: Mapping[str, pa.DataType] | None = None,
+        newlines_in_values: bool = False,
+    ) -> None:
+        super().__init__(paths)
+        self._delimiter = delimiter
+        self._names = list(column_names) if column_names else None
+        self._types = dict(column_types or {})
+        self._newlines = newlines_in_values
+
+    def _read_schema(self, first: Stored) -> pa.Schema:
+        import pyarrow.csv as pc
+
+        fragment = packing.whole(first)
+        where = (("file", first.uri),)
+        if self._newlines:
+            with lines.opened(fragment) as (_, stream):
+                data = stream.read(lines.INFER_BYTES)
+            sample = max(1, len(data) if len(data) < lines.INFER_BYTES else len(data) // 2)
+            options = self._parse_options(first.uri)
+            with _explained(where):
+                reader = pc.open_csv(
+                    io.BytesIO(data),
+                    read_options=pc.ReadOptions(column_names=self._names, block_size=sample),
+                    parse_options=options,
+                    convert_options=pc.ConvertOptions(column_types=self._types),
+                )
+            return _without_nulls(reader.schema)
+        data = next((chunk for _, chunk in lines.line_chunks(fragment, lines.INFER_BYTES)), b"")
+        if not data.strip():
+            raise DataError("the file is empty: it has no header line", where=where)
+        with _explained(where):
+            table = pc.read_csv(
+                pa.BufferReader(data),
+                read_options=pc.ReadOptions(column_names=self._names, use_threads=False, block_size=len(data) + 1),
+                parse_options=self._parse_options(first.uri),
+                convert_options=pc.ConvertOptions(column_types=self._types),
+            )
+        return _without_nulls(table.schema)
+
+    def _divide(self, o: Stored) -> list[Fragment]:
+        return [packing.whole(o)] if self._newlines else lines.divide_lines(o)
+
+    def _pieces(self, fragment: Fragment, limits: BlockLimits) -> Iterator[Piece]:
+        batches = self._streamed(fragment, limits) if self._newlines else self._chunked(fragment, limits)
+        row = 0
+        for batch in batches:
+            yield measured(batch, lines.origin_of(fragment, row, batch.num_rows))
+            row += batch.num_rows
+
+    def _chunked(self, fragment: Fragment, limits: BlockLimits) -> Iterator[pa.RecordBatch]:
+        """Chunks of whole lines, each parsed on its own."""
+        import pyarrow.csv as pc
+
+        names = self._names
+        if names is None and fragment.start > 0:
+            names = self._header(lines.first_line(fragment), fragment.uri)
+        for at, chunk in lines.line_chunks(fragment, lines.chunk_bytes(limits)):
+            where = (("file", fragment.uri), ("offset", str(at)))
+            if at == 0:
+                chunk = chunk.removeprefix(lines.BOM)
+                if names is None:
+                    head, _, chunk = chunk.partition(b"\n")
+                    names = self._header(head + b"\n", fragment.uri)
+            if not chunk.strip(b"\r\n"):
+                continue
+            with _explained(where):
+                table = pc.read_csv(
+                    pa.BufferReader(chunk),
+                    read_options=pc.ReadOptions(column_names=names, use_threads=False, block_size=len(chunk) + 1),
+                    parse_options=self._parse_options(fragment.uri),
+                    convert_options=self._convert_options(names or [], fragment.uri),
+                )
+            yield from self._projected(table)
+
+    def _streamed(self, fragment: Fragment, limits: BlockLimits) -> Iterator[pa.RecordBatch]:
+        """The whole object through the incremental reader, which knows newlines in quotes."""
+        import pyarrow.csv as pc
+
+        names = self._names or self._header(lines.first_line(fragment), fragment.uri)
+        where = (("file", fragment.uri),)
+        with lines.opened(fragment) as (reader, stream):
+            with _explained(where):
+                batches = pc.open_csv(
+                    stream,
+                    read_options=pc.ReadOptions(
+                        column_names=self._names, use_threads=False, block_size=lines.chunk_bytes(limits)
+                    ),
+                    parse_options=self._parse_options(fragment.uri),
+                    convert_options=self._convert_options(names, fragment.uri),
+                )
+            while True:
+                with _explained(where):
+                    batch = next(batches, None)
+                if batch is None:
+                    break
+                yield from self._projected(pa.Table.from_batches([batch]))
+            reader.check()
+
+    def _projected(self, table: pa.Table) -> list[pa.RecordBatch]:
+        return [b.select(self.schema().names) for b in table.to_batches()]
+
+    def _header(self, line: bytes, uri: str) -> list[str]:
+        import pyarrow.csv as pc
+
+        if not line.strip():
+            raise DataError("the file is empty: it has no header line", where=(("file", uri),))
+        with _explained((("file", uri),)):
+            table = pc.read_csv(pa.BufferReader(line.removeprefix(lines.BOM)), parse_options=self._parse_options(uri))
+        return table.schema.names
+
+    def _parse_options(self, uri: str) -> object:
+        import pyarrow.csv as pc
+
+        tabs = any(uri.lower().endswith(f".tsv{c}") for c in ("", ".gz", ".bz2", ".zst"))
+        delimiter = self._delimiter or ("\t" if tabs else ",")
+        return pc.ParseOptions(delimiter=delimiter, newlines_in_values=self._newlines)
+
+    def _convert_options(self, names: list[str], uri: str) -> object:
+        """Exactly the columns asked for; at least one, since rows of none can't be counted."""
+        import pyarrow.csv as pc
+
+        schema = self.schema()
+        full = self._full_schema()
+        wanted = schema.names or full.names[:1]
+        for c in wanted:
+            if c not in names:
+                where = (("file", uri), ("column", c))
+                raise DataError(f"column {c!r} is missing (there are: {', '.join(names[:20])})", where=where)
+        types = {c: full.field(c).type for c in wanted}
+        return pc.ConvertOptions(include_columns=wanted, column_types=types)
+
+
+def _without_nulls(schema: pa.Schema) -> pa.Schema:
+    """Columns that were empty in the sample are read as text."""
+    return pa.schema([f.with_type(pa.string()) if pa.types.is_null(f.type) else f for f in schema])
+
+
+class _explained:
+    """Arrow's parse errors as DataError with the place; reused as a context manager."""
+
+    def __init__(self, where: tuple[tuple[str, str], ...]) -> None:
+        self._where = where
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, e: BaseException | None, trace: object) -> None:
+        if isinstance(e, pa.ArrowException | KeyError) and not isinstance(e, DataError):
+            raise DataError(f"the CSV can't be parsed: {e}", where=self._where, hint=_HINT) from e

@@ -1,0 +1,98 @@
+"""What all sources of stored objects share: listing, a schema resolved once, projection, opening fragments.
+
+A subclass gives `_read_schema` (of the first object), `_divide` and `_pieces`. Invariant: a source pickles, schema included,
+so that workers don't look it up again.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from typing import Any, ClassVar, Self
+
+import pyarrow as pa
+
+from headrace.connectors import packing
+from headrace.connectors.blocks import Piece, rechunk
+from headrace.connectors.listing import Listing, Paths
+from headrace.connectors.storage import Stored
+from headrace.core.errors import PlanError
+from headrace.core.options import BlockLimits
+from headrace.core.refs import Origin
+from headrace.core.splits import Fragment, Split
+
+
+class FileSource(ABC):
+    """A dataset of stored objects of one format."""
+
+    name: str = ""
+    extensions: ClassVar[tuple[str, ...]] = ()
+    compressed: ClassVar[bool] = False
+    file_cost_bytes: ClassVar[int] = packing.FILE_COST_BYTES
+
+    def __init__(self, paths: Paths) -> None:
+        self._listing = Listing.of(paths, self.extensions, compressed=self.compressed)
+        self._full: pa.Schema | None = None
+        self._columns: tuple[str, ...] | None = None
+
+    @property
+    def remote(self) -> bool:
+        return self._listing.remote
+
+    def schema(self) -> pa.Schema:
+        full = self._full_schema()
+        if self._columns is None:
+            return full
+        return pa.schema([full.field(c) for c in self._columns], metadata=full.metadata)
+
+    def _full_schema(self) -> pa.Schema:
+        """Of all columns; read once."""
+        if self._full is None:
+            self._full = self._read_schema(self._listing.first())
+        return self._full
+
+    def splits(self, *, per_input: bool) -> Iterator[Split]:
+        objects = self._listing.objects()
+        if per_input:
+            return packing.one_each(objects)
+        return packing.pack(objects, self._divide, file_cost=self.file_cost_bytes)
+
+    def project(self, columns: tuple[str, ...]) -> Self:
+        names = self._full_schema().names
+        for c in columns:
+            if c not in names:
+                raise PlanError(f"column {c!r} is not in the input", hint=f"it has: {', '.join(names[:50])}")
+        out = copy.copy(self)
+        out._columns = tuple(columns)
+        return out
+
+    def prune(self, predicate: Any) -> tuple[FileSource, bool]:
+        return self, False
+
+    def open(self, split: Split, limits: BlockLimits) -> Iterator[tuple[pa.RecordBatch, Origin]]:
+        self._full_schema()
+        with closing(self._split_pieces(split, limits)) as pieces:
+            yield from rechunk(pieces, limits)
+
+    def _split_pieces(self, split: Split, limits: BlockLimits) -> Generator[Piece, None, None]:
+        for fragment in split.fragments:
+            yield from self._pieces(fragment, limits)
+
+    def count(self) -> int | None:
+        return None
+
+    def describe(self) -> str:
+        columns = "" if self._columns is None else f", columns: {', '.join(self._columns) or 'none'}"
+        return f"{self.name} {self._listing.label}{columns}"
+
+    @abstractmethod
+    def _read_schema(self, first: Stored) -> pa.Schema: ...
+
+    def _divide(self, o: Stored) -> list[Fragment]:
+        """The fragments of a large object; one when it can't be divided."""
+        return [packing.whole(o)]
+
+    @abstractmethod
+    def _pieces(self, fragment: Fragment, limits: BlockLimits) -> Iterator[Piece]: ...

@@ -1,0 +1,99 @@
+"""JSON lines: one object a line; types inferred once, from the beginning of the first file, and fixed for all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pyarrow as pa
+
+from headrace.connectors import packing
+from headrace.connectors.blocks import Piece, goes_into, measured
+from headrace.connectors.listing import Paths
+from headrace.connectors.sources import lines
+from headrace.connectors.sources.files import FileSource
+from headrace.connectors.storage import Stored
+from headrace.core.errors import DataError
+from headrace.core.options import BlockLimits
+from headrace.core.splits import Fragment
+
+
+class JsonSource(FileSource):
+    """JSON-lines files; compressed ones (.gz, .bz2, .zst) too.
+
+    schema: fixes columns and types; otherwise inferred from the first 4 MiB. A line with a value of another type, or (while all
+    columns are read) with a field that the schema lacks, is a DataError; a missing field is null.
+    """
+
+    name = "json"
+    extensions = (".json", ".jsonl", ".ndjson")
+    compressed = True
+
+    def __init__(self, paths: Paths, *, schema: pa.Schema | None = None) -> None:
+        super().__init__(paths)
+        self._full = schema
+
+    def _read_schema(self, first: Stored) -> pa.Schema:
+        data = next((chunk for _, chunk in lines.line_chunks(packing.whole(first), lines.INFER_BYTES)), b"")
+        if not data.strip():
+            raise DataError("the file is empty, so its columns are unknown", where=(("file", first.uri),))
+        return _parse(data, None, "error", (("file", first.uri),)).schema
+
+    def _divide(self, o: Stored) -> list[Fragment]:
+        return lines.divide_lines(o)
+
+    def _pieces(self, fragment: Fragment, limits: BlockLimits) -> Iterator[Piece]:
+        schema, full = self.schema(), self._full_schema()
+        if len(schema) and self._columns is None:
+            wanted, unexpected = schema, "error"
+        else:  # rows of no columns can't be counted, so one is parsed
+            wanted, unexpected = (schema if len(schema) else pa.schema([full.field(0)])), "ignore"
+        row = 0
+        for at, chunk in lines.line_chunks(fragment, lines.chunk_bytes(limits)):
+            if not chunk.strip():
+                continue
+            table = _parse(chunk, wanted, unexpected, (("file", fragment.uri), ("offset", str(at))))
+            for batch in table.select(schema.names).to_batches() if len(schema) else _bare(table):
+                yield measured(batch, lines.origin_of(fragment, row, batch.num_rows))
+                row += batch.num_rows
+
+
+def _bare(table: pa.Table) -> list[pa.RecordBatch]:
+    return [b.select([]) for b in table.to_batches()]
+
+
+def _parse(data: bytes, schema: pa.Schema | None, unexpected: str, where: tuple[tuple[str, str], ...]) -> pa.Table:
+    try:
+        return _read(data, schema, unexpected)
+    except pa.ArrowException as e:
+        hint = "one object a line, of one type a column; read_json(..., schema=...) fixes the types"
+        column = _culprit(data, schema, unexpected)
+        text = f"column {column}" if column else str(e)
+        place = (*where, ("column", column.split("'")[1])) if column else where
+        raise DataError(f"the JSON lines can't be parsed: {text}", where=place, hint=hint) from e
+
+
+def _read(data: bytes, schema: pa.Schema | None, unexpected: str) -> pa.Table:
+    import pyarrow.json as pj
+
+    return pj.read_json(
+        pa.BufferReader(data),
+        read_options=pj.ReadOptions(use_threads=False, block_size=len(data) + 1),
+        parse_options=pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior=unexpected if schema else "infer"),
+    )
+
+
+def _culprit(data: bytes, schema: pa.Schema | None, unexpected: str) -> str:
+    """The column that drifted and how, "" when the text itself is broken. Arrow's own message doesn't name it."""
+    if schema is None:
+        return ""
+    try:
+        found = _read(data, None, "infer").schema
+    except pa.ArrowException:
+        return ""  # broken, or two types in one chunk: then Arrow's message names the column
+    for f in found:
+        i = schema.get_field_index(f.name)
+        if i < 0 and unexpected == "error":
+            return f"{f.name!r} is unknown: the columns are {', '.join(schema.names[:20])}"
+        if i >= 0 and not goes_into(f.type, schema.field(i).type):
+            return f"{f.name!r} has type {f.type} here, {schema.field(i).type} was expected"
+    return ""

@@ -1,0 +1,126 @@
+"""Byte ranges of line formats, cut at newlines, and what CSV, JSON lines and text share.
+
+The rule for a range [a, b): reading starts after the first newline at or beyond a (at a itself when a is 0) and ends after the
+first newline at or beyond b. So every line belongs to exactly one range, wherever the cuts fall.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pyarrow as pa
+
+from headrace.connectors import packing, storage
+from headrace.connectors.listing import COMPRESSED
+from headrace.connectors.storage import Stored
+from headrace.core.errors import DataError
+from headrace.core.options import BlockLimits
+from headrace.core.refs import Origin, Segment
+from headrace.core.splits import Fragment
+
+INFER_BYTES = 4 << 20  # types are inferred from this much of the first object
+_STEP_BYTES = 1 << 20  # read size when looking for the end of a line
+_CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+
+BOM = b"\xef\xbb\xbf"
+
+
+def is_compressed(uri: str) -> bool:
+    return uri.lower().endswith(COMPRESSED)
+
+
+def divide_lines(o: Stored) -> list[Fragment]:
+    """Even byte ranges; a compressed object stays whole."""
+    if is_compressed(o.uri):
+        return [packing.whole(o)]
+    return [replace(packing.whole(o), start=a, stop=b) for a, b in packing.even_ranges(o.size, packing.DIVIDE_BYTES)]
+
+
+def chunk_bytes(limits: BlockLimits) -> int:
+    """Text parsed at a time: numbers take up to four times their text in Arrow, so a quarter of a block."""
+    return max(64 << 10, min(limits.target_bytes // 4, 8 << 20))
+
+
+@contextmanager
+def opened(fragment: Fragment) -> Iterator[tuple[storage.Reader, pa.NativeFile]]:
+    """(reader, stream of the object's plain bytes)."""
+    reader = storage.open_reader(fragment.uri, fragment.size_bytes, fragment.version)
+    try:
+        stream: pa.NativeFile = reader.native(storage.REQUEST_BYTES)
+        for suffix, codec in _CODECS.items():
+            if fragment.uri.lower().endswith(suffix):
+                stream = pa.CompressedInputStream(stream, codec)
+        yield reader, stream
+    finally:
+        reader.close()
+
+
+def line_chunks(fragment: Fragment, size: int) -> Iterator[tuple[int, bytes]]:
+    """(byte offset, whole lines) of about `size` bytes each; a longer line comes alone. Offsets are of the plain bytes."""
+    with opened(fragment) as (reader, stream):
+        at, carry = _seek_line(stream, fragment.start)
+        end = fragment.stop
+        if 0 <= end < at:
+            return  # one line spans the range: it belongs to the range where it began
+        while True:
+            data = _read(stream, size, fragment.uri, at)
+            joined = carry + data
+            if 0 <= end <= at + len(joined) - 1:
+                # The last line of the range ends at the first newline at or beyond `end`.
+                cut = joined.find(b"\n", max(0, end - at))
+                if cut >= 0:
+                    yield at, joined[: cut + 1]
+                    break
+            if not data:
+                if joined:
+                    yield at, joined
+                break
+            cut = joined.rfind(b"\n") + 1
+            if cut:
+                yield at, joined[:cut]
+            at, carry = at + cut, joined[cut:]
+        reader.check()
+
+
+def _seek_line(stream: pa.NativeFile, start: int) -> tuple[int, bytes]:
+    """Position after the first newline at or beyond `start`, and bytes already read from there."""
+    if start == 0:
+        return 0, b""
+    stream.seek(start)
+    at = start
+    while data := stream.read(_STEP_BYTES):
+        cut = data.find(b"\n")
+        if cut >= 0:
+            return at + cut + 1, data[cut + 1 :]
+        at += len(data)
+    return at, b""
+
+
+def _read(stream: pa.NativeFile, size: int, uri: str, at: int) -> bytes:
+    try:
+        return stream.read(size)
+    except (pa.ArrowException, OSError) as e:
+        if isinstance(e, DataError):
+            raise
+        where = (("file", uri), ("offset", str(at)))
+        raise DataError(f"can't read on: {e}", where=where, hint="the file is damaged or cut short") from e
+
+
+def first_line(fragment: Fragment) -> bytes:
+    """The object's first line, newline included."""
+    with opened(replace(fragment, start=0, stop=-1)) as (_, stream):
+        out = b""
+        while data := _read(stream, 64 << 10, fragment.uri, len(out)):
+            out += data
+            cut = out.find(b"\n")
+            if cut >= 0:
+                return out[: cut + 1]
+        return out
+
+
+def origin_of(fragment: Fragment, row: int, rows: int) -> Origin:
+    """Rows are counted from where the fragment starts; a fragment that starts inside the object says so in its name."""
+    uri = fragment.uri if fragment.start == 0 else f"{fragment.uri} (from byte {fragment.start})"
+    return Origin((Segment(uri, row, rows),))

@@ -1,0 +1,307 @@
+"""Parquet: row groups divided or packed into splits, columns and rows chosen while reading.
+
+Invariants: memory of a read is bounded by a block plus the pages under it (and read buffers), never by the file or the row
+group; block cuts follow from the metadata in footers; row numbers in origins are those of the file.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Self
+
+import numpy as np
+import pyarrow as pa
+
+from headrace.connectors import packing, storage
+from headrace.connectors.blocks import Piece, conform, no_columns, rows_per_block
+from headrace.connectors.listing import Paths
+from headrace.connectors.sources.files import FileSource
+from headrace.connectors.storage import Reader, Stored
+from headrace.core.errors import DataError, PlanError
+from headrace.core.options import BlockLimits
+from headrace.core.refs import Origin, Segment
+from headrace.core.splits import Fragment
+
+# Without a stream buffer Arrow reads whole column chunks: 521 MB for a 450 MB row group of 100 columns, 77 MB with 64 KiB
+# buffers at the same speed (memory maps save a little less and count as resident).
+LOCAL_BUFFER_BYTES = 64 << 10
+# On S3 a row group is fetched ahead when its chosen columns fit in this; larger ones are streamed through buffers that
+# share it, each at least a request worth making.
+S3_AHEAD_BYTES = 32 << 20
+S3_BUFFER_BYTES = 64 << 20
+S3_BUFFER_LEAST_BYTES = 512 << 10
+
+_INDEX = "__headrace_row"  # a column beside those of a filter
+
+PROBE_ROWS = 64  # rows decoded to learn the width of dictionary-encoded strings, whose stored size says nothing
+PROBE_FROM_ROWS = 256  # row groups below this can't surprise: they are a block at most
+
+
+class ParquetSource(FileSource):
+    """Parquet files. columns: read only these. Files are matched by column name to the first one's schema: a missing
+    column or a type that would lose values is a DataError.
+    """
+
+    name = "parquet"
+    extensions = (".parquet", ".pq", ".parq")
+
+    def __init__(self, paths: Paths, columns: tuple[str, ...] | list[str] | None = None) -> None:
+        super().__init__(paths)
+        self._predicate: Any = None
+        if columns is not None:
+            self._full_schema()
+            self._columns = self.project(tuple(columns))._columns
+
+    def prune(self, predicate: Any) -> tuple[Self, bool]:
+        full = self._full_schema()
+        try:
+            _passing(pa.RecordBatch.from_arrays([pa.nulls(0, f.type) for f in full], schema=full), predicate)
+        except (pa.ArrowException, KeyError, TypeError, ValueError) as e:
+            hint = f"columns are: {', '.join(f'{f.name} ({f.type})' for f in list(full)[:30])}"
+            raise PlanError(f"the filter {predicate} can't be applied to the input: {e}", hint=hint) from e
+        out = copy.copy(self)
+        out._predicate = predicate if self._predicate is None else self._predicate & predicate
+        return out, True
+
+    def count(self) -> int | None:
+        if self._predicate is not None:
+            return None
+        from concurrent.futures import ThreadPoolExecutor
+        from itertools import islice
+
+        total = 0
+        objects = self._listing.objects()
+        with ThreadPoolExecutor(16 if self.remote else 2, thread_name_prefix="headrace-count") as threads:
+            while window := list(islice(objects, 1024)):
+                total += sum(threads.map(_rows_of, window))
+        return total
+
+    def describe(self) -> str:
+        where = "" if self._predicate is None else f", where {self._predicate}"
+        return super().describe() + where
+
+    def _read_schema(self, first: Stored) -> pa.Schema:
+        with _opened(first.uri, first.size, first.version) as (_, file):
+            return file.schema_arrow.remove_metadata()
+
+    def _divide(self, o: Stored) -> list[Fragment]:
+        with _opened(o.uri, o.size, o.version) as (_, file):
+            metadata = file.metadata
+            groups = [(metadata.row_group(g).num_rows, _stored(metadata.row_group(g))) for g in range(file.num_row_groups)]
+        if len(groups) < 2:
+            return [packing.whole(o, sum(rows for rows, _ in groups))]
+        total = sum(size for _, size in groups)
+        target = total / max(1, -(-total // packing.DIVIDE_BYTES))
+        out: list[Fragment] = []
+        start, rows, size = 0, 0, 0
+        for g, (group_rows, group_size) in enumerate(groups):
+            # A group goes where most of it lies, so that parts come out even.
+            if g > start and (size + group_size / 2 > target or rows + group_rows > packing.SPLIT_MAX_ROWS):
+                out.append(replace(packing.whole(o, rows), start=start, stop=g))
+                start, rows, size = g, 0, 0
+            rows += group_rows
+            size += group_size
+        out.append(replace(packing.whole(o, rows), start=start, stop=len(groups)))
+        return out
+
+    def _pieces(self, fragment: Fragment, limits: BlockLimits) -> Iterator[Piece]:
+        schema = self.schema()
+        with _opened(fragment.uri, fragment.size_bytes, fragment.version, columns=len(schema)) as (reader, file):
+            stop = file.num_row_groups if fragment.stop < 0 else fragment.stop
+            wanted = set(range(fragment.start, stop))
+            if self._predicate is not None:
+                wanted &= _may_match(reader, file, self._predicate)
+            first_row = sum(file.metadata.row_group(g).num_rows for g in range(fragment.start))
+            for g in range(fragment.start, stop):
+                rows = file.metadata.row_group(g).num_rows
+                if rows and g in wanted:
+                    yield from self._group_pieces(reader, file, g, first_row, schema, limits)
+                first_row += rows
+            reader.check()
+
+    def _group_pieces(
+        self, reader: Reader, file: Any, g: int, row: int, schema: pa.Schema, limits: BlockLimits
+    ) -> Iterator[Piece]:
+        where = (("file", reader.uri), ("row group", str(g)))
+        names = list(schema.names)
+        if self._predicate is not None:
+            names += _named_in(self._predicate, self._full_schema(), names)
+        full = self._full_schema()
+        read_schema = pa.schema([full.field(n) for n in names])
+        metadata = file.metadata.row_group(g)
+        if not names:
+            yield from _counted(reader.uri, row, metadata.num_rows, limits)
+            return
+        present = [n for n in names if n in file.schema_arrow.names]
+        leaves = _leaves(metadata, set(present))
+        row_bytes = _row_bytes(file, g, metadata, leaves, present, read_schema)
+        batch_rows = rows_per_block(row_bytes, limits)
+        ranges = [_chunk_range(metadata.column(i)) for i in leaves]
+        if sum(b - a for a, b in ranges) <= S3_AHEAD_BYTES:
+            reader.prefetch(ranges)
+        with _explained(where):
+            batches = file.iter_batches(batch_size=batch_rows, row_groups=[g], columns=present, use_threads=False)
+        done = 0
+        while done < metadata.num_rows:
+            with _explained(where):
+                batch = next(batches, None)
+            if batch is None:
+                raise DataError(f"the row group ends after {done} of {metadata.num_rows} rows", where=where)
+            origin = Origin((Segment(reader.uri, row + done, batch.num_rows),))
+            done += batch.num_rows
+            batch = conform(batch, read_schema, where)
+            if self._predicate is not None:
+                origin = origin.inexact()
+                batch = _filtered(batch, self._predicate, where).select(schema.names)
+            yield Piece(batch, origin, row_bytes)
+
+
+def _rows_of(o: Stored) -> int:
+    with _opened(o.uri, o.size, o.version) as (_, file):
+        return file.metadata.num_rows
+
+
+@contextmanager
+def _opened(uri: str, size: int, version: str, columns: int = 1) -> Iterator[tuple[Reader, Any]]:
+    """(reader, pyarrow.parquet.ParquetFile); both closed in the end."""
+    import pyarrow.parquet as pq
+
+    reader = storage.open_reader(uri, size, version)
+    try:
+        if reader.whole:
+            buffer = 0
+        elif storage.is_remote(uri):
+            buffer = min(storage.REQUEST_BYTES, max(S3_BUFFER_LEAST_BYTES, S3_BUFFER_BYTES // max(1, columns)))
+        else:
+            buffer = LOCAL_BUFFER_BYTES
+        native = reader.native()
+        with _explained((("file", uri),), "this is not a readable Parquet file"):
+            file = pq.ParquetFile(native, pre_buffer=False, buffer_size=buffer)
+        yield reader, file
+    finally:
+        reader.close()
+
+
+@contextmanager
+def _explained(where: tuple[tuple[str, str], ...], text: str = "broken Parquet data") -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as e:
+        if isinstance(e, DataError):
+            raise
+        hint = "the file is damaged or still being written; replace it or leave it out"
+        raise DataError(f"{text}: {e}", where=where, hint=hint) from e
+
+
+def _stored(group: Any) -> int:
+    return sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+
+
+def _leaves(group: Any, names: set[str]) -> list[int]:
+    """Indexes of the leaf columns under the given top-level columns."""
+    out: list[int] = []
+    for i in range(group.num_columns):
+        path = group.column(i).path_in_schema
+        if path in names or path.split(".", 1)[0] in names or any(path.startswith(f"{n}.") for n in names if "." in n):
+            out.append(i)
+    return out
+
+
+def _chunk_range(chunk: Any) -> tuple[int, int]:
+    start = chunk.data_page_offset
+    if chunk.has_dictionary_page and chunk.dictionary_page_offset is not None:
+        start = min(start, chunk.dictionary_page_offset)
+    return start, start + chunk.total_compressed_size
+
+
+def _row_bytes(file: Any, g: int, group: Any, leaves: list[int], names: list[str], schema: pa.Schema) -> float:
+    """Estimated Arrow bytes of a row, from metadata; dictionary-encoded strings are measured on a few rows."""
+    rows = max(1, group.num_rows)
+    stored = sum(group.column(i).total_uncompressed_size for i in leaves) / rows
+    fixed = sum(_fixed_bytes(f.type) for f in schema)
+    out = max(stored, fixed)
+    if rows < PROBE_FROM_ROWS:
+        return out
+    hidden = {
+        group.column(i).path_in_schema.split(".", 1)[0]
+        for i in leaves
+        if group.column(i).physical_type == "BYTE_ARRAY" and group.column(i).has_dictionary_page
+    }
+    probe = [n for n in names if n in hidden]
+    if not probe:
+        return out
+    with _explained((("file", "probe"), ("row group", str(g)))):
+        batch = next(file.iter_batches(batch_size=PROBE_ROWS, row_groups=[g], columns=probe, use_threads=False), None)
+    return out if batch is None else out + batch.nbytes / max(1, batch.num_rows)
+
+
+def _fixed_bytes(t: pa.DataType) -> float:
+    """Arrow bytes of a value of fixed width; 4 for the offset of a variable one."""
+    if isinstance(t, pa.BaseExtensionType):
+        return _fixed_bytes(t.storage_type)
+    if pa.types.is_fixed_size_list(t):
+        return t.list_size * _fixed_bytes(t.value_type)
+    if pa.types.is_struct(t):
+        return sum(_fixed_bytes(t.field(i).type) for i in range(t.num_fields))
+    try:
+        return t.bit_width / 8
+    except ValueError:
+        return 4
+
+
+def _counted(uri: str, row: int, rows: int, limits: BlockLimits) -> Iterator[Piece]:
+    """Rows without columns."""
+    step = max(limits.max_rows, limits.rows_multiple)
+    for at in range(0, rows, step):
+        n = min(step, rows - at)
+        yield Piece(no_columns(n), Origin((Segment(uri, row + at, n),)), 1e-9)
+
+
+def _named_in(predicate: Any, schema: pa.Schema, already: list[str]) -> list[str]:
+    """Columns that the expression may read. Its text names them; a name that occurs by chance only reads too much."""
+    text = str(predicate)
+    by_position = "FieldPath(" in text
+    return [n for n in schema.names if n not in already and (by_position or n in text)]
+
+
+def _filtered(batch: pa.RecordBatch, predicate: Any, where: tuple[tuple[str, str], ...]) -> pa.RecordBatch:
+    try:
+        rows = _passing(batch, predicate)
+        return batch if len(rows) == batch.num_rows else batch.take(rows)
+    except (pa.ArrowException, KeyError, TypeError) as e:
+        raise DataError(f"the filter {predicate} failed: {e}", where=where) from e
+
+
+def _passing(batch: pa.RecordBatch, predicate: Any) -> pa.Array:
+    """Indexes of the rows that satisfy the expression. Only its own columns are filtered: Arrow can't filter some tensor
+    columns (it fails where no row passes).
+    """
+    named = [n for n in _named_in(predicate, batch.schema, []) if not isinstance(batch.field(n).type, pa.BaseExtensionType)]
+    arrays = [batch.column(n) for n in named] + [pa.array(np.arange(batch.num_rows))]
+    return pa.RecordBatch.from_arrays(arrays, names=[*named, _INDEX]).filter(predicate).column(_INDEX)
+
+
+def _may_match(reader: Reader, file: Any, predicate: Any) -> set[int]:
+    """Row groups that statistics don't rule out. When they can't be used (types differ between files) all of them."""
+    import pyarrow.dataset as ds
+
+    every = set(range(file.num_row_groups))
+    if len(every) < 2 and not any(_has_statistics(file, g) for g in every):
+        return every
+    again = storage.open_reader(reader.uri, reader.size, "")
+    try:
+        fragment = ds.ParquetFileFormat().make_fragment(again.native())
+        kept = fragment.subset(filter=predicate, schema=fragment.physical_schema).row_groups
+    except (pa.ArrowException, KeyError, TypeError, ValueError, OSError):
+        return every  # the filter itself will be applied, and explain, row by row
+    finally:
+        again.close()
+    return {group.id for group in kept}
+
+
+def _has_statistics(file: Any, g: int) -> bool:
+    group = file.metadata.row_group(g)
+    return any(group.column(i).is_stats_set for i in range(group.num_columns))

@@ -1,0 +1,68 @@
+"""Text: one row a line, in a column "text", without its line end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from headrace.connectors.blocks import Piece, measured
+from headrace.connectors.sources import lines
+from headrace.connectors.sources.files import FileSource
+from headrace.connectors.storage import Stored
+from headrace.core.errors import DataError
+from headrace.core.options import BlockLimits
+from headrace.core.splits import Fragment
+
+_SCHEMA = pa.schema([("text", pa.string())])
+
+
+class TextSource(FileSource):
+    """UTF-8 text files; a directory is read for .txt, .text, .log and .md. Empty lines are rows too."""
+
+    name = "text"
+    extensions = (".txt", ".text", ".log", ".md")
+    compressed = True
+
+    def _read_schema(self, first: Stored) -> pa.Schema:
+        return _SCHEMA
+
+    def schema(self) -> pa.Schema:
+        self._listing.first()  # an input that is not there is refused before any work
+        return super().schema()
+
+    def _divide(self, o: Stored) -> list[Fragment]:
+        return lines.divide_lines(o)
+
+    def _pieces(self, fragment: Fragment, limits: BlockLimits) -> Iterator[Piece]:
+        row = 0
+        bare = self._columns == ()
+        for at, chunk in lines.line_chunks(fragment, lines.chunk_bytes(limits)):
+            data = chunk.removeprefix(lines.BOM) if at == 0 else chunk
+            array = split_lines(data)
+            try:
+                array.validate(full=True)
+            except pa.ArrowInvalid as e:
+                where = (("file", fragment.uri), ("offset", str(at)))
+                raise DataError("the text is not UTF-8", where=where, hint="convert it to UTF-8") from e
+            batch = pa.RecordBatch.from_arrays([array], schema=_SCHEMA)
+            yield measured(batch.select([]) if bare else batch, lines.origin_of(fragment, row, batch.num_rows))
+            row += batch.num_rows
+
+
+def split_lines(data: bytes) -> pa.StringArray:
+    """The lines of `data`, without "\\n" or "\\r\\n"; a last line may lack its end. Not validated."""
+    raw = np.frombuffer(data, dtype=np.uint8)
+    ends = np.flatnonzero(raw == 10)
+    drop = ends
+    if b"\r\n" in data:
+        returns = ends[(ends > 0)]
+        returns = returns[raw[returns - 1] == 13] - 1
+        drop = np.concatenate([ends, returns])
+    kept = np.ones(len(raw), dtype=bool)
+    kept[drop] = False
+    stops = ends if len(raw) and raw[-1] == 10 else np.append(ends, len(raw))
+    before = np.concatenate([[0], np.cumsum(kept)])
+    offsets = np.concatenate([[0], before[stops]]).astype(np.int32)
+    return pa.StringArray.from_buffers(len(stops), pa.py_buffer(offsets), pa.py_buffer(raw[kept]))

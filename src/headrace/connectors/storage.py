@@ -1,0 +1,353 @@
+"""Stored objects: bytes, sizes and versions of local files and S3 objects, behind one small interface.
+
+What must not live here: formats, listing rules, splits. Invariants: store clients are cached per process and bucket and never
+pickled; nothing is read under a version other than the one asked for; failures come out as errors of core/errors.py.
+
+A uri is an absolute local path or "s3://bucket/key".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pyarrow as pa
+
+from headrace.connectors import environment
+from headrace.core.errors import DataError, HeadraceError, InputChanged, TransientError
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from obstore.store import S3Store
+
+S3_PREFIX = "s3://"
+
+# Objects up to this size are fetched whole. Local: the read costs less than the seeks of a column reader. S3: the first byte
+# takes 50-100 ms, in which 8 MiB arrive, so one request beats footer + ranges.
+WHOLE_LOCAL_BYTES = 1 << 20
+WHOLE_S3_BYTES = 8 << 20
+
+REQUEST_BYTES = 8 << 20  # one ranged GET: large enough that the first-byte time is small beside it
+REQUEST_THREADS = 4  # concurrent GETs of one reader; every worker has a reader of its own
+FOOTER_BYTES = 256 << 10  # the tail of a file, fetched once: holds the footer of almost every Parquet file
+
+_stores: dict[tuple[Any, ...], S3Store] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An object as listed. version: changes when the object does. name: relative to the dataset's root."""
+
+    uri: str
+    size: int
+    version: str
+    name: str = ""
+
+
+class Reader(Protocol):
+    """An open object. `native` may be asked for once; `check` raises InputChanged if it is no longer the planned one."""
+
+    uri: str
+    size: int
+    whole: bool
+
+    def native(self, ahead_bytes: int = 0) -> pa.NativeFile:
+        """The bytes, seekable. ahead_bytes: for sequential reading, how much a request to a remote store should bring."""
+        ...
+
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """The (start, stop) ranges will be read next, in one go where that saves requests; earlier ones no more."""
+        ...
+
+    def check(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def is_remote(uri: str) -> bool:
+    return uri.startswith(S3_PREFIX)
+
+
+def split_s3(uri: str) -> tuple[str, str]:
+    """(bucket, key)."""
+    bucket, _, key = uri[len(S3_PREFIX) :].partition("/")
+    if not bucket:
+        raise DataError(f"{uri!r} names no bucket", hint="write s3://bucket/prefix")
+    return bucket, key
+
+
+def s3_store(bucket: str) -> S3Store:
+    """The process's client for a bucket."""
+    key = (os.getpid(), bucket, *environment.fingerprint())
+    store = _stores.get(key)
+    if store is None:
+        from obstore.store import S3Store
+
+        store = _stores[key] = S3Store(bucket, **environment.s3_config())
+    return store
+
+
+def stat_version(st: os.stat_result) -> str:
+    return f"{st.st_size}-{st.st_mtime_ns}"
+
+
+def meta_version(meta: Any) -> str:
+    """The version of an S3 object from its metadata: the etag, else size and time."""
+    return meta["e_tag"] or f"{meta['size']}-{meta['last_modified'].timestamp()}"
+
+
+def stat(uri: str) -> Stored | None:
+    """The object, or None when there is no such file or key."""
+    if not is_remote(uri):
+        try:
+            st = os.stat(uri)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as e:
+            raise DataError(f"can't look at {uri}: {e.strerror}") from e
+        return Stored(uri, st.st_size, stat_version(st))
+    import obstore
+
+    bucket, key = split_s3(uri)
+    with s3_errors(uri):
+        try:
+            meta = obstore.head(s3_store(bucket), key)
+        except FileNotFoundError:
+            return None
+    return Stored(uri, meta["size"], meta_version(meta))
+
+
+def open_reader(uri: str, size: int, version: str) -> Reader:
+    """Open an object under the version that was planned ("" for whichever is there). Raises InputChanged, DataError."""
+    if is_remote(uri):
+        return _S3Reader(uri, size, version)
+    return _LocalReader(uri, size, version)
+
+
+def changed(uri: str) -> InputChanged:
+    return InputChanged(
+        "an input object changed after it was listed",
+        where=(("file", uri),),
+        hint="let whatever writes it finish, then run again",
+    )
+
+
+@contextmanager
+def s3_errors(uri: str) -> Iterator[None]:
+    """Translate the client's exceptions by who must act."""
+    from obstore import exceptions as oe
+
+    try:
+        yield
+    except HeadraceError:
+        raise
+    except FileNotFoundError as e:
+        raise DataError("no such object or bucket", where=(("file", uri),), hint="check the bucket and the key") from e
+    except oe.PreconditionError as e:
+        raise changed(uri) from e
+    except (oe.PermissionDeniedError, oe.UnauthenticatedError) as e:
+        hint = "check AWS_PROFILE or AWS_ACCESS_KEY_ID, and the bucket's policy"
+        raise DataError(f"access denied: {_brief(e)}", where=(("file", uri),), hint=hint) from e
+    except oe.BaseError as e:
+        # The client has no exception for this; the code is part of S3's protocol.
+        if "NoSuchBucket" in str(e):
+            raise DataError("no such bucket", where=(("file", uri),), hint="check the bucket's name and region") from e
+        raise TransientError(f"storage trouble: {_brief(e)}", where=(("file", uri),)) from e
+
+
+def _brief(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:300] if text else type(error).__name__
+
+
+class _LocalReader:
+    """A local file. Its version is compared when it is opened and again by `check`."""
+
+    def __init__(self, uri: str, size: int, version: str) -> None:
+        self.uri = uri
+        self.size = size
+        self.whole = size <= WHOLE_LOCAL_BYTES
+        self._version = version
+        self._file: pa.NativeFile | None = None
+        self.check()
+
+    def native(self, ahead_bytes: int = 0) -> pa.NativeFile:
+        try:
+            if self.whole:
+                with open(self.uri, "rb") as f:
+                    self._file = pa.BufferReader(f.read())
+            else:
+                self._file = pa.OSFile(self.uri, "rb")
+        except OSError as e:
+            raise _unreadable(self.uri, e) from e
+        return self._file
+
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """The kernel's read-ahead does it."""
+
+    def check(self) -> None:
+        try:
+            now = os.stat(self.uri)
+        except FileNotFoundError as e:
+            raise changed(self.uri) from e
+        except OSError as e:
+            raise _unreadable(self.uri, e) from e
+        if self._version and stat_version(now) != self._version:
+            raise changed(self.uri)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _unreadable(uri: str, e: OSError) -> DataError:
+    return DataError(f"can't read the file: {e.strerror or e}", where=(("file", uri),), hint="check its permissions")
+
+
+class _S3Reader:
+    """An S3 object. Every request carries the planned etag, so a changed object can't be read by parts of two versions."""
+
+    def __init__(self, uri: str, size: int, version: str) -> None:
+        self.uri = uri
+        self.size = size
+        self.whole = size <= WHOLE_S3_BYTES
+        self._version = version
+        self._file: RangedFile | None = None
+
+    def native(self, ahead_bytes: int = 0) -> pa.NativeFile:
+        if self.whole:
+            return pa.BufferReader(_fetch(self.uri, self._version, None))
+        self._file = RangedFile(self.uri, self.size, self._version, ahead_bytes)
+        return pa.PythonFile(self._file, "r")
+
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        if self._file is not None:
+            self._file.prefetch(ranges)
+
+    def check(self) -> None:
+        """Nothing to do: each request was conditional."""
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _fetch(uri: str, version: str, span: tuple[int, int] | None) -> pa.Buffer:
+    """Bytes [start, stop) of an object, or all of it, under a version."""
+    import obstore
+
+    bucket, key = split_s3(uri)
+    options: dict[str, Any] = {}
+    if span is not None:
+        options["range"] = span
+    if version and "-" in version and not version.startswith('"'):
+        version = ""  # no etag from this server: sizes are all that can be compared
+    if version:
+        options["if_match"] = version
+    with s3_errors(uri):
+        got = obstore.get(s3_store(bucket), key, options=options)  # type: ignore[arg-type]
+        if version and got.meta["e_tag"] not in (None, version):
+            raise changed(uri)
+        return pa.py_buffer(got.buffer())
+
+
+class RangedFile:
+    """A seekable file over ranged GETs, for readers that name ahead what they will read. Not thread-safe.
+
+    Holds the file's tail and the ranges last announced with `prefetch`; any other read is one request, of its own size or
+    of `ahead_bytes`.
+    """
+
+    def __init__(self, uri: str, size: int, version: str, ahead_bytes: int = 0) -> None:
+        self._ahead = ahead_bytes
+        self._uri = uri
+        self._version = version
+        self._size = size
+        self._at = 0
+        self._tail: tuple[int, pa.Buffer] | None = None
+        self._spans: list[tuple[int, pa.Buffer]] = []
+        self._threads: ThreadPoolExecutor | None = None
+        self.closed = False
+
+    def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
+        self._spans = []
+        pieces = [piece for span in coalesce(ranges) for piece in _pieces(span)]
+        if len(pieces) > 1 and self._threads is None:
+            from concurrent.futures import ThreadPoolExecutor
+
+            self._threads = ThreadPoolExecutor(REQUEST_THREADS, thread_name_prefix="headrace-get")
+        fetch = self._threads.map if self._threads is not None else map
+        buffers = fetch(lambda p: _fetch(self._uri, self._version, p), pieces)
+        self._spans = [(start, buffer) for (start, _), buffer in zip(pieces, buffers, strict=True)]
+
+    def read(self, size: int = -1) -> Any:
+        stop = self._size if size < 0 else min(self._at + size, self._size)
+        out = self._range(self._at, stop)
+        self._at = stop
+        return out
+
+    def _range(self, start: int, stop: int) -> Any:
+        if stop <= start:
+            return b""
+        tail_from = max(0, self._size - FOOTER_BYTES)
+        if start >= tail_from:
+            if self._tail is None:
+                self._tail = (tail_from, _fetch(self._uri, self._version, (tail_from, self._size)))
+            return self._tail[1].slice(start - tail_from, stop - start)
+        held = [(at, b) for at, b in self._spans if at < stop and at + b.size > start]
+        if len(held) == 1 and held[0][0] <= start and held[0][0] + held[0][1].size >= stop:
+            return held[0][1].slice(start - held[0][0], stop - start)
+        if held and held[0][0] <= start and sum(b.size for _, b in held) >= stop - held[0][0]:
+            joined = b"".join(memoryview(b) for _, b in held)
+            return joined[start - held[0][0] : stop - held[0][0]]
+        if self._ahead > stop - start:
+            buffer = _fetch(self._uri, self._version, (start, min(start + self._ahead, self._size)))
+            self._spans = [(start, buffer)]
+            return buffer.slice(0, stop - start)
+        return _fetch(self._uri, self._version, (start, stop))
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self._at = offset + (0, self._at, self._size)[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def size(self) -> int:
+        return self._size
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self.closed = True
+        self._spans = []
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+            self._threads = None
+
+
+def coalesce(ranges: Sequence[tuple[int, int]], gap: int = 1 << 20) -> list[tuple[int, int]]:
+    """Sorted ranges, joined where the gap costs less than another request (1 MiB arrives in about 10 ms)."""
+    out: list[tuple[int, int]] = []
+    for start, stop in sorted(ranges):
+        if out and start - out[-1][1] <= gap:
+            out[-1] = (out[-1][0], max(stop, out[-1][1]))
+        else:
+            out.append((start, stop))
+    return out
+
+
+def _pieces(span: tuple[int, int]) -> list[tuple[int, int]]:
+    start, stop = span
+    return [(at, min(at + REQUEST_BYTES, stop)) for at in range(start, stop, REQUEST_BYTES)]

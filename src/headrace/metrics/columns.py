@@ -1,0 +1,103 @@
+"""Arrow columns to NumPy arrays, for metrics: checked, because a metric over rows silently left out is a wrong metric.
+
+Invariant: a null, a NaN or an infinite number is a DataError that names the column and says how many.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from headrace.core.errors import DataError
+
+_DROP_HINT = "filter these rows out before evaluate, or fill them"
+
+
+def values(batch: pa.RecordBatch, column: str) -> pa.Array:
+    """The column without nulls, dictionaries decoded."""
+    array = batch.column(column)
+    if array.null_count:
+        raise DataError(
+            f"a metric reads column {column!r}, which has {array.null_count} null(s) in {len(array)} rows",
+            where=(("column", column),),
+            hint=_DROP_HINT,
+        )
+    return array.dictionary_decode() if isinstance(array, pa.DictionaryArray) else array
+
+
+def numbers(batch: pa.RecordBatch, column: str) -> np.ndarray:
+    """A column of numbers: int64, uint64, or the column's own float type. Booleans are 0 and 1."""
+    array = values(batch, column)
+    kind = array.type
+    if pa.types.is_boolean(kind):
+        array = array.cast(pa.int8())
+    elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+        raise _wrong_type(column, kind, "numbers")
+    made = array.to_numpy(zero_copy_only=False)
+    if made.dtype.kind == "f":
+        check_finite(made, column)
+        return made
+    return made if made.dtype == np.uint64 else made.astype(np.int64)
+
+
+def matrix(batch: pa.RecordBatch, column: str) -> np.ndarray:
+    """A tensor or list column with one vector of floats per row: (rows, length), of the column's own float type."""
+    array = values(batch, column)
+    storage = array.storage if isinstance(array, pa.ExtensionArray) else array
+    kind = storage.type
+    if not (pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        raise _wrong_type(column, array.type, "one vector per row (a tensor or list column)")
+    flat = storage.flatten()
+    if not (pa.types.is_floating(flat.type) or pa.types.is_integer(flat.type)) or flat.null_count:
+        raise _wrong_type(column, array.type, "one vector of numbers per row, without nulls")
+    width = len(flat) // len(array) if len(array) else 0
+    if not pa.types.is_fixed_size_list(kind) and len(array):
+        lengths = np.diff(storage.offsets.to_numpy())
+        if (lengths != width).any():
+            raise DataError(
+                f"a metric reads column {column!r}, whose vectors have {lengths.min()} to {lengths.max()} entries",
+                where=(("column", column),),
+                hint="every row needs one entry per class",
+            )
+    made = flat.to_numpy(zero_copy_only=False).reshape(len(array), width)
+    made = made if made.dtype.kind == "f" else made.astype(np.float64)
+    check_finite(made, column)
+    return made
+
+
+def is_scalar(batch: pa.RecordBatch, column: str) -> bool:
+    """Whether the column has one plain value per row (and no vector)."""
+    kind = batch.column(column).type
+    return not (isinstance(kind, pa.BaseExtensionType) or pa.types.is_nested(kind))
+
+
+def classes_of(batch: pa.RecordBatch, column: str, classes: int) -> np.ndarray:
+    """A label column as class indexes, int64 in [0, classes)."""
+    made = numbers(batch, column)
+    whole = made.astype(np.int64)
+    wrong = (whole != made) | (whole < 0) | (whole >= classes)
+    if wrong.any():
+        raise DataError(
+            f"column {column!r} holds the label {made[wrong][0]}, which is no class index from 0 to {classes - 1}",
+            where=(("column", column), ("row", str(int(np.flatnonzero(wrong)[0])))),
+            hint="map labels to 0, 1, ... in the order of the model's scores",
+        )
+    return whole
+
+
+def check_finite(array: np.ndarray, column: str) -> None:
+    bad = array.size - int(np.isfinite(array).sum())
+    if bad:
+        raise DataError(
+            f"a metric reads column {column!r}, which has {bad} value(s) that are NaN or infinite in {len(array)} rows",
+            where=(("column", column),),
+            hint=_DROP_HINT,
+        )
+
+
+def _wrong_type(column: str, kind: pa.DataType, wanted: str) -> DataError:
+    return DataError(
+        f"a metric needs {wanted} in column {column!r}, which is {kind}",
+        where=(("column", column),),
+        hint="name another column, or convert this one with map_batches",
+    )

@@ -1,0 +1,332 @@
+"""Run: what an action returns, and RunRecorder, the observer that collects it from the events.
+
+Invariants: memory depends on the number of stages, operators and workers, never on splits or steps; nothing is estimated but
+`what_if`, which says how.
+
+Definitions:
+- busy_s of a worker is the time its steps ran, as measured in the worker; a pool's busy share is that, summed, over
+  (workers x wall time).
+- The bottleneck is the busiest of all limits: the pools, and the stages that ran in fewer workers than their pool has.
+  Its busy share says how near the run came to that limit: at 100% nothing else can have slowed it down.
+- With one more worker of the bottleneck the run would take  wall - T + T',  where T = max over limits of work / workers,
+  and T' is the same with that one more: what is not covered by T (start-up, gaps) stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from headrace.core.events import (
+    MemorySampled,
+    RunEvent,
+    RunFinished,
+    RunStarted,
+    SplitSettled,
+    StepFinished,
+)
+from headrace.core.receipts import Tally
+
+OP_NAMES = {-1: "read", -2: "write"}  # where core.steps.OpTime has no plan node to name
+
+
+@dataclass(frozen=True, slots=True)
+class OperatorTime:
+    """One operator of a stage, summed over steps and workers. rows_per_s: of one worker that does nothing else."""
+
+    op: int
+    name: str
+    wall_s: float
+    rows_in: int
+    rows_out: int
+
+    @property
+    def rows_per_s(self) -> float:
+        return max(self.rows_in, self.rows_out) / self.wall_s if self.wall_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StageTime:
+    """One stage, summed over steps and workers. rows, bytes: what left it. workers: how many ran it.
+
+    cpu_s below busy_s means waiting: for storage, for a device, or for the interpreter lock.
+    """
+
+    id: int
+    name: str
+    pool: str
+    workers: int
+    steps: int
+    busy_s: float
+    cpu_s: float
+    rows: int
+    bytes: int
+    operators: tuple[OperatorTime, ...] = ()
+
+    @property
+    def rows_per_s(self) -> float:
+        """Of one worker that does nothing else."""
+        return self.rows / self.busy_s if self.busy_s > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolTime:
+    """busy: share of the run's wall time that its workers were running steps."""
+
+    name: str
+    workers: int
+    busy_s: float
+    cpu_s: float
+    busy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bottleneck:
+    """kind: a pool, or a stage that ran in fewer workers than its pool has. share: how near the run came to this limit.
+
+    stage, operator: where most of its time went. what_if_s: estimated wall time with one more worker.
+    """
+
+    kind: Literal["pool", "stage"]
+    name: str
+    workers: int
+    share: float
+    stage: str
+    operator: str
+    operator_share: float
+    what_if_s: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """One execution of a plan, as measured. Print it for a report; `to_dict` for JSON.
+
+    rows: written, or delivered to the consumer. splits: settled. first_output_s: from the start to the first row written or
+    delivered, None when there was none. peak_rss_bytes: anonymous memory of driver and workers, sampled.
+    """
+
+    name: str
+    engine: str
+    rows: int = 0
+    tally: Tally = field(default_factory=Tally)
+    splits: int = 0
+    wall_s: float = 0.0
+    first_output_s: float | None = None
+    stages: tuple[StageTime, ...] = ()
+    pools: tuple[PoolTime, ...] = ()
+    bottleneck: Bottleneck | None = None
+    peak_in_flight_bytes: int = 0
+    peak_rss_bytes: int = 0
+    budget_bytes: int = 0
+    output_files: int = 0
+    output_bytes: int = 0
+    metrics: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    notes: tuple[str, ...] = ()
+    error: str = ""
+
+    @property
+    def rows_per_s(self) -> float:
+        return self.rows / self.wall_s if self.wall_s > 0 else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: plain numbers, strings, lists and dicts; NaN and infinities as None."""
+        out = _plain(asdict(self))
+        out["rows_per_s"] = _plain(self.rows_per_s)
+        return out
+
+    def __str__(self) -> str:
+        from headrace.observe.report import text
+
+        return text(self)
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<pre>{escape(str(self))}</pre>"
+
+
+@dataclass(slots=True)
+class _StageSum:
+    steps: int = 0
+    busy_s: float = 0.0
+    cpu_s: float = 0.0
+    rows: int = 0
+    bytes: int = 0
+    workers: set[int] = field(default_factory=set[int])
+    ops: dict[int, list[float]] = field(default_factory=dict[int, list[float]])  # op -> [wall_s, rows in, rows out]
+
+
+class RunRecorder:
+    """An observer. `run()` may be called at any time; after RunFinished it is final."""
+
+    def __init__(self) -> None:
+        self._started: RunStarted | None = None
+        self._finished: RunFinished | None = None
+        self._last_s = 0.0
+        self._first_output_s: float | None = None
+        self._tally = Tally()
+        self._splits = 0
+        self._files = 0
+        self._file_bytes = 0
+        self._peak_in_flight = 0
+        self._peak_rss = 0
+        self._stages: dict[int, _StageSum] = {}
+        self._stage_pool: dict[int, str] = {}
+        self._pools: dict[str, list[float]] = {}  # pool -> [busy_s, cpu_s]
+
+    def on_event(self, event: RunEvent) -> None:
+        self._last_s = max(self._last_s, event.at_s)
+        match event:
+            case StepFinished():
+                self._step(event)
+            case SplitSettled():
+                self._splits += 1
+                if event.receipt is not None:
+                    self._files += len(event.receipt.outputs)
+                    self._file_bytes += sum(o.bytes for o in event.receipt.outputs)
+                    if event.receipt.rows:
+                        self._output_at(event.at_s)
+            case MemorySampled():
+                self._peak_in_flight = max(self._peak_in_flight, event.in_flight_bytes)
+                self._peak_rss = max(self._peak_rss, event.rss_bytes)
+            case RunStarted():
+                self._started = event
+            case RunFinished():
+                self._finished = event
+                self._tally = event.tally
+            case _:
+                pass
+
+    def close(self) -> None:
+        """Nothing to restore."""
+
+    def run(self) -> Run:
+        started = self._started or RunStarted(self._last_s, "", "", {}, {}, {}, 0)
+        end_s = self._finished.at_s if self._finished else self._last_s
+        wall_s = max(0.0, end_s - started.at_s)
+        stages = tuple(self._stage_time(started, id) for id in sorted(self._stages))
+        pools = tuple(self._pool_time(name, started.pools[name], wall_s) for name in started.pools)
+        return Run(
+            name=started.name,
+            engine=started.engine,
+            rows=self._tally.written,
+            tally=self._tally,
+            splits=self._splits,
+            wall_s=wall_s,
+            first_output_s=None if self._first_output_s is None else self._first_output_s - started.at_s,
+            stages=stages,
+            pools=pools,
+            bottleneck=find_bottleneck(pools, stages, wall_s),
+            peak_in_flight_bytes=self._peak_in_flight,
+            peak_rss_bytes=self._peak_rss,
+            budget_bytes=started.budget_bytes,
+            output_files=self._files,
+            output_bytes=self._file_bytes,
+            metrics=dict(self._finished.metrics) if self._finished else {},
+            notes=started.notes,
+            error=self._finished.error if self._finished else "",
+        )
+
+    def _step(self, event: StepFinished) -> None:
+        timing = event.timing
+        stage = self._stages.setdefault(event.stage, _StageSum())
+        stage.steps += 1
+        stage.busy_s += timing.wall_s
+        stage.cpu_s += timing.cpu_s
+        stage.rows += event.rows
+        stage.bytes += event.bytes
+        stage.workers.add(event.worker)
+        self._stage_pool.setdefault(event.stage, event.pool)
+        for op in timing.ops:
+            total = stage.ops.setdefault(op.op, [0.0, 0, 0])
+            total[0] += op.wall_s
+            total[1] += op.rows_in
+            total[2] += op.rows_out
+        pool = self._pools.setdefault(event.pool, [0.0, 0.0])
+        pool[0] += timing.wall_s
+        pool[1] += timing.cpu_s
+        self._tally += event.tally
+        if event.tally.written:
+            self._output_at(event.at_s)
+
+    def _output_at(self, at_s: float) -> None:
+        if self._first_output_s is None:
+            self._first_output_s = at_s
+
+    def _stage_time(self, started: RunStarted, id: int) -> StageTime:
+        total = self._stages[id]
+        name, pool = started.stages.get(id, (f"stage {id}", self._stage_pool[id]))
+        order = sorted(total.ops, key=lambda op: (op == -2, op))  # reading, the plan's operators, writing
+        operators = tuple(
+            OperatorTime(op, started.ops.get(op) or OP_NAMES.get(op, f"operator {op}"), wall_s, int(rows_in), int(rows_out))
+            for op in order
+            for wall_s, rows_in, rows_out in [total.ops[op]]
+        )
+        return StageTime(
+            id, name, pool, len(total.workers), total.steps, total.busy_s, total.cpu_s, total.rows, total.bytes, operators
+        )
+
+    def _pool_time(self, name: str, workers: int, wall_s: float) -> PoolTime:
+        busy_s, cpu_s = self._pools.get(name, (0.0, 0.0))
+        return PoolTime(name, workers, busy_s, cpu_s, _share(busy_s, workers, wall_s))
+
+
+@dataclass(frozen=True, slots=True)
+class _Limit:
+    kind: Literal["pool", "stage"]
+    name: str
+    workers: int
+    busy_s: float
+    stages: tuple[StageTime, ...]
+
+    @property
+    def least_s(self) -> float:
+        """The run can't be quicker than this."""
+        return self.busy_s / max(1, self.workers)
+
+
+def find_bottleneck(pools: tuple[PoolTime, ...], stages: tuple[StageTime, ...], wall_s: float) -> Bottleneck | None:
+    """The limit that the run came nearest to, by the model in this module's docstring; None when nothing ran."""
+    limits = [
+        _Limit("pool", p.name, p.workers, p.busy_s, tuple(s for s in stages if s.pool == p.name)) for p in pools
+    ]
+    size = {p.name: p.workers for p in pools}
+    # A stage counts by itself only where it left workers of its pool out: few splits, or few replicas of a model.
+    limits += [_Limit("stage", s.name, s.workers, s.busy_s, (s,)) for s in stages if s.workers < size.get(s.pool, 0)]
+    nearest = max(limits, key=lambda limit: limit.least_s, default=None)  # the pool first where both are as near
+    if nearest is None or nearest.busy_s <= 0 or wall_s <= 0:
+        return None
+    relieved_s = max(limit.busy_s / (limit.workers + 1) if limit is nearest else limit.least_s for limit in limits)
+    operators: dict[str, float] = {}
+    for stage in nearest.stages:
+        for op in stage.operators or (OperatorTime(-3, stage.name, stage.busy_s, 0, 0),):
+            operators[op.name] = operators.get(op.name, 0.0) + op.wall_s
+    operator = max(operators, key=lambda name: operators[name])
+    return Bottleneck(
+        kind=nearest.kind,
+        name=nearest.name,
+        workers=nearest.workers,
+        share=_share(nearest.busy_s, nearest.workers, wall_s),
+        stage=max(nearest.stages, key=lambda s: s.busy_s).name,
+        operator=operator,
+        operator_share=min(1.0, operators[operator] / nearest.busy_s),
+        what_if_s=max(0.0, wall_s - nearest.least_s + min(nearest.least_s, relieved_s)),
+    )
+
+
+def _share(busy_s: float, workers: int, wall_s: float) -> float:
+    return min(1.0, busy_s / (wall_s * max(1, workers))) if wall_s > 0 else 0.0
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(v) for v in value]
+    if hasattr(value, "tolist"):  # NumPy scalars and arrays
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -1,0 +1,225 @@
+"""From operators to stages and routes: where the plan is cut, in what order a stage takes its blocks, what travels.
+
+Two routes may come out. `fused`: a split is read, computed and (if no device is needed) written in one stage. `spread`: reading
+apart from computing, so that several workers share one split. A row's way does not change what becomes of it: operators are
+defined on the split's stream of blocks, and cuts between blocks depend on the input alone.
+
+Invariant: stage ids grow along every route (the scheduler's "downstream first" is "highest id first").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from headrace.core.options import BlockLimits
+from headrace.core.resources import CPU_POOL
+from headrace.core.stages import End, Order, Route, Stage
+from headrace.plan.columns import ALL, Columns, needs
+from headrace.plan.nodes import Apply, Evaluate, FilterExpr, Limit, MapBatches, MapRows, Op, Plan, Predict, Project, Reshape
+
+ALIGN_MAX_ROWS = 16_384  # beyond this, aligned blocks would be too big: batches are cut in sequence instead
+MODEL_ROWS = 256  # rows worth gathering for a model whose batch size is "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class PhysicalPlan:
+    """stages, routes: see core.stages. limits: how the reader cuts blocks. pools: those that stages use."""
+
+    plan: Plan
+    stages: tuple[Stage, ...]
+    routes: tuple[Route, ...]
+    limits: BlockLimits
+
+    @property
+    def pools(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((CPU_POOL, *(s.pool for s in self.stages))))
+
+
+@dataclass(slots=True)
+class _Cut:
+    """A stage before it has an id."""
+
+    first: int
+    stop: int
+    order: Order
+    pool: str = CPU_POOL
+    model: bool = False
+    max_workers: int | None = None
+    limit: int | None = None
+    batch_rows: int = MODEL_ROWS
+    end: End = End.NEXT
+
+
+def make_physical(plan: Plan, *, delivers: bool, pool_of: Callable[[Predict], str], at_end: Columns = ALL) -> PhysicalPlan:
+    """Cut the plan. pool_of: the pool of a model ("cpu", or a device's). delivers: blocks go to a consumer, not a sink."""
+    ops = plan.ops
+    aligned, multiple = _alignment(ops)
+    cutter = _Cutter(ops, aligned, delivers, pool_of)
+    fused, spread = cutter.route(spread=False), cutter.route(spread=True)
+    routes = {"fused": fused, "spread": spread}
+    if fused == spread:
+        routes = {"fused": fused}
+    elif delivers:  # rows are delivered in order, so several workers on one split beat one worker on each
+        routes = {"spread": spread}
+    cuts: list[_Cut] = []
+    for cut in (c for route in routes.values() for c in route):
+        if cut not in cuts:
+            cuts.append(cut)
+    cuts.sort(key=lambda c: (c.stop, c.first, c.order is not Order.SOURCE))
+    wanted = needs(ops, at_end)
+    stages = tuple(_stage(i, cut, plan, wanted) for i, cut in enumerate(cuts))
+    stages = tuple(_with_transient(s, cuts, stages, routes, wanted) for s in stages)
+    made = tuple(Route(name, tuple(cuts.index(c) for c in route)) for name, route in routes.items())
+    return PhysicalPlan(plan, stages, made, BlockLimits(rows_multiple=multiple))
+
+
+def _alignment(ops: Sequence[Op]) -> tuple[frozenset[int], int]:
+    """Operators whose batches never straddle a block if the reader cuts at a multiple of rows, and that multiple."""
+    aligned: list[int] = []
+    multiple = 1
+    for i, op in enumerate(ops):
+        if isinstance(op, MapBatches):
+            if op.batch_rows is None:
+                break  # it may change the number of rows
+            both = math.lcm(multiple, op.batch_rows)
+            if both > ALIGN_MAX_ROWS:
+                break
+            multiple = both
+            aligned.append(i)
+            break  # rows may be added or dropped from here on
+        if not isinstance(op, Project | Reshape | MapRows | Apply | Predict | Evaluate):
+            break
+    return frozenset(aligned), multiple
+
+
+def is_light(op: Op) -> bool:
+    """Work that is not worth a trip to another worker."""
+    return isinstance(op, Project | Reshape | FilterExpr | Evaluate | Limit)
+
+
+class _Cutter:
+    def __init__(self, ops: Sequence[Op], aligned: frozenset[int], delivers: bool, pool_of: Callable[[Predict], str]) -> None:
+        self.ops = ops
+        self.aligned = aligned
+        self.delivers = delivers
+        self.pool_of = pool_of
+
+    def route(self, *, spread: bool) -> list[_Cut]:
+        """The stages of one route, without ids."""
+        cuts = [_Cut(0, 0, Order.SOURCE)]
+        for i, op in enumerate(self.ops):
+            last = cuts[-1]
+            if isinstance(op, Limit):
+                cuts.append(_Cut(i, i + 1, Order.GLOBAL, limit=op.rows))
+            elif self._alone(op):
+                cuts.append(self._model_cut(i, op) if isinstance(op, Predict) else self._capped_cut(i, op))
+            elif self._joins(last, op, i, spread):
+                last.stop = i + 1
+            else:
+                order = Order.FREE if self._free(i) else Order.SPLIT
+                cuts.append(_Cut(i, i + 1, order))
+        return self._finish(cuts, spread)
+
+    def _alone(self, op: Op) -> bool:
+        if isinstance(op, Predict):
+            return self.pool_of(op) != CPU_POOL or op.replicas is not None
+        return isinstance(op, MapBatches) and op.max_workers is not None
+
+    def _model_cut(self, i: int, op: Predict) -> _Cut:
+        rows = op.batch_rows or MODEL_ROWS
+        return _Cut(i, i + 1, Order.FREE, self.pool_of(op), model=True, max_workers=op.replicas, batch_rows=rows)
+
+    def _capped_cut(self, i: int, op: Op) -> _Cut:
+        assert isinstance(op, MapBatches)
+        return _Cut(i, i + 1, Order.FREE if self._free(i) else Order.SPLIT, max_workers=op.max_workers)
+
+    def _free(self, i: int) -> bool:
+        """May operator i work on each block by itself?"""
+        op = self.ops[i]
+        return not isinstance(op, MapBatches) or op.batch_rows is None or i in self.aligned
+
+    def _joins(self, last: _Cut, op: Op, i: int, spread: bool) -> bool:
+        """May operator i run in the stage that is being built?"""
+        if last.model or last.max_workers is not None:
+            return False
+        if last.order is Order.GLOBAL:
+            return is_light(op)
+        if last.order is Order.SOURCE:
+            return is_light(op) or not spread
+        if last.order is Order.FREE:
+            return self._free(i)
+        return True  # a sequence can do anything
+
+    def _finish(self, cuts: list[_Cut], spread: bool) -> list[_Cut]:
+        """Give the route its end: a consumer takes blocks from any stage, a sink wants them in sequence."""
+        last = cuts[-1]
+        if self.delivers:
+            last.end = End.DELIVER
+            return cuts
+        if last.order is Order.FREE and not last.model and last.max_workers is None:
+            if not spread and not self._heavy(last):
+                last.order = Order.SPLIT  # light work after a model: the writer does it
+            else:
+                cut = last.stop
+                while cut > last.first + 1 and is_light(self.ops[cut - 1]):
+                    cut -= 1
+                if self._heavy(last):
+                    cuts.append(_Cut(cut, last.stop, Order.SPLIT))
+                    last.stop = cut
+                else:
+                    last.order = Order.SPLIT
+        elif last.order is Order.FREE or last.max_workers is not None:
+            cuts.append(_Cut(last.stop, last.stop, Order.SPLIT))
+        cuts[-1].end = End.SINK
+        return cuts
+
+    def _heavy(self, cut: _Cut) -> bool:
+        return any(not is_light(op) for op in self.ops[cut.first : cut.stop])
+
+
+def _stage(id: int, cut: _Cut, plan: Plan, wanted: Sequence[Columns]) -> Stage:
+    names = [op.name for op in plan.ops[cut.first : cut.stop]]
+    if cut.order is Order.SOURCE:
+        names.insert(0, plan.read.name)
+    if cut.end is End.SINK and plan.write is not None:
+        names.append(plan.write.name)
+    columns_in = keep = None
+    if cut.model:
+        op = plan.ops[cut.first]
+        assert isinstance(op, Predict)
+        after = wanted[cut.stop]
+        columns_in = op.inputs or None
+        if isinstance(after, frozenset):
+            keep = tuple(sorted(after - set(op.output)))
+    return Stage(
+        id=id,
+        name=" > ".join(names) or "pass",
+        pool=cut.pool,
+        order=cut.order,
+        end=cut.end,
+        first=cut.first,
+        stop=cut.stop,
+        model=cut.model,
+        columns_in=columns_in,
+        keep=keep,
+        max_workers=cut.max_workers,
+        limit=cut.limit,
+        batch_rows=cut.batch_rows,
+    )
+
+
+def _with_transient(
+    stage: Stage, cuts: Sequence[_Cut], stages: Sequence[Stage], routes: dict[str, list[_Cut]], wanted: Sequence[Columns]
+) -> Stage:
+    """Name the columns of a stage's output that only the next stage, a model, reads."""
+    for route in routes.values():
+        ids = [cuts.index(c) for c in route]
+        if stage.id not in ids[:-1] or stage.model:
+            continue
+        following = stages[ids[ids.index(stage.id) + 1]]
+        after = wanted[following.stop]
+        if following.model and following.columns_in is not None and isinstance(after, frozenset):
+            return replace(stage, transient=tuple(c for c in following.columns_in if c not in after))
+    return stage

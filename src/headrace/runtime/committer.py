@@ -1,0 +1,54 @@
+"""Committer: what is settled, counted once. Receipts and accumulator states come in per split, run totals go out.
+
+Invariants: a split's states join the totals only when it settles; a cancelled split leaves nothing. The run log joins here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from headrace.contracts.accumulator import Accumulator
+from headrace.core.receipts import Tally
+from headrace.scheduler.messages import Settle
+
+
+class Committer:
+    """Memory: states of open splits and one total per metric, whatever the number of splits."""
+
+    def __init__(self, accumulators: Mapping[str, Accumulator]) -> None:
+        self._accumulators = dict(accumulators)
+        self._open: dict[int, dict[str, Any]] = {}
+        self._totals: dict[str, Any] = {}
+        self.tally = Tally()
+        self.splits = 0
+        self.outputs = 0
+        self.output_bytes = 0
+
+    def add(self, split: int, states: Mapping[str, Any]) -> None:
+        """Merge accumulator states that a step of this split answered."""
+        if states:
+            self._merge(self._open.setdefault(split, {}), states)
+
+    def settle(self, done: Settle) -> None:
+        states = self._open.pop(done.split.index, None)
+        if done.cancelled:
+            return
+        self.splits += 1
+        self.tally = self.tally + done.tally
+        if states:
+            self._merge(self._totals, states)
+        if done.receipt is not None:
+            self.outputs += len(done.receipt.outputs)
+            self.output_bytes += sum(o.bytes for o in done.receipt.outputs)
+
+    def _merge(self, into: dict[str, Any], states: Mapping[str, Any]) -> None:
+        for name, state in states.items():
+            into[name] = self._accumulators[name].merge(into[name], state) if name in into else state
+
+    def results(self) -> dict[str, Any]:
+        """Each accumulator's result; that of no rows when none came."""
+        return {
+            name: accumulator.result(self._totals.get(name, accumulator.zero()))
+            for name, accumulator in self._accumulators.items()
+        }

@@ -1,0 +1,503 @@
+"""What starts next: the scheduler's queues and pools, and the choice of work for workers that have room.
+
+Stages are looked at from the end of the plan to its start, so the work closest to commit goes first; within a stage the
+oldest split goes first. One pass is enough: starting a stage's work only takes blocks from its own queue, which may let
+earlier stages (looked at later) start, and takes room and workers, which can't let later stages start.
+
+`machine.py` builds on this and says what becomes of the answers. Nothing here handles an event.
+
+Invariants: `waiting` counts the blocks in lists that wait for a stage; after `_dispatch` no worker is idle while there is
+admitted work that it may do.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from heapq import heappop, heappush
+
+from headrace.core.errors import InternalError
+from headrace.core.refs import BlockRef
+from headrace.core.resources import CPU_POOL
+from headrace.core.splits import Split
+from headrace.core.stages import End, Order, Route, Stage
+from headrace.core.steps import Advance, Apply, Step
+from headrace.scheduler.messages import Command, Finish, Limits, ListSplits, SchedulerPlan, Submit
+from headrace.scheduler.policy.admission import may_produce, producers_wanted, queue_target, within_budget
+from headrace.scheduler.policy.routing import prefer_fused
+from headrace.scheduler.state import (
+    DELIVER_STAGE,
+    MAX_DEPTH,
+    CursorEntry,
+    CursorState,
+    Node,
+    PoolState,
+    QueueEntry,
+    SplitState,
+    WorkerState,
+)
+
+SHORT_STEP_S = 0.005  # below this a round trip (about 0.3 ms) matters, so a second step is queued ahead
+FEED_BLOCKS = 16  # blocks given to a sequential cursor in one step
+APPLY_BYTES = 32 << 20  # a model step gathers blocks up to this much, or the stage's batch_rows
+APPLY_BLOCKS = 64
+FRONT_BLOCKS = 4  # blocks that may wait ahead of a split's front before it, too, has to obey full queues
+OPEN_PER_WORKER = 4  # open splits per worker, beyond 16: a bound for splits that wait for others, as behind a limit
+
+
+class Measure:
+    """Moving averages of a stage.
+
+    make_s, take_s: seconds per block made and taken. step_s: seconds per step. made_bytes: bytes made per step.
+    made_rows: rows per block made (0.0: not measured). unfinished: share of steps after which the cursor went on.
+    """
+
+    __slots__ = ("made_bytes", "made_rows", "make_s", "step_s", "take_s", "unfinished")
+
+    def __init__(self, block_bytes: int) -> None:
+        self.make_s = 0.0
+        self.take_s = 0.0
+        self.step_s = 0.0
+        self.made_bytes = float(block_bytes)
+        self.made_rows = 0.0
+        self.unfinished = 1.0
+
+    def update(self, wall_s: float, taken: int, outputs: tuple[BlockRef, ...], finished: bool) -> None:
+        """Take in one step's answer."""
+        self.step_s = _blend(self.step_s, wall_s)
+        self.unfinished += 0.3 * ((not finished) - self.unfinished)
+        if taken:
+            self.take_s = _blend(self.take_s, wall_s / taken)
+        if outputs:
+            made = len(outputs)
+            size = rows = 0
+            for block in outputs:
+                rows += block.rows
+                for part in block.parts:
+                    size += part.bytes
+            self.make_s = _blend(self.make_s, wall_s / made)
+            self.made_bytes = _blend(self.made_bytes, float(size))
+            self.made_rows = _blend(self.made_rows, rows / made)
+
+
+def _blend(old: float, new: float) -> float:
+    return new if old == 0.0 else old * 0.7 + new * 0.3
+
+
+StepEntry = tuple[Step, tuple[Node, ...], CursorEntry | None, int]  # (step, an Apply's nodes, an Advance's cursor, reserved)
+
+
+class Dispatcher:
+    """The scheduler's tables and its choices. Public state is for invariants, display and tests."""
+
+    def __init__(self, plan: SchedulerPlan, limits: Limits | None = None) -> None:
+        self.plan = plan
+        self.limits = limits or Limits()
+        self.stages = plan.stages
+        self.following = {route.name: self._follow(route) for route in plan.routes}
+        self.downstream_first = tuple(sorted(plan.stages, key=lambda s: -s.id))  # stage ids grow along every route
+        self.workers: dict[int, WorkerState] = {}
+        self.pools: dict[str, PoolState] = {name: PoolState() for name in {CPU_POOL, *plan.pools, *(s.pool for s in plan.stages)}}
+        self.pending: deque[Split] = deque()
+        self.pending_bytes = 0
+        self.open: dict[int, SplitState] = {}  # oldest first
+        self.listed = 0
+        self.settled = 0
+        self.listing = False
+        self.enough = any(s.limit == 0 for s in plan.stages)  # a limit is reached: no further split counts
+        self.listing_done = self.enough
+        self.shared: dict[int, list[QueueEntry]] = {s.id: [] for s in plan.stages}  # blocks of free stages, unbound cursors
+        self.bound: dict[int, list[QueueEntry]] = {s.id: [] for s in plan.stages}  # cursors that have their worker
+        self.waiting: dict[int, int] = {s.id: 0 for s in plan.stages} | {DELIVER_STAGE: 0}
+        self.producing: dict[int, int] = {s.id: 0 for s in plan.stages}
+        self.stage_workers: dict[int, set[int]] = {s.id: set() for s in plan.stages if s.max_workers is not None}
+        self.measures = {s.id: Measure(self.limits.block_bytes) for s in plan.stages}
+        self.steps: dict[int, StepEntry] = {}
+        self.in_flight = 0
+        self.reserved = 0
+        self.passed = {s.id: 0 for s in plan.stages if s.limit is not None}
+        self.consumer_waiting = 0
+        self.finished = False
+        self._next_step = 0
+        self._next_cursor = 0
+        self._tie = 0
+        self._out: list[Command] = []
+
+    # ---------------------------------------------------------------- the pass
+
+    def _dispatch(self) -> None:
+        self._ask_for_splits()
+        for stage in self.downstream_first:
+            if (self.bound[stage.id] or self.shared[stage.id]) and self.pools[stage.pool].has_room:
+                self._start_stage(stage)
+        if self.pending:
+            self._open_splits()
+        if self.listing_done and not self.pending and not self.open:
+            self.finished = True
+            self._out.append(Finish())
+        elif not self.steps:
+            self._explain_stillness()
+
+    def _ask_for_splits(self) -> None:
+        if self.listing or self.listing_done:
+            return
+        ahead = 2 * max(1, len(self.pools[CPU_POOL].workers)) + 2
+        if len(self.pending) < ahead:
+            self.listing = True
+            self._out.append(ListSplits(2 * ahead))
+
+    def _start_stage(self, stage: Stage) -> None:
+        """Start what this stage may start, the oldest first."""
+        while True:
+            bound, shared = self._top_bound(stage.id), self._top_shared(stage.id)
+            if bound is not None and (shared is None or bound < shared):
+                started = self._start_bound(stage, bound) or (shared is not None and self._start_shared(stage, shared))
+            elif shared is not None:
+                started = self._start_shared(stage, shared) or (bound is not None and self._start_bound(stage, bound))
+            else:
+                return
+            if not started:
+                return
+
+    def _start_bound(self, stage: Stage, entry: QueueEntry) -> bool:
+        cursor = entry[3]
+        assert isinstance(cursor, CursorEntry)
+        assert cursor.worker is not None
+        if not self._admit(stage, cursor.node):
+            return False
+        heappop(self.bound[stage.id])
+        self._submit_advance(self.workers[cursor.worker], cursor)
+        return True
+
+    def _start_shared(self, stage: Stage, entry: QueueEntry) -> bool:
+        worker = self._pick(stage)
+        if worker is None:
+            return False
+        item = entry[3]
+        if isinstance(item, CursorEntry):
+            if not self._admit(stage, item.node):
+                return False
+            heappop(self.shared[stage.id])
+            self._submit_advance(worker, item)
+            return True
+        if not self._admit(stage, item):
+            return False
+        if stage.model:
+            self._submit_apply(worker, stage)
+            return True
+        heappop(self.shared[stage.id])
+        self.waiting[stage.id] -= 1
+        cursor = self._new_cursor(stage, item.split)
+        assert item.block is not None
+        cursor.fed = (item.block,)
+        cursor.node.key = item.key
+        item.split.replace(item, cursor.node)
+        self._submit_advance(worker, cursor)
+        return True
+
+    def _pick(self, stage: Stage) -> WorkerState | None:
+        """Who shall do a shared piece of this stage's work: with max_workers, its own workers as far as they are free."""
+        pool = self.pools[stage.pool]
+        if stage.max_workers is None:
+            return pool.pick()
+        members = self.stage_workers[stage.id]
+        free = [w for i in members if (w := self.workers.get(i)) is not None and w.place is not None]
+        best = min(free, key=lambda w: len(w.running), default=None)
+        if len(members) >= stage.max_workers or (best is not None and not best.running):
+            return best
+        other = pool.pick()
+        return other if best is None or (other is not None and not other.running) else best
+
+    def _explain_stillness(self) -> None:
+        """Nothing runs: something will come (a worker, the listing, the consumer), or the fault is ours."""
+        if not self.open and not self.pending:
+            return
+        if self.consumer_waiting or any(not self.pools[pool].workers for pool in self.plan.pools):
+            return
+        waits = ", ".join(f"{self.stages[s].name}: {n}" for s, n in self.waiting.items() if n and s != DELIVER_STAGE)
+        raise InternalError(f"the run has stalled with {len(self.open)} open splits ({waits or 'no block waits'})")
+
+    # ---------------------------------------------------------------- admission
+
+    def _admit(self, stage: Stage, node: Node) -> bool:
+        """May this stage make blocks now, from this place of its split?
+
+        The front of a split is admitted past full queues, that of the oldest split past the memory budget too.
+        """
+        if stage.end is End.SINK:
+            return True
+        following = node.split.following[stage.id]
+        assert following is not None
+        room = self._room_for(stage)
+        if room and self._queues_allow(stage, following):
+            return True
+        if not room and node.split is not next(iter(self.open.values())):
+            return False
+        return self._is_front(node, stage)
+
+    def _queues_allow(self, stage: Stage, following: int) -> bool:
+        waiting = self.waiting[following]
+        if following == DELIVER_STAGE:
+            return waiting < queue_target(CPU_POOL, len(self.pools[CPU_POOL].workers))
+        consumer = self.stages[following]
+        pool = self.pools[consumer.pool]
+        count = len(pool.workers)
+        if consumer.pool == stage.pool:
+            return waiting < queue_target(consumer.pool, count)
+        measure = self.measures[stage.id]
+        per_step = 1
+        if consumer.model and measure.made_rows:
+            per_step = min(APPLY_BLOCKS, max(1, round(consumer.batch_rows / measure.made_rows)))
+        return may_produce(
+            waiting=waiting,
+            target=queue_target(consumer.pool, count, per_step),
+            producing=self.producing[stage.id],
+            wanted=producers_wanted(count, measure.make_s, self.measures[following].take_s),
+            starving=pool.starving,
+        )
+
+    def _room_for(self, stage: Stage) -> bool:
+        return within_budget(
+            in_flight=self.in_flight,
+            reserved=self.reserved,
+            expected=int(self.measures[stage.id].made_bytes),
+            budget=self.limits.budget_bytes,
+        )
+
+    def _is_front(self, node: Node, stage: Stage) -> bool:
+        """Nothing of the split stands before the node but markers and at most a few blocks that wait for later stages."""
+        before = node.prev
+        blocks = 0
+        while before is not None and before is not node.split.head:
+            if before.cursor is not None:
+                if not before.cursor.sequential:
+                    return False
+            elif (before.stage != DELIVER_STAGE and before.stage <= stage.id) or blocks >= FRONT_BLOCKS:
+                return False
+            else:
+                blocks += 1
+            before = before.prev
+        return True
+
+    # ---------------------------------------------------------------- opening splits
+
+    def _open_splits(self) -> None:
+        """New splits for workers that have nothing else to do and read no other split."""
+        while self.pending:
+            route = self._route_of_next()
+            stage = self.stages[route.stages[0]]
+            worker = self._pick_reader(stage)
+            if worker is None or not self._may_open(route, stage):
+                return
+            self._open_next(worker, route)
+
+    def _pick_reader(self, stage: Stage) -> WorkerState | None:
+        """A worker that reads no split; where a split is one short step, also one that is about to end its own."""
+        idle, _, busy, busy_reading = self.pools[stage.pool].places
+        for place in (idle, busy):
+            if place:
+                return next(iter(place.values()))
+        if busy_reading and self.measures[stage.id].unfinished < 0.25:
+            worker = next(iter(busy_reading.values()))
+            if worker.sources < MAX_DEPTH:
+                return worker
+        return None
+
+    def _may_open(self, route: Route, stage: Stage) -> bool:
+        if not self.open or stage.end is End.SINK:
+            return True
+        if len(self.open) >= OPEN_PER_WORKER * len(self.workers) + 16:
+            return False
+        following = self.following[route.name][stage.id]
+        assert following is not None
+        return self._queues_allow(stage, following) and self._room_for(stage)
+
+    def _route_of_next(self) -> Route:
+        routes = self.plan.routes
+        if len(routes) == 1:
+            return routes[0]
+        split = self.pending[0]
+        fused = prefer_fused(
+            split_bytes=split.bytes,
+            left_bytes=self.pending_bytes - split.bytes,
+            left_splits=len(self.pending) - 1,
+            listing_done=self.listing_done,
+            workers=len(self.pools[CPU_POOL].workers),
+        )
+        return routes[0] if fused else routes[-1]
+
+    def _open_next(self, worker: WorkerState, route: Route) -> None:
+        split = self.pending.popleft()
+        self.pending_bytes -= split.bytes
+        state = SplitState(split, 1, self.following[route.name])
+        self.open[split.index] = state
+        for stage_id in reversed(route.stages[1:]):
+            stage = self.stages[stage_id]
+            if stage.order is Order.SPLIT or stage.order is Order.GLOBAL:
+                marker = self._new_cursor(stage, state)
+                state.markers[stage_id] = marker
+                state.insert_before(state.tail, marker.node)
+        source = self._new_cursor(self.stages[route.stages[0]], state)
+        state.source = source
+        state.insert_before(state.tail, source.node)
+        worker.sources += 1
+        self._submit_advance(worker, source)
+
+    # ---------------------------------------------------------------- submitting
+
+    def _new_cursor(self, stage: Stage, split: SplitState) -> CursorEntry:
+        self._next_cursor += 1
+        cursor = CursorEntry(self._next_cursor, stage, split)
+        split.cursors[cursor.id] = cursor
+        return cursor
+
+    def _submit_advance(self, worker: WorkerState, cursor: CursorEntry) -> None:
+        stage, split = cursor.stage, cursor.split
+        end = self._feed(cursor) if cursor.sequential else True
+        named = not cursor.started and (stage.order is Order.SOURCE or stage.end is End.SINK)
+        self._next_step += 1
+        step = Advance(
+            self._next_step,
+            worker.id,
+            stage.id,
+            cursor.id,
+            split.index,
+            split.attempt,
+            split.split if named else None,
+            cursor.fed,
+            end,
+            self.limits.credit_bytes,
+            self.limits.slice_s,
+            None if stage.limit is None else max(0, stage.limit - self.passed[stage.id]),
+        )
+        cursor.started = True
+        cursor.more = False
+        cursor.end_sent = end
+        cursor.worker = worker.id
+        cursor.state = CursorState.RUNNING
+        self._submit(worker, stage, step, (), cursor)
+
+    def _feed(self, cursor: CursorEntry) -> bool:
+        """Take the blocks that follow the marker into `fed`; true when no input will come after them."""
+        fed: list[BlockRef] = []
+        split = cursor.split
+        node = cursor.node.next
+        assert node is not None
+        while len(fed) < FEED_BLOCKS and node.block is not None and node.stage == cursor.stage.id:
+            fed.append(node.block)
+            self.waiting[node.stage] -= 1
+            following = node.next
+            assert following is not None
+            split.unlink(node)
+            node = following
+        cursor.fed = tuple(fed)
+        return node is split.tail and split.source_done
+
+    def _submit_apply(self, worker: WorkerState, stage: Stage) -> None:
+        """Gather the oldest blocks for one step; past the budget, only the one that was admitted."""
+        most = APPLY_BLOCKS if self._room_for(stage) else 1
+        nodes: list[Node] = []
+        rows = size = 0
+        while len(nodes) < most and rows < stage.batch_rows and size < APPLY_BYTES:
+            entry = self._top_shared(stage.id)
+            if entry is None:
+                break
+            node = entry[3]
+            assert isinstance(node, Node)
+            assert node.block is not None
+            heappop(self.shared[stage.id])
+            self.waiting[stage.id] -= 1
+            node.running = True
+            nodes.append(node)
+            rows += node.block.rows
+            size += node.block.bytes
+        self._next_step += 1
+        step = Apply(
+            self._next_step,
+            worker.id,
+            stage.id,
+            tuple(n.block for n in nodes if n.block is not None),
+            tuple((n.split.index, n.split.attempt) for n in nodes),
+        )
+        self._submit(worker, stage, step, tuple(nodes), None)
+
+    def _submit(
+        self, worker: WorkerState, stage: Stage, step: Step, nodes: tuple[Node, ...], cursor: CursorEntry | None
+    ) -> None:
+        reserved = 0 if stage.end is End.SINK else int(self.measures[stage.id].made_bytes)
+        self.reserved += reserved
+        self.producing[stage.id] += 1
+        if stage.max_workers is not None:
+            self.stage_workers[stage.id].add(worker.id)
+        self.steps[step.id] = (step, nodes, cursor, reserved)
+        worker.running[step.id] = step
+        self._file(worker)
+        self._out.append(Submit(step))
+
+    # ---------------------------------------------------------------- workers
+
+    def _file(self, worker: WorkerState) -> None:
+        """File the worker by the room that it has; what was parked at it is in the queue again when it has some."""
+        self.pools[worker.pool].file(worker, self._depth(worker))
+        if worker.parked and worker.place is not None:
+            for entry in worker.parked:
+                item = entry[3]
+                assert isinstance(item, CursorEntry)
+                heappush(self.bound[item.stage.id], entry)
+            worker.parked.clear()
+
+    def _depth(self, worker: WorkerState) -> int:
+        """Steps that the worker may hold: a device's next one waits there, and a short one's successor."""
+        if worker.pool != CPU_POOL:
+            return MAX_DEPTH
+        for step in worker.running.values():
+            return MAX_DEPTH if 0.0 < self.measures[step.stage].step_s < SHORT_STEP_S else 1
+        return 1
+
+    # ---------------------------------------------------------------- queues
+
+    def _queue(self, cursor: CursorEntry) -> None:
+        """A runnable cursor: to its own worker once it has one, else to anybody."""
+        cursor.state = CursorState.QUEUED
+        heaps = self.shared if cursor.worker is None else self.bound
+        self._tie += 1
+        heappush(heaps[cursor.stage.id], (cursor.split.index, cursor.node.key, self._tie, cursor))
+
+    def _queue_block(self, node: Node) -> None:
+        self._tie += 1
+        heappush(self.shared[node.stage], (node.split.index, node.key, self._tie, node))
+
+    def _top_shared(self, stage: int) -> QueueEntry | None:
+        """The oldest runnable item; entries made void by a cancel are dropped on the way."""
+        heap = self.shared[stage]
+        while heap:
+            item = heap[0][3]
+            alive = not item.gone if isinstance(item, Node) else item.state is CursorState.QUEUED
+            if alive:
+                return heap[0]
+            heappop(heap)
+        return None
+
+    def _top_bound(self, stage: int) -> QueueEntry | None:
+        """The oldest runnable cursor whose worker has room; others are parked at their workers on the way."""
+        heap = self.bound[stage]
+        while heap:
+            cursor = heap[0][3]
+            assert isinstance(cursor, CursorEntry)
+            assert cursor.worker is not None
+            entry = heap[0]
+            if cursor.state is CursorState.QUEUED:
+                worker = self.workers[cursor.worker]
+                if worker.place is not None:
+                    return entry
+                worker.parked.append(entry)
+            heappop(heap)
+        return None
+
+    # ---------------------------------------------------------------- tables made once
+
+    def _follow(self, route: Route) -> dict[int, int | None]:
+        following: dict[int, int | None] = {}
+        for here, there in zip(route.stages, (*route.stages[1:], None), strict=True):
+            ends = self.plan.stages[here].end
+            following[here] = DELIVER_STAGE if ends is End.DELIVER else there
+        return following

@@ -1,0 +1,81 @@
+"""What every substrate needs of its workers: a body's shape, how it is made, a guard around a step, the cores.
+
+No substrate imports the real body at its top: it is looked up when a run starts, and tests and plug-ins may pass a
+factory of their own. Invariant: whatever a body raises, a step gets exactly one answer.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from headrace.contracts.substrate import BlockStore
+from headrace.core.errors import HeadraceError, InternalError, UserCodeError
+from headrace.core.resources import WorkerSpec
+from headrace.core.steps import Step, StepDone, StepFailed
+
+
+class Body(Protocol):
+    """What runs a worker's steps, one at a time."""
+
+    def run(self, step: Step) -> StepDone | StepFailed: ...
+
+    def discard(self, cursor: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+BodyFactory = Callable[[Any, WorkerSpec, BlockStore], Body]
+
+
+def default_body(program: Any, spec: WorkerSpec, store: BlockStore) -> Body:
+    """The body that runs a `worker.program.Program`."""
+    from headrace.worker.body import WorkerBody
+
+    return WorkerBody(program, spec, store)
+
+
+def run_guarded(body: Body, step: Step, *, interruptible: bool = False) -> StepDone | StepFailed:
+    """body.run, with anything that escapes it turned into StepFailed.
+
+    interruptible: the step runs in the caller's own thread, where Ctrl-C belongs to the caller.
+    """
+    try:
+        return body.run(step)
+    except KeyboardInterrupt as exc:
+        if interruptible:
+            raise
+        return StepFailed(step.id, step.worker, _as_error(exc))
+    except BaseException as exc:
+        return StepFailed(step.id, step.worker, _as_error(exc))
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def describe_exception(exc: BaseException) -> str:
+    """One line that names the exception."""
+    return "".join(traceback.format_exception_only(exc)).strip()
+
+
+def _as_error(exc: BaseException) -> HeadraceError:
+    if isinstance(exc, HeadraceError):
+        return exc
+    frames = "".join(traceback.format_exception(exc))
+    if isinstance(exc, Exception):
+        return InternalError(
+            f"a step failed outside user code: {describe_exception(exc)}",
+            frames=frames,
+            hint="this is a fault of Headrace; please report it with the frames above",
+        )
+    return UserCodeError(
+        f"the code of this step tried to end its worker: {describe_exception(exc)}",
+        frames=frames,
+        hint="raise an ordinary exception instead of calling sys.exit() or raising KeyboardInterrupt",
+    )

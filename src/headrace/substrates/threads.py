@@ -1,0 +1,204 @@
+"""Workers as threads of this process. Blocks are record batches handed on as they are: nothing is copied.
+
+Right when the code releases the GIL (pyarrow, image decoders, torch, NumPy) and on free-threaded Python.
+Each worker has an inbox; all answer into one outbox, on which `wait` blocks. Bodies are constructed one at a time,
+because two threads that import the same package for the first time at once can see it half initialised.
+
+A thread cannot be killed: `stop` lets running steps finish, and waits `STOP_WAIT_S` for them. A thread that is still
+busy then is left behind; it is a daemon, answers nobody, and ends after its step or with the process.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from headrace.core.refs import BlockRef, PartRef
+from headrace.core.resources import CPU_POOL, WorkerSpec
+from headrace.core.steps import Discard, PartsFreed, Step, SubstrateEvent, WorkerLost, WorkerUp
+from headrace.substrates.blocks import anonymous_bytes
+from headrace.substrates.bodies import BodyFactory, default_body, describe_exception, run_guarded, usable_cores
+from headrace.substrates.inline import LocalStore, fetch_local
+
+STOP_WAIT_S = 30.0  # a step is about a second (Advance.credit_s); a model's batch may take many
+
+
+class ThreadsSubstrate:
+    """One thread per worker. cores: what their native thread pools share, None for all usable ones."""
+
+    name = "threads"
+
+    def __init__(self, *, body_factory: BodyFactory | None = None, cores: int | None = None) -> None:
+        self._factory = body_factory or default_body
+        self._cores = cores or usable_cores()
+        self._program: Any = None
+        self._threads: dict[int, _WorkerThread] = {}
+        self._next_id = itertools.count(1).__next__
+        self._outbox: queue.SimpleQueue[SubstrateEvent | None] = queue.SimpleQueue()  # None: a wake
+        self._construction = threading.Lock()
+        self._limits: NativeLimits | None = None
+        self._stopped = False
+
+    def start(self, program: Any, workers: Sequence[WorkerSpec]) -> None:
+        self._program = program
+        busy = sum(1 for w in workers if w.pool == CPU_POOL) or len(workers) or 1
+        self._limits = NativeLimits(max(1, self._cores // busy))
+        self._limits.apply()
+        for spec in workers:
+            self.add_worker(spec)
+
+    def add_worker(self, worker: WorkerSpec) -> None:
+        thread = _WorkerThread(
+            worker,
+            lambda store: self._factory(self._program, worker, store),
+            LocalStore(worker.id, self._next_id),
+            self._outbox,
+            self._construction,
+            self._limits,
+        )
+        self._threads[worker.id] = thread
+        thread.start()
+
+    def submit(self, step: Step | Discard) -> None:
+        if not self._stopped:
+            self._threads[step.worker].inbox.put(step)
+
+    def release(self, parts: Sequence[PartRef]) -> None:
+        if parts:
+            self._outbox.put(PartsFreed(tuple(p.id for p in parts)))
+
+    def wait(self, timeout_s: float | None) -> list[SubstrateEvent]:
+        if self._stopped:
+            return []
+        events: list[SubstrateEvent] = []
+        try:
+            first = self._outbox.get(timeout=timeout_s)
+            if first is not None:
+                events.append(first)
+            while True:
+                event = self._outbox.get_nowait()
+                if event is not None:
+                    events.append(event)
+        except queue.Empty:
+            return events
+
+    def wake(self) -> None:
+        self._outbox.put(None)
+
+    def fetch(self, block: BlockRef) -> pa.RecordBatch:
+        return fetch_local(block)
+
+    def memory_bytes(self) -> int:
+        return anonymous_bytes()
+
+    def stop(self) -> None:
+        if self._stopped:
+            return
+        self._stopped = True
+        for thread in self._threads.values():
+            thread.finish()
+        deadline = time.monotonic() + STOP_WAIT_S
+        for thread in self._threads.values():
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._threads.clear()
+        self._outbox = queue.SimpleQueue()
+        self._program = None
+        if self._limits is not None:
+            self._limits.restore()
+            self._limits = None
+
+
+class _WorkerThread(threading.Thread):
+    """Makes its body, says WorkerUp, then answers its inbox until `finish`."""
+
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        make_body: Callable[[LocalStore], Any],
+        store: LocalStore,
+        outbox: queue.SimpleQueue[SubstrateEvent | None],
+        construction: threading.Lock,
+        limits: NativeLimits | None,
+    ) -> None:
+        super().__init__(name=f"headrace-{spec.pool}-{spec.id}", daemon=True)
+        self.inbox: queue.SimpleQueue[Step | Discard | None] = queue.SimpleQueue()
+        self._spec = spec
+        self._make_body = make_body
+        self._store = store
+        self._outbox = outbox
+        self._construction = construction
+        self._limits = limits
+        self._finishing = False
+
+    def finish(self) -> None:
+        """Let the running step end; what is queued behind it is dropped."""
+        self._finishing = True
+        self.inbox.put(None)
+
+    def run(self) -> None:
+        try:
+            self._serve()
+        except BaseException as exc:  # also SystemExit from a constructor: the driver must hear of a lost worker
+            if not self._finishing:
+                self._outbox.put(WorkerLost(self._spec.id, f"its thread ended: {describe_exception(exc)}"))
+
+    def _serve(self) -> None:
+        if self._limits is not None:
+            self._limits.apply_to_thread()
+        with self._construction:
+            body = self._make_body(self._store)
+        self._outbox.put(WorkerUp(self._spec.id, self._spec.pool))
+        try:
+            while (step := self.inbox.get()) is not None and not self._finishing:
+                if isinstance(step, Discard):
+                    body.discard(step.cursor)
+                else:
+                    self._outbox.put(run_guarded(body, step))
+                del step  # its inputs must not outlive the step while the thread is idle
+        finally:
+            body.close()
+
+
+class NativeLimits:
+    """Keeps the thread pools of native libraries at `threads` each while several workers use them at once.
+
+    Touches only libraries that are loaded already: importing one here would cost a run its start-up. `restore` brings
+    back what was there. OpenMP keeps its limit per thread, so each worker thread sets it for itself.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._undo: list[Callable[[], Any]] = []
+        self._pools: Any = None
+
+    def apply(self) -> None:
+        torch = sys.modules.get("torch")
+        if torch is not None and hasattr(torch, "set_num_threads"):
+            before = torch.get_num_threads()
+            torch.set_num_threads(self._threads)
+            self._undo.append(lambda: torch.set_num_threads(before))
+        cv2 = sys.modules.get("cv2")
+        if cv2 is not None and hasattr(cv2, "setNumThreads"):
+            threads_before = cv2.getNumThreads()
+            cv2.setNumThreads(self._threads)
+            self._undo.append(lambda: cv2.setNumThreads(threads_before))
+        threadpoolctl = sys.modules.get("threadpoolctl")
+        if threadpoolctl is not None and hasattr(threadpoolctl, "ThreadpoolController"):
+            self._pools = threadpoolctl.ThreadpoolController()
+            self._undo.append(self._pools.limit(limits=self._threads).restore_original_limits)
+
+    def apply_to_thread(self) -> None:
+        if self._pools is not None:
+            self._pools.select(user_api="openmp").limit(limits=self._threads)
+
+    def restore(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self._pools = None

@@ -1,0 +1,365 @@
+"""What every substrate must do, as checks that a plug-in's author can run too.
+
+    check_substrate(lambda: MySubstrate(body_factory=ScriptedBody))
+    check_isolation(...)     as well, where workers are processes and blocks outlive them
+
+`ScriptedBody` stands in for the worker's body: a step's `stage` says what to do (`Act`), so that a check needs no
+pipeline. Checks block on events, never on time; each starts a substrate of its own and stops it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import IntEnum
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from headrace.contracts.substrate import BlockStore, Substrate
+from headrace.core.errors import UserCodeError
+from headrace.core.refs import BlockRef, PartRef
+from headrace.core.resources import CPU_POOL, WorkerSpec
+from headrace.core.steps import Advance, Discard, PartsFreed, Step, StepDone, StepFailed, SubstrateEvent, WorkerLost, WorkerUp
+
+PATIENCE_S = 60.0  # a check that hears nothing for this long fails instead of hanging
+
+MakeSubstrate = Callable[[], Substrate]
+
+
+class Act(IntEnum):
+    """What a ScriptedBody does with a step of this stage number."""
+
+    MAKE = 0  # one block of `credit_bytes` / 8 rows: n, n + 1, ... with n = `split_index`
+    SUM = 1  # one block of one row: the sum of all inputs
+    FAIL = 2  # answer StepFailed
+    KEEP = 3  # as SUM, and keep views of the inputs
+    DROP = 4  # let go of the views that KEEP kept
+    EXIT = 5  # raise SystemExit
+    DIE = 6  # SIGKILL to its own process
+    HANG = 7  # never return
+    DISCARDED = 8  # the cursors that were discarded, as one block
+
+
+class ScriptedBody:
+    """See Act. program is ignored, except that the string "broken" makes the constructor raise."""
+
+    def __init__(self, program: Any, spec: WorkerSpec, store: BlockStore) -> None:
+        if program == "broken":
+            raise ValueError("a body that can't be made")
+        self._store = store
+        self._kept: list[np.ndarray] = []
+        self._discarded: list[int] = []
+
+    def run(self, step: Step) -> StepDone | StepFailed:
+        act = Act(step.stage)
+        if act is Act.FAIL:
+            return StepFailed(step.id, step.worker, UserCodeError("scripted failure", where=(("stage", "2"),)))
+        if act is Act.EXIT:
+            raise SystemExit(3)
+        if act is Act.DIE:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if act is Act.HANG:
+            threading.Event().wait()
+        if act is Act.DROP:
+            self._kept.clear()
+        return StepDone(step.id, step.worker, (self._block(self._rows(step, act)),), finished=True)
+
+    def discard(self, cursor: int) -> None:
+        self._discarded.append(cursor)
+
+    def close(self) -> None:
+        self._kept.clear()
+
+    def _rows(self, step: Step, act: Act) -> np.ndarray:
+        if act is Act.MAKE and isinstance(step, Advance):
+            return np.arange(step.credit_bytes // 8, dtype=np.int64) + step.split_index
+        if act is Act.DISCARDED:
+            return np.array(self._discarded, dtype=np.int64)
+        arrays = [self._store.get(p).column(0).to_numpy() for block in step.inputs for p in block.parts]
+        if act is Act.KEEP:
+            self._kept += arrays
+        return np.array([sum(int(a.sum()) for a in arrays)], dtype=np.int64)
+
+    def _block(self, values: np.ndarray) -> BlockRef:
+        batch = pa.record_batch({"x": values})
+        return BlockRef(batch.num_rows, (self._store.put(batch),))
+
+
+def check_substrate(make: MakeSubstrate) -> None:
+    """Run every check that holds for all substrates. Raises AssertionError saying what is not as it must be."""
+    for check in CHECKS:
+        check(make)
+
+
+def check_isolation(make: MakeSubstrate) -> None:
+    """Run the checks of substrates whose workers can die alone."""
+    for check in ISOLATION_CHECKS:
+        check(make)
+
+
+# -- checks for all
+
+
+def workers_report_up(make: MakeSubstrate) -> None:
+    with running(make, 2) as s:
+        s.submit(advance(1, 0, Act.MAKE, nbytes=8))
+        assert s.up == {0, 1}, f"WorkerUp must come once for each worker, came for {s.up}"
+        s.substrate.add_worker(WorkerSpec(2, CPU_POOL, "cpu"))
+        s.until(lambda: 2 in s.up)
+
+
+def answers_in_order(make: MakeSubstrate) -> None:
+    with running(make, 2) as s:
+        for i in range(40):
+            s.submit(advance(i, i % 2, Act.MAKE, nbytes=80, n=i))
+        s.until(lambda: len(s.answers) == 40)
+        for worker in (0, 1):
+            ids = [a.step for a in s.answers if a.worker == worker]
+            assert len(ids) == 20
+            assert ids == sorted(ids), f"worker {worker} answered its steps as {ids}"
+
+
+def blocks_cross_workers(make: MakeSubstrate) -> None:
+    with running(make, 2) as s:
+        made = [s.run(advance(i, 0, Act.MAKE, nbytes=8000, n=i)) for i in range(3)]
+        total = s.run(advance(9, 1, Act.SUM, inputs=made))
+        expected = sum(int(np.arange(1000).sum()) + 1000 * i for i in range(3))
+        assert s.substrate.fetch(total).column("x").to_pylist() == [expected]
+
+
+def fetch_gives_own_memory(make: MakeSubstrate) -> None:
+    with running(make, 1) as s:
+        block = s.run(advance(1, 0, Act.MAKE, nbytes=80_000, n=5))
+        batch = s.substrate.fetch(block)
+        s.substrate.release(block.parts)
+        s.until(lambda: s.freed == {block.parts[0].id})
+        s.run(advance(2, 0, Act.MAKE, nbytes=80_000, n=77))  # may reuse the memory
+    assert batch.column("x").to_numpy()[[0, 1, -1]].tolist() == [5, 6, 10_004], "a fetched block must be the caller's own"
+    assert batch.num_rows == 10_000
+
+
+def fetch_zips_parts(make: MakeSubstrate) -> None:
+    """Parts side by side; of a part only the columns that its reference names; a row count where there are none."""
+    with running(make, 1) as s:
+        block = s.run(advance(1, 0, Act.MAKE, nbytes=80, n=5))
+        part = block.parts[0]
+        none = PartRef(part.id, part.owner, part.bytes, (), part.handle)
+        assert s.substrate.fetch(BlockRef(10, (none, part))).schema.names == ["x"]
+        empty = s.substrate.fetch(BlockRef(10, (none,)))
+        assert (empty.num_columns, empty.num_rows) == (0, 10)
+
+
+def failures_are_answers(make: MakeSubstrate) -> None:
+    with running(make, 1) as s:
+        s.submit(advance(1, 0, Act.FAIL))
+        s.submit(advance(2, 0, Act.EXIT))
+        s.submit(advance(3, 0, Act.MAKE, nbytes=8))
+        s.until(lambda: len(s.answers) == 3)
+        failed, left, done = s.answers
+        assert isinstance(failed, StepFailed)
+        assert failed.error.where == (("stage", "2"),), "an error must arrive complete"
+        assert isinstance(left, StepFailed), "SystemExit must become an answer"
+        assert isinstance(left.error, UserCodeError)
+        assert isinstance(done, StepDone), "a worker must go on after a failed step"
+
+
+def release_frees(make: MakeSubstrate) -> None:
+    with running(make, 2) as s:
+        block = s.run(advance(1, 0, Act.MAKE, nbytes=800))
+        s.run(advance(2, 1, Act.SUM, inputs=[block]))
+        assert block.parts[0].id not in s.freed, "a part that the run did not release was freed"
+        s.substrate.release(block.parts)
+        s.until(lambda: block.parts[0].id in s.freed)
+
+
+def discard_reaches_worker(make: MakeSubstrate) -> None:
+    with running(make, 1) as s:
+        s.substrate.submit(Discard(0, 17))
+        seen = s.substrate.fetch(s.run(advance(1, 0, Act.DISCARDED)))
+        assert seen.column("x").to_pylist() == [17]
+
+
+def wake_returns(make: MakeSubstrate) -> None:
+    with running(make, 1) as s:
+        s.run(advance(1, 0, Act.MAKE, nbytes=8))
+        s.substrate.wake()
+        assert s.substrate.wait(PATIENCE_S) == [], "a wake before wait must make it return"
+        waker = threading.Thread(target=s.substrate.wake)
+        waker.start()
+        assert s.substrate.wait(None) == []
+        waker.join()
+        assert s.substrate.wait(0.0) == [], "a timeout of zero must not block"
+
+
+def memory_is_told(make: MakeSubstrate) -> None:
+    with running(make, 1) as s:
+        s.run(advance(1, 0, Act.MAKE, nbytes=8))
+        assert s.substrate.memory_bytes() > 1 << 20
+
+
+def stop_is_idempotent(make: MakeSubstrate) -> None:
+    """Also with work queued and before anything has started. Threads and descriptors are as before."""
+    threads, descriptors = threading.active_count(), _descriptors()
+    with running(make, 2) as s:
+        for i in range(10):
+            s.submit(advance(i, i % 2, Act.MAKE, nbytes=8000))
+        s.substrate.stop()
+        s.substrate.stop()
+        s.substrate.wake()
+        assert s.substrate.wait(0.0) == []
+    unstarted = make()
+    unstarted.stop()
+    assert threading.active_count() == threads, f"threads outlive stop: {threading.enumerate()}"
+    assert _descriptors() == descriptors, "descriptors outlive stop"
+
+
+CHECKS: tuple[Callable[[MakeSubstrate], None], ...] = (
+    workers_report_up,
+    answers_in_order,
+    blocks_cross_workers,
+    fetch_gives_own_memory,
+    fetch_zips_parts,
+    failures_are_answers,
+    release_frees,
+    discard_reaches_worker,
+    wake_returns,
+    memory_is_told,
+    stop_is_idempotent,
+)
+
+# -- checks for workers that can die alone
+
+
+def blocks_survive_their_maker(make: MakeSubstrate) -> None:
+    with running(make, 2) as s:
+        block = s.run(advance(1, 0, Act.MAKE, nbytes=8000))
+        s.submit(advance(2, 0, Act.DIE))
+        s.until(lambda: 0 in s.lost)
+        assert "signal 9 (SIGKILL)" in s.lost[0], f"the reason must name the signal: {s.lost[0]}"
+        total = s.run(advance(3, 1, Act.SUM, inputs=[block]))
+        assert s.substrate.fetch(total).column("x").to_pylist() == [int(np.arange(1000).sum())]
+        assert s.substrate.fetch(block).num_rows == 1000
+        s.substrate.release(block.parts)
+        s.until(lambda: block.parts[0].id in s.freed)
+        s.submit(advance(4, 0, Act.MAKE, nbytes=8))  # to the dead: must do nothing
+
+
+def views_hold_memory(make: MakeSubstrate) -> None:
+    """A released part is freed when the last view dies, and not before."""
+    with running(make, 2) as s:
+        block = s.run(advance(1, 0, Act.MAKE, nbytes=8000, n=1))
+        s.run(advance(2, 1, Act.KEEP, inputs=[block]))
+        s.substrate.release(block.parts)
+        for i in range(3, 9):  # would overwrite it
+            other = s.run(advance(i, 0, Act.MAKE, nbytes=8000, n=i))
+            s.substrate.release(other.parts)
+        assert block.parts[0].id not in s.freed, "memory was freed under a view"
+        s.run(advance(20, 1, Act.DROP))
+        s.until(lambda: block.parts[0].id in s.freed)
+
+
+def the_dead_hold_nothing(make: MakeSubstrate) -> None:
+    with running(make, 2) as s:
+        block = s.run(advance(1, 0, Act.MAKE, nbytes=8000))
+        s.run(advance(2, 1, Act.KEEP, inputs=[block]))
+        s.substrate.release(block.parts)
+        s.submit(advance(3, 1, Act.DIE))
+        s.until(lambda: 1 in s.lost and block.parts[0].id in s.freed)
+        s.run(advance(4, 0, Act.MAKE, nbytes=8))
+
+
+def stop_ends_running_steps(make: MakeSubstrate) -> None:
+    with running(make, 2) as s:
+        s.run(advance(1, 0, Act.MAKE, nbytes=8))
+        s.submit(advance(2, 1, Act.HANG))
+
+
+def a_body_that_fails_is_a_lost_worker(make: MakeSubstrate) -> None:
+    with running(make, 1, program="broken") as s:
+        s.until(lambda: 0 in s.lost)
+        assert "a body that can't be made" in s.lost[0]
+
+
+ISOLATION_CHECKS: tuple[Callable[[MakeSubstrate], None], ...] = (
+    blocks_survive_their_maker,
+    views_hold_memory,
+    the_dead_hold_nothing,
+    stop_ends_running_steps,
+    a_body_that_fails_is_a_lost_worker,
+)
+
+# -- tools
+
+
+class Session:
+    """A running substrate and all that it has reported."""
+
+    def __init__(self, substrate: Substrate) -> None:
+        self.substrate = substrate
+        self.up: set[int] = set()
+        self.lost: dict[int, str] = {}
+        self.answers: list[StepDone | StepFailed] = []
+        self.freed: set[int] = set()
+
+    def submit(self, step: Step) -> None:
+        self.substrate.submit(step)
+
+    def run(self, step: Advance) -> BlockRef:
+        """Submit a step and give the one block that it makes."""
+        self.submit(step)
+        self.until(lambda: any(a.step == step.id for a in self.answers))
+        answer = next(a for a in self.answers if a.step == step.id)
+        assert isinstance(answer, StepDone), f"step {step.id} failed: {answer}"
+        return answer.outputs[0]
+
+    def until(self, happened: Callable[[], bool]) -> None:
+        while not happened():
+            events = self.substrate.wait(PATIENCE_S)
+            assert events, "nothing was reported in time"
+            for event in events:
+                self._record(event)
+
+    def _record(self, event: SubstrateEvent) -> None:
+        match event:
+            case WorkerUp():
+                assert event.worker not in self.up, f"worker {event.worker} came up twice"
+                self.up.add(event.worker)
+            case WorkerLost():
+                self.lost[event.worker] = event.reason
+            case PartsFreed():
+                twice = self.freed.intersection(event.parts)
+                assert not twice, f"parts {twice} were freed twice"
+                self.freed.update(event.parts)
+            case _:
+                self.answers.append(event)
+
+
+@contextmanager
+def running(make: MakeSubstrate, workers: int, program: Any = None) -> Iterator[Session]:
+    """A substrate with workers 0, 1, ... up, stopped at the end."""
+    substrate = make()
+    session = Session(substrate)
+    try:
+        substrate.start(program, [WorkerSpec(i, CPU_POOL, "cpu") for i in range(workers)])
+        if program != "broken":
+            session.until(lambda: len(session.up) == workers)
+        yield session
+    finally:
+        substrate.stop()
+
+
+def advance(step: int, worker: int, act: Act, *, nbytes: int = 0, n: int = 0, inputs: Sequence[BlockRef] = ()) -> Advance:
+    """A step for a ScriptedBody: a cursor of its own each, finished at once."""
+    return Advance(step, worker, int(act), 1000 + step, n, 0, inputs=tuple(inputs), end=True, credit_bytes=nbytes)
+
+
+def _descriptors() -> int:
+    try:
+        return len(os.listdir("/dev/fd"))
+    except OSError:
+        return 0

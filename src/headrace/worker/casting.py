@@ -1,0 +1,141 @@
+"""Casting: when two column types are the same kind of thing, and how a block is brought to the schema that was promised.
+
+Invariant: a cast never changes a value. What can't be cast safely is a DataError that names column, types and place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+from headrace.core.errors import DataError
+from headrace.core.tensors import fixed_to_ragged, is_ragged, is_tensor, ragged_type
+
+_t = pa.types
+
+
+def widens(a: pa.DataType, b: pa.DataType) -> bool:
+    """Whether values of type `a` may become type `b`: the same kind of value, though maybe not every single one fits."""
+    if a.equals(b) or _t.is_null(a):
+        return True
+    if is_tensor(a):
+        return is_ragged(b) and a.value_type.equals(b.value_type)
+    if isinstance(a, pa.BaseExtensionType) or isinstance(b, pa.BaseExtensionType):
+        return False
+    if _t.is_dictionary(a):
+        return widens(a.value_type, b.value_type if _t.is_dictionary(b) else b)
+    if _t.is_struct(a) and _t.is_struct(b):
+        names = [f.name for f in a]
+        return names == [f.name for f in b] and all(widens(x.type, y.type) for x, y in zip(a, b, strict=True))
+    if _is_list(a) and _is_list(b):
+        return widens(a.value_type, b.value_type)
+    if _t.is_integer(a):
+        return _t.is_integer(b) or _t.is_floating(b)
+    if _t.is_floating(a):
+        return _t.is_floating(b) and b.bit_width >= a.bit_width
+    if _t.is_timestamp(a) and _t.is_timestamp(b):
+        return (a.tz is None) == (b.tz is None)
+    return any(same(a) and same(b) for same in (_is_text, _is_binary, _t.is_decimal, _t.is_date, _t.is_time, _t.is_duration))
+
+
+def cast_array(column: pa.Array, type: pa.DataType) -> pa.Array:
+    """The column as `type`. Raises ArrowInvalid or ArrowNotImplementedError when a value does not fit."""
+    if column.type.equals(type):
+        return column
+    if _t.is_null(column.type):
+        return pa.nulls(len(column), type)
+    if is_tensor(column.type) and is_ragged(type):
+        return fixed_to_ragged(column)
+    return column.cast(type)
+
+
+def cast_batch(batch: pa.RecordBatch, schema: pa.Schema, place: str) -> pa.RecordBatch:
+    """The batch with the columns of `schema`, in its order. place: the rows, for messages."""
+    if batch.schema.equals(schema):
+        return batch
+    names = batch.schema.names
+    if set(names) != set(schema.names) or len(names) != len(schema.names):
+        raise DataError(
+            f"a block has columns {names}, but the output was begun with {schema.names}",
+            where=(("rows", place),),
+            hint="make the functions of the pipeline return the same columns for every batch",
+        )
+    columns = [_cast_column(batch.column(field.name), field, place) for field in schema]
+    if not columns:
+        return batch
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _cast_column(column: pa.Array, field: pa.Field, place: str) -> pa.Array:
+    problem = ""
+    if widens(column.type, field.type):
+        try:
+            return cast_array(column, field.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as exc:
+            problem = f": {exc}"
+    raise DataError(
+        f"column {field.name!r} is {column.type} here, but the output has {field.type}{problem}",
+        where=(("column", field.name), ("rows", place)),
+        hint="convert the column to one type in the pipeline, for example with .astype() in map_batches",
+    )
+
+
+def concat(batches: Sequence[pa.RecordBatch], place: str) -> pa.RecordBatch:
+    """One batch of all rows; copies unless there is only one. Types that drift from batch to batch are brought together."""
+    if len(batches) == 1:
+        return batches[0]
+    schema = batches[0].schema
+    if not all(b.schema.equals(schema) for b in batches[1:]):
+        for batch in batches[1:]:
+            schema = _common_schema(schema, batch.schema)
+        batches = [cast_batch(b, schema, place) for b in batches]
+    return pa.concat_batches(batches)
+
+
+def concat_arrays(arrays: Sequence[pa.Array], name: str, place: str) -> pa.Array:
+    """One array of all values of column `name`; copies unless there is only one."""
+    if len(arrays) == 1:
+        return arrays[0]
+    type = arrays[0].type
+    if not all(a.type.equals(type) for a in arrays[1:]):
+        for a in arrays[1:]:
+            type = common_type(type, a.type)
+        field = pa.field(name, type)
+        arrays = [_cast_column(a, field, place) for a in arrays]
+    return pa.concat_arrays(arrays)
+
+
+def common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType:
+    """The narrowest of the two that takes both, a wider one where neither does, `a` where they have nothing in common."""
+    if a.equals(b) or _t.is_null(b):
+        return a
+    if is_tensor(a) and is_tensor(b):
+        return ragged_type(a.value_type) if a.value_type.equals(b.value_type) else a
+    if _t.is_integer(a) and _t.is_integer(b):
+        if a.bit_width == b.bit_width:
+            return pa.int64()
+        return a if a.bit_width > b.bit_width else b
+    if _t.is_floating(a) and _t.is_integer(b) or _t.is_integer(a) and _t.is_floating(b):
+        return pa.float64()
+    return b if widens(a, b) and not widens(b, a) else a
+
+
+def _common_schema(a: pa.Schema, b: pa.Schema) -> pa.Schema:
+    fields = []
+    for field in a:
+        index = b.get_field_index(field.name)
+        fields.append(field if index < 0 else field.with_type(common_type(field.type, b.field(index).type)))
+    return pa.schema(fields, metadata=a.metadata)
+
+
+def _is_list(type: pa.DataType) -> bool:
+    return _t.is_list(type) or _t.is_large_list(type) or _t.is_fixed_size_list(type)
+
+
+def _is_text(type: pa.DataType) -> bool:
+    return _t.is_string(type) or _t.is_large_string(type) or _t.is_string_view(type)
+
+
+def _is_binary(type: pa.DataType) -> bool:
+    return _t.is_binary(type) or _t.is_large_binary(type) or _t.is_binary_view(type) or _t.is_fixed_size_binary(type)

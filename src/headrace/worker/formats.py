@@ -1,0 +1,221 @@
+"""Batches as user code sees them: Arrow to NumPy, pandas, torch, Arrow tables, and rows of Python values.
+
+The way back is `results`. What NumPy users get, by column type:
+
+| column | array |
+|---|---|
+| numbers, timestamps, durations without nulls | a read-only view of the column's memory |
+| fixed-shape tensors, fixed-size lists of numbers | a read-only view (rows, *shape) |
+| bools | unpacked, bool |
+| integers with nulls | float64, NaN for null; floats likewise; timestamps NaT; bools become objects |
+| strings, binary, decimals, dates and times with nulls, structs | objects (str, bytes, Decimal, dict), None for null |
+| lists, ragged tensors | objects, one array a row |
+
+Invariants: arrays handed out are read-only, because other code may be reading the same memory; nothing is converted for
+a column that was not asked for; no optional library is imported unless its format is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from headrace.core.tensors import (
+    fixed_list_to_numpy,
+    is_ragged,
+    is_tensor,
+    numpy_dtype,
+    ragged_to_numpy,
+    tensor_to_numpy,
+    vector_to_numpy,
+)
+from headrace.plan.nodes import BatchFormat
+
+# column name; dtype if its memory can be looked at as it is, and the item size; conversion; may be answered by identity
+_How = tuple[str, Any, int, Callable[[pa.Array], np.ndarray], bool]
+
+ROW_CHUNK = 1024  # rows turned into Python objects at a time
+ROW_CHUNK_BYTES = 16 << 20
+
+
+class Given:
+    """What user code was given: its arrays, and the columns that they came from.
+
+    An array that comes back as it was given is answered by its column, without conversion and with its very type.
+    """
+
+    __slots__ = ("_columns", "kept", "schema")
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema = schema
+        self.kept: list[Any] = []  # keeps ids from being used again
+        self._columns: dict[int, pa.Array] = {}
+
+    def add(self, value: np.ndarray, column: pa.Array) -> None:
+        self._columns[id(value)] = column
+        self.kept.append(value)
+
+    def column_of(self, value: Any) -> pa.Array | None:
+        return self._columns.get(id(value))
+
+    def type_of(self, name: str) -> pa.DataType | None:
+        """The type that column `name` had, if there was one of that name."""
+        index = self.schema.get_field_index(name)
+        return None if index < 0 else self.schema.field(index).type
+
+
+class NumpyReader:
+    """Turns batches of one operator into arrays; remembers how for the last schema seen."""
+
+    def __init__(self) -> None:
+        self._schema: pa.Schema | None = None
+        self._how: list[_How] = []
+
+    def read(self, batch: pa.RecordBatch) -> tuple[dict[str, np.ndarray], Given]:
+        schema = batch.schema
+        if self._schema is None or not schema.equals(self._schema):
+            self._schema = schema
+            self._how = [_how(field) for field in schema]
+        rows = batch.num_rows
+        given = Given(schema)
+        arrays: dict[str, np.ndarray] = {}
+        for (name, dtype, width, convert, immutable), column in zip(self._how, batch.columns, strict=True):
+            if dtype is not None and rows and not column.null_count:
+                value = np.frombuffer(column.buffers()[1], dtype, rows, column.offset * width)
+            else:
+                value = convert(column)
+                value.flags.writeable = False
+            arrays[name] = value
+            if immutable:
+                given.add(value, column)
+        return arrays, given
+
+
+def _how(field: pa.Field) -> _How:
+    dtype = numpy_dtype(field.type)
+    immutable = not _has_dicts(field.type)  # a dict inside the array may be changed without the array being another
+    return field.name, dtype, 0 if dtype is None else dtype.itemsize, _converter(field.type), immutable
+
+
+def _has_dicts(type: pa.DataType) -> bool:
+    if is_tensor(type) or is_ragged(type):
+        return False
+    if pa.types.is_struct(type) or pa.types.is_map(type) or pa.types.is_union(type):
+        return True
+    if isinstance(type, pa.BaseExtensionType):
+        return _has_dicts(type.storage_type)
+    if pa.types.is_nested(type):
+        return any(_has_dicts(type.field(i).type) or pa.types.is_nested(type.field(i).type) for i in range(type.num_fields))
+    return False
+
+
+def _converter(type: pa.DataType) -> Callable[[pa.Array], np.ndarray]:
+    if is_tensor(type):
+        return tensor_to_numpy
+    if is_ragged(type):
+        return ragged_to_numpy
+    if isinstance(type, pa.FixedSizeListType) and numpy_dtype(type.value_type) is not None:
+        return lambda c: _plain(c) if c.null_count or c.values.null_count else fixed_list_to_numpy(c)
+    if isinstance(type, pa.BaseExtensionType):
+        inner = _converter(type.storage_type)
+        return lambda c: inner(c.storage)
+    if pa.types.is_boolean(type) or numpy_dtype(type) is not None:
+        return vector_to_numpy
+    if pa.types.is_list(type) or pa.types.is_large_list(type):
+        return _lists
+    return _plain
+
+
+def _plain(column: pa.Array) -> np.ndarray:
+    return column.to_numpy(zero_copy_only=False)
+
+
+def _lists(column: pa.Array) -> np.ndarray:
+    out = column.to_numpy(zero_copy_only=False)
+    for row in out:
+        if row is not None:
+            row.flags.writeable = False  # or a change inside would be lost when the column comes back as it was given
+    return out
+
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+
+
+def to_format(batch: pa.RecordBatch, format: BatchFormat, reader: NumpyReader) -> tuple[Any, Given]:
+    """The batch in a user's format, and what it was made of."""
+    if format == "numpy":
+        return reader.read(batch)
+    if format == "torch":
+        arrays, given = reader.read(batch)
+        return {name: to_torch(value) for name, value in arrays.items()}, given
+    given = Given(batch.schema)
+    if format == "pyarrow":
+        return pa.Table.from_batches([batch]), given
+    return to_pandas(batch), given
+
+
+class _Writable:
+    """Tells NumPy that memory may be written, because torch has no read-only tensors and warns of read-only arrays."""
+
+    __slots__ = ("__array_interface__", "owner")
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.owner = values
+        self.__array_interface__ = {**values.__array_interface__, "data": (values.ctypes.data, False)}
+
+
+def to_torch(values: np.ndarray) -> Any:
+    """A tensor over the same memory; not to be written to. Arrays that torch has no type for stay as they are."""
+    import torch
+
+    if values.dtype.kind not in "biuf" or not values.dtype.isnative:
+        return values
+    if values.size == 0:
+        return torch.from_numpy(values.copy())
+    return torch.from_numpy(np.asarray(_Writable(values)))
+
+
+def to_pandas(batch: pa.RecordBatch) -> Any:
+    """A frame; tensor columns hold an array a row."""
+    import pandas as pd
+
+    special = [i for i, field in enumerate(batch.schema) if is_tensor(field.type) or is_ragged(field.type)]
+    if not special:
+        return batch.to_pandas()
+    columns: dict[str, Any] = {}
+    for i, (name, column) in enumerate(zip(batch.schema.names, batch.columns, strict=True)):
+        columns[name] = pd.Series(_tensor_rows(column), dtype=object) if i in special else column.to_pandas()
+    return pd.DataFrame(columns)
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def row_chunks(batch: pa.RecordBatch) -> int:
+    """How many rows of this batch to hold as Python objects at a time."""
+    fit = batch.num_rows * ROW_CHUNK_BYTES // max(1, batch.nbytes)
+    return max(1, min(ROW_CHUNK, fit))
+
+
+def to_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Rows as dicts of Python values; tensors as arrays."""
+    names = batch.schema.names
+    if not names:
+        return [{} for _ in range(batch.num_rows)]
+    values = [_python_values(column) for column in batch.columns]
+    return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+
+
+def _python_values(column: pa.Array) -> Sequence[Any]:
+    type = column.type
+    if is_tensor(type) or is_ragged(type):
+        return _tensor_rows(column)
+    return column.to_pylist()
+
+
+def _tensor_rows(column: pa.Array) -> list[Any]:
+    tensors = tensor_to_numpy(column) if is_tensor(column.type) else ragged_to_numpy(column)
+    return list(tensors)

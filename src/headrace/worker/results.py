@@ -1,0 +1,303 @@
+"""What user code returned, made into Arrow columns. The way there is `formats`.
+
+Accepted: dicts of arrays, lists, tensors, Arrow arrays or pandas series; Arrow tables and batches; pandas frames. Rows:
+dicts of Python values, NumPy scalars and arrays.
+
+Invariants: an array that the user's code may still write to is copied; a fresh one is taken as it is. A column that keeps
+its name and its kind (integer, text, timestamp, ...) in row functions keeps its type. Whatever does not fit raises
+`Refused`, which the operators turn into a UserCodeError that says where.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from headrace.core.tensors import arrow_type, is_ragged, is_tensor, numpy_to_array, ragged_to_array
+from headrace.worker.casting import cast_array, widens
+from headrace.worker.formats import Given
+
+ACCEPTED = "a dict of arrays, an Arrow table or a pandas frame"
+
+
+class Refused(Exception):
+    """What user code returned can't be used; the message says why. hint: what to do."""
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+def make_batch(columns: Mapping[str, pa.Array], rows: int) -> pa.RecordBatch:
+    """A batch of these columns, which may be none: the number of rows is kept all the same."""
+    if columns:
+        return pa.RecordBatch.from_arrays(list(columns.values()), names=list(columns))
+    return pa.RecordBatch.from_struct_array(pa.Array.from_buffers(pa.struct([]), rows, [None]))
+
+
+def with_columns(batch: pa.RecordBatch, made: pa.RecordBatch) -> pa.RecordBatch:
+    """`batch` with the columns of `made`: in the place of those of the same name, else after the others."""
+    for field, column in zip(made.schema, made.columns, strict=True):
+        index = batch.schema.get_field_index(field.name)
+        batch = batch.append_column(field, column) if index < 0 else batch.set_column(index, field, column)
+    return batch
+
+
+# --- who else holds a result -----------------------------------------------------------------------------------------
+# A model may answer with a buffer that it will write to again. References tell: a fresh result has exactly as many as
+# the same code sees on a value that nobody else holds.
+
+
+def call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
+    """(what fn returned, whether somebody else still holds it)."""
+    result = fn(*args, **kwargs)
+    return result, sys.getrefcount(result) > _FRESH_RESULT
+
+
+def _value_references(values: Mapping[Any, Any]) -> list[int]:
+    return [sys.getrefcount(v) for v in values.values()]
+
+
+def _base_references(values: np.ndarray) -> int:
+    return sys.getrefcount(values.base)
+
+
+def _fresh_result() -> int:
+    result = dict()  # noqa: C408 - a call, as in `call`
+    return sys.getrefcount(result)
+
+
+_FRESH_RESULT = _fresh_result()
+_FRESH_VALUE = _value_references({"": np.empty(1)})[0]
+_FRESH_BASE = _base_references(np.empty(4).reshape(2, 2))
+
+
+def _stable(value: Any, shared: bool) -> Any:
+    """The value, or a copy of it if other code may still write to its memory."""
+    if not isinstance(value, np.ndarray) or value.dtype.hasobject or not value.flags.writeable:
+        return value  # everything else is copied on its way, or immutable
+    base = value.base
+    if base is not None:
+        shared = shared or not isinstance(base, np.ndarray) or base.base is not None
+        shared = shared or _base_references(value) > _FRESH_BASE + 1  # `base` is one more
+    return value.copy() if shared else value
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def columns_of(result: Any, given: Given, shared: bool) -> dict[str, pa.Array]:
+    """The named columns of a batch that user code returned. shared: it may still write to it. Raises Refused."""
+    if isinstance(result, pa.RecordBatch):
+        return dict(zip(result.schema.names, result.columns, strict=True))
+    if isinstance(result, pa.Table):
+        return {name: _one(column) for name, column in zip(result.column_names, result.columns, strict=True)}
+    if isinstance(result, Mapping):
+        return _dict_columns(result, given, shared)
+    if _is_pandas(result, "DataFrame"):
+        return {str(name): _series(result[name], given.type_of(str(name))) for name in result.columns}
+    if result is None:
+        raise Refused("returned None", f"return {ACCEPTED}; is a return statement missing?")
+    raise Refused(f"returned {_a(result)}", f"return {ACCEPTED}")
+
+
+def batch_of(result: Any, given: Given, shared: bool) -> pa.RecordBatch:
+    """A batch of any number of rows. Raises Refused."""
+    if isinstance(result, pa.RecordBatch):
+        return result
+    columns = columns_of(result, given, shared)
+    lengths = {len(c) for c in columns.values()}
+    if len(lengths) > 1:
+        listed = ", ".join(f"{name!r}: {len(c)}" for name, c in columns.items())
+        raise Refused(f"returned columns of different lengths ({listed})", "every column needs one value a row")
+    rows = lengths.pop() if lengths else getattr(result, "num_rows", 0)
+    return make_batch(columns, rows)
+
+
+def _dict_columns(result: Mapping[Any, Any], given: Given, shared: bool) -> dict[str, pa.Array]:
+    references = _value_references(result)
+    out: dict[str, pa.Array] = {}
+    for (name, value), count in zip(result.items(), references, strict=True):
+        if not isinstance(name, str):
+            raise Refused(f"returned a dict with key {name!r}", "column names must be strings")
+        out[name] = named_column(name, value, given, shared or count > _FRESH_VALUE)
+    return out
+
+
+def named_column(name: str, value: Any, given: Given, shared: bool) -> pa.Array:
+    """The column that one array, list or tensor makes. shared: user code may still write to it. Raises Refused."""
+    column = given.column_of(value)
+    if column is not None:
+        return column
+    try:
+        return column_of(_stable(value, shared), given.type_of(name))
+    except Refused as exc:
+        raise Refused(f"returned column {name!r}, {exc}", exc.hint) from exc.__cause__
+
+
+def column_of(value: Any, hint: pa.DataType | None = None) -> pa.Array:
+    """A column of one value a row. hint: the type to keep if it is of the same kind. Raises Refused."""
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind == "O":
+            return _array_column(value, hint)
+        try:
+            return numpy_to_array(value)
+        except TypeError as exc:
+            raise Refused(f"which is {_a(value)}: {exc}", "convert it, for example with .astype()") from exc
+    if _is_torch(value):
+        return column_of(torch_to_numpy(value), hint)
+    if isinstance(value, pa.ChunkedArray):
+        return _one(value)
+    if isinstance(value, pa.Array):
+        return value
+    if isinstance(value, (list, tuple)):
+        return values_column(value, hint)
+    if _is_pandas(value, "Series") or _is_pandas(value, "Index"):
+        return _series(value, hint)
+    if hasattr(value, "__array__") and not np.isscalar(value):
+        return column_of(np.array(value), hint)
+    raise Refused(f"which is {_a(value)}", "give an array or a list with one value a row")
+
+
+def torch_to_numpy(tensor: Any) -> np.ndarray:
+    """An array of its own memory; bfloat16 as float32."""
+    tensor = tensor.detach()
+    if str(tensor.dtype) == "torch.bfloat16":
+        tensor = tensor.float()
+    on_host = tensor.device.type == "cpu"
+    array = tensor.cpu().resolve_conj().resolve_neg().numpy()
+    return array.copy() if on_host else array  # torch code that reuses its buffers must not change our columns
+
+
+def _array_column(values: np.ndarray, hint: pa.DataType | None) -> pa.Array:
+    """A column of an object array: the user's own choice of one Python object a row."""
+    if values.ndim != 1:
+        return values_column(list(values), hint)
+    present = next((v for v in values if v is not None), None)
+    if isinstance(present, np.ndarray) and present.ndim and not (hint is not None and is_tensor(hint)):
+        return _ragged(list(values), hint)
+    return values_column(values.tolist(), hint)
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    chunk = column.combine_chunks()
+    if isinstance(chunk, pa.ChunkedArray):
+        return chunk.chunk(0) if chunk.num_chunks else pa.nulls(0, chunk.type)
+    return chunk
+
+
+def _series(series: Any, hint: pa.DataType | None) -> pa.Array:
+    if series.dtype == object:
+        return _array_column(_without_nan(series), hint)
+    made = pa.Array.from_pandas(series)
+    return _one(made) if isinstance(made, pa.ChunkedArray) else _kept(made, hint)
+
+
+def _without_nan(series: Any) -> np.ndarray:
+    """pandas writes a missing object as None or NaN; here it is None."""
+    values = series.to_numpy(dtype=object, copy=True)
+    values[[isinstance(v, float) and v != v for v in values]] = None
+    return values
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def rows_batch(rows: Sequence[Mapping[str, Any]], given: Given) -> pa.RecordBatch:
+    """A batch of rows; a key that some rows lack is null there. Raises Refused."""
+    first = rows[0].keys() if rows else ()
+    if all(row.keys() == first for row in rows):
+        names = list(first)
+        lists = [[row[name] for row in rows] for name in names]
+    else:
+        names = list(dict.fromkeys(name for row in rows for name in row))
+        lists = [[row.get(name) for row in rows] for name in names]
+    columns: dict[str, pa.Array] = {}
+    for name, values in zip(names, lists, strict=True):
+        if not isinstance(name, str):
+            raise Refused(f"returned a row with key {name!r}", "column names must be strings")
+        try:
+            columns[name] = values_column(values, given.type_of(name))
+        except Refused as exc:
+            raise Refused(f"returned column {name!r}, {exc}", exc.hint) from exc.__cause__
+    return make_batch(columns, len(rows))
+
+
+def values_column(values: Sequence[Any], hint: pa.DataType | None = None) -> pa.Array:
+    """A column of Python values, NumPy scalars, arrays or tensors. hint: kept if the values are of its kind."""
+    present = next((v for v in values if v is not None), None)
+    if present is None:
+        return pa.nulls(len(values), hint)
+    if _is_torch(present):
+        values = [v if v is None else torch_to_numpy(v) for v in values]
+        present = next(v for v in values if v is not None)
+    if isinstance(present, np.ndarray) and present.ndim:
+        return _tensors(values, hint)
+    try:
+        return _kept(pa.array(values), hint)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as exc:
+        raise Refused(f"whose values don't make a column: {exc}", "give values of one type, or None") from exc
+
+
+def _tensors(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
+    arrays = [None if v is None else np.asarray(v) for v in values]
+    first = next(a for a in arrays if a is not None)
+    same = all(a is not None and a.shape == first.shape and a.dtype == first.dtype for a in arrays)
+    if same and not (hint is not None and (is_ragged(hint) or _is_list(hint))) and not first.dtype.hasobject:
+        try:
+            return numpy_to_array(np.stack(arrays))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        except TypeError as exc:
+            raise Refused(f"whose values are {_a(first)}: {exc}", "convert them, for example with .astype()") from exc
+    return _ragged(arrays, hint)
+
+
+def _ragged(values: list[Any], hint: pa.DataType | None) -> pa.Array:
+    """Arrays that differ in shape: lists when they are vectors, ragged tensors otherwise."""
+    arrays = [None if v is None else np.asarray(v) for v in values]
+    vectors = all(a is None or a.ndim == 1 for a in arrays)
+    numeric = all(a is None or a.dtype.kind == "b" or arrow_type(a.dtype) is not None for a in arrays)
+    try:
+        if numeric and not (vectors and not (hint is not None and is_ragged(hint))):
+            return ragged_to_array(arrays)
+        return _kept(pa.array([None if a is None else (a if a.ndim == 1 else a.tolist()) for a in arrays]), hint)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as exc:
+        raise Refused(f"whose arrays don't make a column: {exc}", "give arrays of one number type") from exc
+
+
+def _kept(made: pa.Array, hint: pa.DataType | None) -> pa.Array:
+    """The column in the type it had before, if that is of the same kind and takes the values."""
+    if hint is None or made.type.equals(hint):
+        return made
+    floats = pa.types.is_floating(made.type) and pa.types.is_floating(hint)
+    other_kind = pa.types.is_integer(made.type) and pa.types.is_floating(hint)
+    if not floats and (other_kind or not widens(made.type, hint)):
+        return made
+    try:
+        return cast_array(made, hint)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return made
+
+
+def _is_list(type: pa.DataType) -> bool:
+    return pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
+
+
+def _is_torch(value: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def _is_pandas(value: Any, kind: str) -> bool:
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(value, getattr(pandas, kind, ()))
+
+
+def _a(value: Any) -> str:
+    kind = type(value).__name__
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype} and shape {value.shape}"
+    return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"

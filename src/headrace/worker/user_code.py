@@ -1,0 +1,212 @@
+"""User code: constructing functions and models once per worker, and turning what they raise into errors to read.
+
+Invariants: an error carries text only, never the user's exception, so that it always pickles; the user's own frames
+appear once, Headrace's not at all; classes are constructed one at a time in the whole process, because two threads that
+import the same package for the first time at once can see it half initialised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import sys
+import sysconfig
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from headrace.core.errors import HeadraceError, InternalError, UserCodeError
+from headrace.core.refs import Origin
+from headrace.plan.nodes import UserFunction
+from headrace.worker.results import Refused
+
+MESSAGE_CHARS = 2000  # an exception's text may hold a whole batch
+
+_CONSTRUCTION = threading.RLock()
+_OURS = str(Path(__file__).resolve().parent.parent) + os.sep
+_LIBRARIES = tuple({p + os.sep for k, p in sysconfig.get_paths().items() if k in ("stdlib", "purelib", "platlib")})
+
+
+class Functions:
+    """The user's functions in one worker; classes are constructed at first use."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._made: dict[int, Callable[..., Any]] = {}
+        self._constructed: list[Any] = []
+
+    def get(self, index: int, fn: UserFunction, op: str) -> Callable[..., Any]:
+        """What to call for operator `index`. Raises UserCodeError when its construction fails."""
+        found = self._made.get(index)
+        if found is None:
+            with _CONSTRUCTION:
+                found = self._make(fn, op)
+            self._made[index] = found
+        return found
+
+    def close(self) -> None:
+        """Close the instances that were constructed here and can be closed."""
+        while self._constructed:
+            close = getattr(self._constructed.pop(), "close", None)
+            if callable(close):
+                with contextlib.suppress(Exception):  # the run is decided; nobody is left to act on it
+                    close()
+        self._made.clear()
+
+    def _make(self, fn: UserFunction, op: str) -> Callable[..., Any]:
+        made = fn.target
+        if fn.is_class:
+            kwargs = dict(fn.ctor_kwargs)
+            if _wants_device(fn):
+                kwargs["device"] = self.device
+            try:
+                made = fn.target(*fn.ctor_args, **kwargs)
+            except (Exception, KeyboardInterrupt, SystemExit) as exc:
+                raise explain(exc, op, doing=f"constructing {fn.name}") from None
+            self._constructed.append(made)
+        return _module_model(made, self.device) if _is_torch_module(made) else made
+
+
+def _wants_device(fn: UserFunction) -> bool:
+    try:
+        signature = inspect.signature(fn.target)
+        given = signature.bind_partial(*fn.ctor_args, **fn.ctor_kwargs).arguments
+    except (TypeError, ValueError):  # no signature, or arguments that the constructor itself will refuse
+        return False
+    return "device" in signature.parameters and "device" not in given
+
+
+def _is_torch_module(made: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(made, torch.nn.Module)
+
+
+class TorchModule:
+    """A torch module as a model: evaluation mode, no gradients, on the worker's device. Wants torch batches."""
+
+    batch_format = "torch"
+
+    def __init__(self, module: Any, device: str) -> None:
+        import copy
+
+        self.accelerated = device.split(":")[0] in ("cuda", "mps", "xpu")  # a simulated device computes on the CPU
+        self.device = device
+        self.module = (copy.deepcopy(module).to(device) if self.accelerated else module).eval()
+
+    def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        import torch
+
+        with torch.inference_mode():
+            return self.module(self._moved(batch), *args, **kwargs)
+
+    def _moved(self, batch: Any) -> Any:
+        if not self.accelerated:
+            return batch
+        if isinstance(batch, dict):
+            return {name: self._moved(value) for name, value in batch.items()}
+        return batch.to(self.device) if hasattr(batch, "to") else batch
+
+
+def _module_model(module: Any, device: str) -> TorchModule:
+    return TorchModule(module, device)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def explain(
+    exc: BaseException,
+    op: str,
+    origin: Origin | None = None,
+    *,
+    row: int | None = None,
+    columns: Sequence[str] = (),
+    doing: str = "",
+) -> HeadraceError:
+    """The error that says what user code did, in which operator, on which rows.
+
+    row: the one to blame, within `origin`. columns: what the code was given. doing: what it was at, if not being called.
+    """
+    where = _where(op, origin, row, columns)
+    if isinstance(exc, HeadraceError):
+        return _placed(exc, origin).at(*where)
+    if isinstance(exc, Refused):
+        return UserCodeError(f"{op} {exc}", where=where, hint=exc.hint, frames="")
+    text = _text(exc)
+    message = f"{op} raised {type(exc).__name__}" + (f" while {doing}" if doing else "") + (f": {text}" if text else "")
+    return UserCodeError(message, where=where, hint=_hint(exc, text), frames=user_frames(exc))
+
+
+def internal_error(exc: BaseException, what: str) -> InternalError:
+    """A fault of ours, with all frames."""
+    return InternalError(
+        f"{what} failed: {type(exc).__name__}: {_text(exc)}",
+        frames="".join(traceback.format_exception(exc)),
+        hint="this is a fault of Headrace; please report it with the frames above",
+    )
+
+
+def _where(
+    op: str, origin: Origin | None, row: int | None, columns: Sequence[str]
+) -> tuple[tuple[str, str], ...]:
+    where = [("stage", op)]
+    if origin is not None:
+        at = None if row is None else origin.locate(row)
+        if at is not None:
+            where.append(("row", f"{at[1]} of {at[0]}"))
+        elif origin.segments:
+            where.append(("rows", origin.label if origin.exact else f"among {origin.label}"))
+    if columns:
+        where.append(("columns", ", ".join(columns)))
+    return tuple(where)
+
+
+def _placed(error: HeadraceError, origin: Origin | None) -> HeadraceError:
+    """A transform names the row within the batch; say which row of which input that is."""
+    rows = [value for label, value in error.where if label == "row"]
+    if origin is not None and rows and rows[0].isdigit():
+        at = origin.locate(int(rows[0]))
+        named = (("row", f"{at[1]} of {at[0]}"),) if at else ()
+        error.where = tuple(pair for pair in error.where if pair[0] != "row") + named
+    return error
+
+
+def _text(exc: BaseException) -> str:
+    try:
+        text = str(exc)
+    except Exception:  # an exception whose own __str__ fails
+        text = "(its message can't be shown)"
+    return text if len(text) <= MESSAGE_CHARS else text[:MESSAGE_CHARS] + " ..."
+
+
+def _hint(exc: BaseException, text: str) -> str:
+    if "read-only" in text or "WRITEABLE" in text:
+        return "a batch's arrays are views of memory that others read too: copy what you change, x = x.copy()"
+    if isinstance(exc, (KeyboardInterrupt, SystemExit)):
+        return "raise an ordinary exception instead of ending the process"
+    if isinstance(exc, MemoryError):
+        return "try a smaller batch_size"
+    return 'to look into it, run with engine="inline" under pdb'
+
+
+def user_frames(exc: BaseException) -> str:
+    """The traceback from the user's own function downwards; long tails inside libraries are cut."""
+    frames = list(traceback.extract_tb(exc.__traceback__))
+    start = next((i for i, f in enumerate(frames) if not f.filename.startswith(_OURS)), None)
+    if start is None:  # a model or transform of Headrace itself: its innermost frames tell most
+        return "".join(traceback.format_list(frames[-2:]))
+    frames = frames[start:]
+    last = max((i for i, f in enumerate(frames) if not f.filename.startswith(_LIBRARIES)), default=0)
+    tail = frames[last + 1 :]
+    lines = traceback.format_list(frames[: last + 1])
+    if len(tail) > 2:
+        lines += [*traceback.format_list(tail[:1]), f"  ... {len(tail) - 2} more frames inside libraries\n"]
+        tail = tail[-1:]
+    lines += traceback.format_list(tail)
+    cause = exc.__cause__
+    if cause is not None:
+        lines.append(f"  caused by {type(cause).__name__}: {_text(cause)}\n")
+    return "".join(lines)

@@ -1,0 +1,111 @@
+"""What goes wrong ends the run with one clear error, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import headrace as hr
+
+from .conftest import outputs
+
+Options = dict[str, Any]
+
+
+def explode(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    if (batch["id"] == 133).any():
+        raise ValueError("no such row, please")
+    return batch
+
+
+def test_a_user_function_that_raises(data: Path, tmp_path: Path, quiet: Options) -> None:
+    with pytest.raises(hr.UserCodeError) as caught:
+        hr.read_parquet(data).map_batches(explode).write_parquet(tmp_path / "out", **quiet)
+    text = str(caught.value)
+    assert "ValueError: no such row, please" in text
+    assert text.count("no such row, please") <= 2, "said once, and once in the user's own frames"
+    assert "explode" in text
+    assert "headrace/worker" not in text, "only the user's frames"
+    where = dict(caught.value.where)
+    assert "f3.parquet" in where["rows"]
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_a_model_that_returns_too_few_rows(data: Path, quiet: Options, device: str) -> None:
+    with pytest.raises(hr.UserCodeError, match="rows"):
+        hr.read_parquet(data).predict(lambda x: x[:-1], input="x", output="y", device=device).run(**quiet)
+
+
+def test_a_missing_column_is_refused_before_any_work(data: Path, tmp_path: Path, quiet: Options) -> None:
+    with pytest.raises(hr.PlanError, match="no_such"):
+        hr.read_parquet(data).predict(lambda x: x, input="no_such", output="y").write_parquet(tmp_path / "out", **quiet)
+    assert outputs(tmp_path) == [f"in/f{i}.parquet" for i in range(5)]
+
+
+def test_a_missing_input(tmp_path: Path, quiet: Options) -> None:
+    with pytest.raises(hr.DataError, match="nowhere"):
+        hr.read_parquet(tmp_path / "nowhere").count(**quiet)
+
+
+def test_a_broken_input_names_the_file(data: Path, quiet: Options) -> None:
+    good = (data / "f2.parquet").read_bytes()
+    (data / "f2.parquet").write_bytes(good[:200] + b"\0" * 50 + good[250:])
+    with pytest.raises(hr.DataError, match="f2.parquet"):
+        hr.read_parquet(data).run(**quiet)
+
+
+def test_a_finished_destination_is_not_overwritten(data: Path, tmp_path: Path, quiet: Options) -> None:
+    ds = hr.read_parquet(data)
+    ds.write_parquet(tmp_path / "out", **quiet)
+    first = outputs(tmp_path / "out")
+    with pytest.raises(hr.DestinationError, match="fresh"):
+        ds.write_parquet(tmp_path / "out", **quiet)
+    assert outputs(tmp_path / "out") == first
+    ds.limit(3).write_parquet(tmp_path / "out", fresh=True, **quiet)
+    assert hr.read_parquet(tmp_path / "out").count() == 3
+
+
+def test_unknown_options_and_devices(data: Path) -> None:
+    with pytest.raises(hr.PlanError, match="engin"):
+        hr.read_parquet(data).run(engin="threads")  # type: ignore[call-arg]
+    with pytest.raises(hr.PlanError, match="device"):
+        hr.read_parquet(data).predict(lambda x: x, input="x", output="y", device="tpu").run(progress="quiet")
+    with pytest.raises(hr.PlanError, match="cuda"):
+        hr.read_parquet(data).predict(lambda x: x, input="x", output="y", device="cuda").run(progress="quiet", devices=[])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes need Linux")
+def test_a_worker_that_is_killed(data: Path, tmp_path: Path) -> None:
+    def die(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return batch
+
+    with pytest.raises(hr.WorkerDied, match="SIGKILL|signal 9"):
+        hr.read_parquet(data).map_batches(die).write_parquet(tmp_path / "out", engine="processes", progress="quiet", cpus=2)
+    assert outputs(tmp_path / "out") == []
+
+
+def test_a_function_that_calls_exit(data: Path, quiet: Options) -> None:
+    def leave(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        sys.exit(3)
+
+    with pytest.raises(hr.HeadraceError):
+        hr.read_parquet(data).map_batches(leave).run(**quiet)
+
+
+def test_interrupting_the_driver_leaves_nothing(data: Path, tmp_path: Path, quiet: Options) -> None:
+    def interrupt(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        os.kill(parent, signal.SIGINT)
+        return batch
+
+    parent = os.getpid()
+    with pytest.raises(KeyboardInterrupt):
+        hr.read_parquet(data).map_batches(interrupt).write_parquet(tmp_path / "out", **quiet)
+    assert not (tmp_path / "out" / "_SUCCESS").exists()

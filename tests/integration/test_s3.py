@@ -1,0 +1,154 @@
+"""Sources and sinks on S3, against a local server."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import obstore
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from headrace.connectors import storage
+from headrace.connectors.listing import Listing
+from headrace.connectors.sinks.csv import CsvSink
+from headrace.connectors.sinks.json import JsonSink
+from headrace.connectors.sinks.parquet import ParquetSink
+from headrace.connectors.sources.csv import CsvSource
+from headrace.connectors.sources.images import ImageSource
+from headrace.connectors.sources.parquet import ParquetSource
+from headrace.core.errors import DataError, DestinationError, InputChanged
+from headrace.core.options import BlockLimits
+from headrace.testing.check_sink import check_per_input, check_sink
+from headrace.testing.check_source import check_source, read_all
+
+
+@pytest.fixture(scope="module", autouse=True)
+def arrow_signal_pipe() -> None:
+    """Arrow's CSV reader opens a pipe for Ctrl-C at its first use and keeps it for the life of the process."""
+    pyarrow.csv.read_csv(pa.BufferReader(b"a\n1\n"))
+
+
+def table(start: int, rows: int) -> pa.Table:
+    ids = range(start, start + rows)
+    return pa.table({"id": pa.array(ids, pa.int64()), "name": [f"name {i}" for i in ids]})
+
+
+def put(bucket: str, key: str, data: bytes) -> None:
+    obstore.put(storage.s3_store(bucket), key, data)
+
+
+def parquet(t: pa.Table, **options: Any) -> bytes:
+    out = io.BytesIO()
+    pq.write_table(t, out, **options)
+    return out.getvalue()
+
+
+def test_parquet_whole_objects(bucket: str) -> None:
+    for n in range(3):
+        put(bucket, f"data/part={n}/f.parquet", parquet(table(n * 100, 100)))
+    put(bucket, "data/_SUCCESS", b"")
+    put(bucket, "data/_old/f.parquet", b"junk")
+    source = ParquetSource(f"s3://{bucket}/data")
+    assert source.remote
+    got = check_source(source, rows=300, predicate=pc.field("id") >= 150)
+    assert got["id"].to_pylist() == list(range(300))
+
+
+def test_parquet_by_ranges(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "WHOLE_S3_BYTES", 1000)
+    monkeypatch.setattr(storage, "FOOTER_BYTES", 3000)
+    monkeypatch.setattr(storage, "REQUEST_BYTES", 2000)
+    put(bucket, "a.parquet", parquet(table(0, 3000), row_group_size=500))
+    check_source(ParquetSource(f"s3://{bucket}/a.parquet"), rows=3000, predicate=pc.field("id") == 2777)
+    monkeypatch.setattr("headrace.connectors.sources.parquet.S3_AHEAD_BYTES", 0)
+    check_source(ParquetSource(f"s3://{bucket}/a.parquet"), rows=3000)
+
+
+def test_csv_and_images(bucket: str) -> None:
+    out = io.BytesIO()
+    pyarrow.csv.write_csv(table(0, 50), out)
+    put(bucket, "in/a.csv", out.getvalue())
+    for n in range(40):
+        put(bucket, f"in/{n:02d}.png", bytes([n]))
+    check_source(CsvSource(f"s3://{bucket}/in/"), rows=50)
+    got = check_source(ImageSource(f"s3://{bucket}/in/"), rows=40)
+    assert got["bytes"].to_pylist() == [bytes([n]) for n in range(40)]
+
+
+def test_listing_is_streamed_and_globs_match(bucket: str) -> None:
+    for key in ("a/x1.parquet", "a/x2.parquet", "a/deep/x3.parquet", "ab/x4.parquet"):
+        put(bucket, key, b"")
+
+    def names(pattern: str) -> list[str]:
+        return [o.uri.rpartition("/")[2] for o in Listing.of(f"s3://{bucket}/{pattern}", (".parquet",)).objects()]
+
+    assert names("a/*.parquet") == ["x1.parquet", "x2.parquet"]
+    assert names("a/**/*.parquet") == ["x3.parquet", "x1.parquet", "x2.parquet"]
+    assert names("a*/x?.parquet") == ["x1.parquet", "x2.parquet", "x4.parquet"]
+    assert names("a") == ["x3.parquet", "x1.parquet", "x2.parquet"]
+    with pytest.raises(DataError, match="no object matches"):
+        names("zz*")
+    with pytest.raises(DataError, match="no object to read"):
+        names("nothing/")
+
+
+def test_a_changed_object_is_told(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "FOOTER_BYTES", 1000)
+    for whole in (0, 1 << 20):
+        monkeypatch.setattr(storage, "WHOLE_S3_BYTES", whole)
+        put(bucket, "a.parquet", parquet(table(0, 100)))
+        source = ParquetSource(f"s3://{bucket}/a.parquet")
+        source.schema()
+        (split,) = source.splits(per_input=False)
+        put(bucket, "a.parquet", parquet(table(5, 100)))
+        with pytest.raises(InputChanged):
+            list(source.open(split, BlockLimits()))
+
+
+def test_missing_bucket(bucket: str) -> None:
+    with pytest.raises(DataError):
+        ParquetSource("s3://no-such-bucket/x/").schema()
+    with pytest.raises(DestinationError):
+        ParquetSink("s3://no-such-bucket/x").prepare(None)
+
+
+@pytest.mark.parametrize("sink", [ParquetSink, CsvSink, JsonSink])
+def test_sinks(bucket: str, sink: type) -> None:
+    store = storage.s3_store(bucket)
+
+    def run(prefix: str, check: Any) -> None:
+        def files() -> list[str]:
+            return [o["path"].removeprefix(f"{prefix}/") for page in obstore.list(store, prefix) for o in page]
+
+        def read(name: str) -> list[dict[str, Any]]:
+            data = bytes(obstore.get(store, f"{prefix}/{name}").bytes())
+            if name.endswith(".parquet"):
+                return pq.read_table(io.BytesIO(data)).to_pylist()
+            if name.endswith(".csv"):
+                return pyarrow.csv.read_csv(io.BytesIO(data)).to_pylist()
+            return [json.loads(line) for line in data.splitlines()]
+
+        check(lambda **options: sink(f"s3://{bucket}/{prefix}", **options), files=files, read=read)
+
+    run("packed", check_sink)
+    run("per-input", check_per_input)
+
+
+def test_large_outputs_go_in_parts(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headrace.core.splits import Fragment, Split
+
+    monkeypatch.setattr(storage, "REQUEST_BYTES", 1000)
+    sink = ParquetSink(f"s3://{bucket}/out").prepare(None)
+    split = Split(0, (Fragment("x", 1, "v", name="x"),), 1)
+    for attempt in range(2):
+        writer = sink.open(split, attempt)
+        for batch in table(0, 1000).to_batches():
+            writer.write(batch)
+        writer.close()
+    sink.finish({}, table(0, 1).schema)
+    assert read_all(ParquetSource(f"s3://{bucket}/out")).equals(table(0, 1000))

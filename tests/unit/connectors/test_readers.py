@@ -1,0 +1,172 @@
+"""Readers: broken and changed input, drifting schemas, blocks over files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from headrace.connectors.sources.csv import CsvSource
+from headrace.connectors.sources.json import JsonSource
+from headrace.connectors.sources.parquet import ParquetSource
+from headrace.connectors.sources.text import TextSource
+from headrace.core.errors import DataError, InputChanged, PlanError
+from headrace.core.options import BlockLimits
+from headrace.testing.check_source import read_all
+
+
+def write(path: Path, **columns) -> None:
+    pq.write_table(pa.table(columns), path)
+
+
+def test_small_files_share_a_block(tmp_path: Path) -> None:
+    for n in range(10):
+        write(tmp_path / f"{n}.parquet", x=[n] * 5)
+    source = ParquetSource(tmp_path)
+    (split,) = source.splits(per_input=False)
+    ((batch, origin),) = source.open(split, BlockLimits())
+    assert batch.num_rows == 50
+    assert origin.locate(7) == (str(tmp_path / "1.parquet"), 2)
+
+
+def test_repeated_wide_values_do_not_swell_a_block(tmp_path: Path) -> None:
+    photos = [bytes([i]) * 20_000 for i in range(5)]
+    write(tmp_path / "a.parquet", photo=[photos[i % 5] for i in range(2000)])
+    source = ParquetSource(tmp_path)
+    limits = BlockLimits(target_bytes=1 << 20)
+    sizes = [b.nbytes for s in source.splits(per_input=False) for b, _ in source.open(s, limits)]
+    assert max(sizes) <= 1.1 * limits.target_bytes
+
+
+def test_types_that_fit_are_cast(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", x=pa.array([1], pa.int64()), s=pa.array(["a"], pa.large_string()))
+    write(tmp_path / "b.parquet", s=pa.array(["b"]).dictionary_encode(), x=pa.array([2], pa.int32()))
+    write(tmp_path / "c.parquet", x=pa.nulls(1), s=pa.array(["c"]), extra=[1])
+    got = read_all(ParquetSource(tmp_path))
+    assert got.to_pylist() == [{"x": 1, "s": "a"}, {"x": 2, "s": "b"}, {"x": None, "s": "c"}]
+
+
+@pytest.mark.parametrize("columns", [{"x": ["text"]}, {"x": [1.5]}, {"y": [1]}])
+def test_types_that_do_not_fit_name_file_and_column(tmp_path: Path, columns) -> None:
+    write(tmp_path / "a.parquet", x=[1])
+    write(tmp_path / "b.parquet", **columns)
+    with pytest.raises(DataError, match="'x'") as caught:
+        read_all(ParquetSource(tmp_path))
+    assert "b.parquet" in str(caught.value)
+
+
+def test_not_parquet_and_truncated(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_text("not parquet at all")
+    with pytest.raises(DataError, match="not a readable Parquet") as caught:
+        ParquetSource(tmp_path).schema()
+    assert "a.parquet" in str(caught.value)
+
+
+def test_damaged_pages_name_the_row_group(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": list(range(10_000))}), path, row_group_size=5000, compression="zstd")
+    start = pq.read_metadata(path).row_group(1).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[start : start + 200] = bytes(200)
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="row group: 1"):
+        read_all(ParquetSource(path))
+
+
+def test_changed_input_is_told_before_and_after(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write(path, x=list(range(100)))
+    source = ParquetSource(path)
+    (split,) = source.splits(per_input=False)
+    reading = source.open(split, BlockLimits(max_rows=10))
+    next(reading)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(InputChanged, match=r"a\.parquet"):
+        list(reading)
+    with pytest.raises(InputChanged):
+        list(source.open(split, BlockLimits()))
+    path.unlink()
+    with pytest.raises(InputChanged):
+        list(source.open(split, BlockLimits()))
+
+
+def test_a_filter_that_can_not_work_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", x=[1])
+    for bad in (pc.field("nope") > 1, pc.field("x") == "text"):
+        with pytest.raises(PlanError, match="filter"):
+            ParquetSource(tmp_path).prune(bad)
+    with pytest.raises(PlanError, match="nope"):
+        ParquetSource(tmp_path).project(("nope",))
+
+
+def test_filter_skips_row_groups_and_where_no_row_passes(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"x": range(1000), "y": ["k"] * 1000}), tmp_path / "a.parquet", row_group_size=100)
+    source, exact = ParquetSource(tmp_path).project(("y",)).prune(pc.field("x") == 250)
+    assert exact
+    (split,) = source.splits(per_input=False)
+    ((batch, origin),) = source.open(split, BlockLimits())
+    assert batch.to_pylist() == [{"y": "k"}]
+    assert not origin.exact
+    assert sum(s.rows for s in origin.segments) == 100
+    nothing, _ = source.prune(pc.field("x") < 0)
+    assert read_all(nothing).num_rows == 0
+
+
+def test_json_drift_names_file_and_offset(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"x": 1}\n')
+    (tmp_path / "b.jsonl").write_text('{"x": "text"}\n')
+    with pytest.raises(DataError) as caught:
+        read_all(JsonSource(tmp_path))
+    assert "b.jsonl" in str(caught.value)
+    assert "offset: 0" in str(caught.value)
+    assert "column 'x' has type string here, int64 was expected" in str(caught.value)
+    (tmp_path / "b.jsonl").write_text('{"x": 2, "new": 1}\n')
+    with pytest.raises(DataError, match="new"):
+        read_all(JsonSource(tmp_path))
+    fixed = JsonSource(tmp_path, schema=pa.schema([("x", pa.int64()), ("new", pa.int64())]))
+    assert read_all(fixed).to_pylist() == [{"x": 1, "new": None}, {"x": 2, "new": 1}]
+
+
+def test_csv_matches_columns_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbfx,y\n1,a\n")
+    (tmp_path / "b.csv").write_text("y,x\nb,2\n")
+    assert read_all(CsvSource(tmp_path)).to_pylist() == [{"x": 1, "y": "a"}, {"x": 2, "y": "b"}]
+    (tmp_path / "c.csv").write_text("y,x\nb,text\n")
+    with pytest.raises(DataError, match=r"c\.csv"):
+        read_all(CsvSource(tmp_path))
+    (tmp_path / "c.csv").write_text("y\nb\n")
+    with pytest.raises(DataError, match="'x' is missing"):
+        read_all(CsvSource(tmp_path))
+
+
+def test_csv_options(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("1\t\n2\t\n")
+    source = CsvSource(tmp_path, column_names=["a", "b"], column_types={"a": pa.string()})
+    assert source.schema() == pa.schema([("a", pa.string()), ("b", pa.string())])
+    assert read_all(source)["a"].to_pylist() == ["1", "2"]
+
+
+def test_empty_and_wrong_text_inputs(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("")
+    (tmp_path / "a.jsonl").write_text("")
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9\n")
+    for source in (CsvSource(tmp_path), JsonSource(tmp_path)):
+        with pytest.raises(DataError, match="empty"):
+            source.schema()
+    with pytest.raises(DataError, match="UTF-8"):
+        read_all(TextSource(tmp_path))
+
+
+def test_long_lines_and_small_chunks(tmp_path: Path) -> None:
+    rows = [{"s": "x" * (i * 1000)} for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    source = JsonSource(tmp_path)
+    (split,) = source.splits(per_input=False)
+    blocks = [b for b, _ in source.open(split, BlockLimits(target_bytes=1 << 16))]
+    assert len(blocks) > 100
+    assert pa.Table.from_batches(blocks).to_pylist() == rows

@@ -1,0 +1,107 @@
+"""What is special about threads: one address space, native thread pools, and that they can't be killed."""
+
+from __future__ import annotations
+
+import _thread
+import sys
+import threading
+from types import SimpleNamespace
+
+import pytest
+
+from headrace.core.resources import WorkerSpec
+from headrace.core.steps import WorkerLost
+from headrace.substrates.threads import NativeLimits, ThreadsSubstrate
+from headrace.testing.check_substrate import Act, ScriptedBody, advance, running
+
+
+def test_blocks_are_handed_on_as_they_are() -> None:
+    with running(lambda: ThreadsSubstrate(body_factory=ScriptedBody), 1) as s:
+        block = s.run(advance(1, 0, Act.MAKE, nbytes=80))
+        part = block.parts[0]
+        assert part.handle.column("x").to_pylist() == list(range(10))
+        fetched = s.substrate.fetch(block)
+        assert fetched.column("x").buffers()[1].address != part.handle.column("x").buffers()[1].address
+
+
+def test_bodies_are_made_one_at_a_time() -> None:
+    inside = threading.Semaphore(1)
+
+    def make(*args):
+        assert inside.acquire(blocking=False), "two bodies under construction at once"
+        body = ScriptedBody(*args)
+        inside.release()
+        return body
+
+    with running(lambda: ThreadsSubstrate(body_factory=make), 8) as s:
+        assert s.up == set(range(8))
+
+
+@pytest.mark.parametrize("error", [SystemExit(4), ValueError("no")])
+def test_a_body_that_cannot_be_made_is_a_lost_worker(error: BaseException) -> None:
+    def make(*_):
+        raise error
+
+    with running(lambda: ThreadsSubstrate(body_factory=make), 1, program="broken") as s:
+        s.until(lambda: 0 in s.lost)
+        assert type(error).__name__ in s.lost[0]
+
+
+def test_ctrl_c_interrupts_wait() -> None:
+    substrate = ThreadsSubstrate(body_factory=Interrupter)
+    substrate.start(None, [WorkerSpec(0, "cpu", "cpu")])
+    try:
+        substrate.submit(advance(1, 0, Act.MAKE, nbytes=8))
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                assert not any(isinstance(e, WorkerLost) for e in substrate.wait(60.0))
+    finally:
+        Interrupter.go_on.set()
+        substrate.stop()
+
+
+class Interrupter(ScriptedBody):
+    go_on = threading.Event()
+
+    def run(self, step):
+        _thread.interrupt_main()
+        self.go_on.wait()
+        return super().run(step)
+
+
+class FakeTorch:
+    def __init__(self) -> None:
+        self.threads = 16
+
+    def get_num_threads(self) -> int:
+        return self.threads
+
+    def set_num_threads(self, n: int) -> None:
+        self.threads = n
+
+
+def test_native_pools_are_limited_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch, log = FakeTorch(), []
+    cv2 = SimpleNamespace(getNumThreads=lambda: 12, setNumThreads=log.append)
+    limit = SimpleNamespace(restore_original_limits=lambda: log.append("restored"))
+    controller = SimpleNamespace(limit=lambda limits: log.append(("all", limits)) or limit)
+    per_thread = SimpleNamespace(limit=lambda limits: log.append(("openmp", limits)))
+    controller.select = lambda user_api: per_thread
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setitem(sys.modules, "cv2", cv2)
+    monkeypatch.setitem(sys.modules, "threadpoolctl", SimpleNamespace(ThreadpoolController=lambda: controller))
+    with running(lambda: ThreadsSubstrate(body_factory=ScriptedBody, cores=6), 2):
+        assert torch.threads == 3
+        assert log == [3, ("all", 3), ("openmp", 3), ("openmp", 3)]
+    assert torch.threads == 16
+    assert log[4:] == ["restored", 12]
+
+
+def test_libraries_that_are_not_loaded_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("torch", "cv2", "threadpoolctl"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    limits = NativeLimits(1)
+    limits.apply()
+    limits.apply_to_thread()
+    limits.restore()
+    assert not {"torch", "cv2", "threadpoolctl"} & set(sys.modules)
