@@ -13,9 +13,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import joblib
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
 
 import headrace as hr
 
@@ -37,8 +40,6 @@ class DigitClassifier:
     """scikit-learn's, trained at set-up; what Headrace sees is any class that takes arrays and returns arrays."""
 
     def __init__(self, path: str) -> None:
-        import joblib
-
         self.model = joblib.load(path)
 
     def __call__(self, image: np.ndarray) -> dict[str, np.ndarray]:
@@ -55,10 +56,6 @@ def prepare(home: Path) -> None:
     """Write the input and train the classifier, unless a run before this one did."""
     if (home / "ready.json").exists():
         return
-    import joblib
-    from sklearn.datasets import load_digits
-    from sklearn.linear_model import LogisticRegression
-
     digits: Any = load_digits()
     scans = [_enlarge(image) for image in digits.images]
     held_out = np.arange(len(scans)) % 2 == 1

@@ -84,9 +84,7 @@ def _write(path: Path, file: int, rows: int, seed: int, sources: list[tuple[str,
     part.rename(path)
 
 
-def _photo(
-    rng: np.random.Generator, row: int, sources: list[tuple[str, np.ndarray]], grain: np.ndarray
-) -> dict[str, Any]:
+def _photo(rng: np.random.Generator, row: int, sources: list[tuple[str, np.ndarray]], grain: np.ndarray) -> dict[str, Any]:
     import cv2
     import simplejpeg
 

@@ -74,7 +74,7 @@ def _entry(name: str, thing: Any) -> list[str]:
     return [f"### hr.{name}", "", "```", f"hr.{name}{_signature(thing)}", "```", "", *_doc(thing)]
 
 
-def _members(cls: type) -> list[str]:
+def _members(cls: Any) -> list[str]:
     lines: list[str] = []
     for name, member in vars(cls).items():
         if name.startswith("_"):

@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 
 import pytest
-
 from tests.conftest import holdings, leaks
 
 linux_only = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
@@ -24,7 +23,9 @@ def test_sees_a_process() -> None:
     assert leaks(before, holdings()) == []
 
 
-@pytest.mark.parametrize(("name", "daemon", "leak"), [("headrace-x", True, True), ("other", False, True), ("other", True, False)])
+@pytest.mark.parametrize(
+    ("name", "daemon", "leak"), [("headrace-x", True, True), ("other", False, True), ("other", True, False)]
+)
 def test_sees_threads_that_matter(name: str, daemon: bool, leak: bool) -> None:
     before = holdings()
     over = threading.Event()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -24,7 +24,15 @@ class Tally:
     cut: int = 0
 
     def __add__(self, other: Tally) -> Tally:
-        return Tally(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return Tally(
+            self.rows_in + other.rows_in,
+            self.expanded + other.expanded,
+            self.written + other.written,
+            self.filtered + other.filtered,
+            self.skipped + other.skipped,
+            self.quarantined + other.quarantined,
+            self.cut + other.cut,
+        )
 
     @property
     def balanced(self) -> bool:

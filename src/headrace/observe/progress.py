@@ -212,6 +212,8 @@ def live_line(picture: Picture, room: int | None = None) -> str:
     pieces = [(9, words.cut(words.one_line(picture.name), _NAME_CELLS))]
     if picture.share is not None:
         pieces.append((8, words.share(picture.share)))
+    elif picture.splits_done:
+        pieces.append((4, f"{words.count(picture.splits_done)} splits"))
     pieces.append((7, f"{words.count(picture.rows)} rows"))
     if picture.rows:
         pieces.append((6, f"{words.rate(picture.rows_per_s)} rows/s"))

@@ -96,7 +96,8 @@ class Dispatcher:
         self.following = {route.name: self._follow(route) for route in plan.routes}
         self.downstream_first = tuple(sorted(plan.stages, key=lambda s: -s.id))  # stage ids grow along every route
         self.workers: dict[int, WorkerState] = {}
-        self.pools: dict[str, PoolState] = {name: PoolState() for name in {CPU_POOL, *plan.pools, *(s.pool for s in plan.stages)}}
+        names = dict.fromkeys((CPU_POOL, *plan.pools, *(s.pool for s in plan.stages)))
+        self.pools: dict[str, PoolState] = {name: PoolState() for name in names}
         self.pending: deque[Split] = deque()
         self.pending_bytes = 0
         self.open: dict[int, SplitState] = {}  # oldest first

@@ -1,11 +1,11 @@
 """The scheduler's one mutator: `handle(event, now) -> [command]`.
 
-Here: what an event changes in the splits' lists (an answer's blocks are placed, sequences become runnable, splits are delivered,
-settled, cut by a limit). What starts next is chosen in `dispatch.py`. Nothing is re-derived per event: queues are kept per stage.
+Here: what an event changes in the splits' lists (an answer's blocks are placed, sequences become runnable, splits are
+delivered, settled, cut by a limit). What starts next is chosen in `dispatch.py`. Nothing is re-derived per event.
 
-Liveness: the front of a split (nothing before it but blocks that wait for later stages) is admitted past full queues, the front
-of the oldest split past the memory budget too. So as long as a split is open, its front runs, waits for a worker that is busy, or
-waits for the consumer; anything else is reported as a stall.
+Liveness: the front of a split (nothing before it but blocks that wait for later stages) is admitted past full queues, the
+front of the oldest split past the memory budget too. So as long as a split is open, the oldest one's front runs, waits for a
+worker that is busy, or waits for the consumer; anything else is reported as a stall.
 
 After `Fail` no command follows. After `Finish` only late answers to cancelled steps come in, and what they hold is released.
 """
@@ -56,7 +56,7 @@ class Scheduler(Dispatcher):
     def handle(self, event: Event, now: float = 0.0) -> list[Command]:
         """Take in one event; the commands are in the order in which they must be carried out."""
         del now  # no decision needs the time yet; retries and hang limits will
-        self._out = out = []
+        self._out = out = list[Command]()
         if self.finished:
             self._late(event)
             return out
@@ -135,7 +135,7 @@ class Scheduler(Dispatcher):
                 label += f", stage {self.stages[step.stage].name}"
                 break
         where = (("worker", str(worker)), ("doing", label or "nothing"))
-        hint = "look for a crash in native code or the kernel's out-of-memory killer (dmesg); no half-written output was published"
+        hint = "look for a crash in native code or the kernel's out-of-memory killer (dmesg); nothing half-written was published"
         return WorkerDied(f"worker {worker} died: {reason}", where=where, hint=hint)
 
     # ---------------------------------------------------------------- a step's answer
@@ -317,7 +317,7 @@ class Scheduler(Dispatcher):
     # ---------------------------------------------------------------- limits and cancelling
 
     def _leave_global(self, split: SplitState, stage: Stage) -> None:
-        """A split has passed a stage that takes the splits one after the other: the next one's turn, or the limit is reached."""
+        """A split has passed a stage that takes splits one after the other: it is the next one's turn, or the limit's end."""
         self.global_next[stage.id] = split.index + 1
         self._cut_rest_of(split, stage)
         if stage.limit is not None and self.passed[stage.id] >= stage.limit:

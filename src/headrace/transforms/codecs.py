@@ -11,7 +11,8 @@ Invariant: no pixel memory is allocated before the size in the header has been c
 
 from __future__ import annotations
 
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,6 +20,15 @@ Mode = Literal["RGB", "L"]
 
 # Pillow refuses what is larger than twice its MAX_IMAGE_PIXELS (a quarter of a gigabyte of 24-bit pixels).
 MAX_PIXELS = 2 * (1024 * 1024 * 1024 // 4 // 3)
+
+
+@cache
+def opencv() -> Any:
+    """cv2, once its own threads are off: there is a worker per core already."""
+    import cv2
+
+    cv2.setNumThreads(0)
+    return cv2
 
 
 class ImageRefused(Exception):
@@ -54,8 +64,7 @@ def _jpeg(data: memoryview, mode: Mode, max_pixels: int) -> np.ndarray | None:
 
 def _png(data: memoryview, head: bytes, mode: Mode, max_pixels: int) -> np.ndarray | None:
     """None: 16 bits a sample (Pillow's conversion differs), cut off, or broken."""
-    import cv2
-
+    cv2 = opencv()
     if len(head) < 26 or head[12:16] != b"IHDR":
         return None
     width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")

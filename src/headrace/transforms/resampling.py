@@ -18,6 +18,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from headrace.transforms.codecs import opencv
+
 Size = int | tuple[int, int]
 
 # How far to look for a grid line that falls on a source pixel's edge when only a window is interpolated. About one
@@ -50,6 +52,7 @@ class Geometry:
     def out(self) -> tuple[int, int]:
         """(rows, columns) of the window."""
         return self.bottom - self.top, self.right - self.left
+
 
 @lru_cache(maxsize=4096)
 def geometry(height: int, width: int, resize: Size | None, crop: tuple[int, int] | None) -> Geometry:
@@ -137,8 +140,7 @@ def _recipe(scale: float) -> _Recipe | None:
 
 def _reduce(image: np.ndarray, factor: int) -> np.ndarray:
     """Average blocks of factor x factor pixels; a last partial block is filled up with its edge."""
-    import cv2
-
+    cv2 = opencv()
     below, beside = -image.shape[0] % factor, -image.shape[1] % factor
     if below or beside:
         image = _channels(cv2.copyMakeBorder(image, 0, below, 0, beside, cv2.BORDER_REPLICATE))
@@ -148,14 +150,12 @@ def _reduce(image: np.ndarray, factor: int) -> np.ndarray:
 
 def _extend(image: np.ndarray) -> np.ndarray:
     """Repeat the last row and column, so that a part of a reduced image may end where it suits `_lines`."""
-    import cv2
-
+    cv2 = opencv()
     return _channels(cv2.copyMakeBorder(image, 0, _EXTEND_PIXELS, 0, _EXTEND_PIXELS, cv2.BORDER_REPLICATE))
 
 
 def _by_opencv(image: np.ndarray, y: _Axis, x: _Axis, size: tuple[int, int], out: np.ndarray) -> None:
-    import cv2
-
+    cv2 = opencv()
     rows, columns = size
     if y.reduce > 1:
         image = _extend(_reduce(image, y.reduce))

@@ -74,9 +74,7 @@ def test_any_grouping_in_any_order_gives_the_same_state(metric: Any) -> None:
     rng = np.random.default_rng(11)
     for _ in range(4):
         cuts = [0, *sorted(rng.integers(0, ROWS, 9).tolist()), ROWS]
-        states = [
-            whole(metric, batch.slice(start, stop - start)) for start, stop in itertools.pairwise(cuts)
-        ]
+        states = [whole(metric, batch.slice(start, stop - start)) for start, stop in itertools.pairwise(cuts)]
         states = [json.loads(json.dumps(states[i])) for i in rng.permutation(len(states))]
         while len(states) > 1:  # merge neighbours in random association
             i = int(rng.integers(0, len(states) - 1))

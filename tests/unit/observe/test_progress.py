@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import replace
 
 import pytest
 from tests.unit.observe.script import START_S, Terminal, finished, found, memory, settled, started, step
@@ -68,6 +69,10 @@ def test_line_fits(room: int) -> None:
 def test_narrow_line_drops_the_least_telling_first() -> None:
     assert live_line(PICTURE, 80) == "images → out  62%  18,432 rows  1,020 rows/s  ETA 0:12  cpu 97%  sim 41%"
     assert live_line(PICTURE, 30) == "images → out  62%  18,432 rows"
+
+
+def test_line_counts_splits_while_the_total_is_not_known() -> None:
+    assert live_line(replace(PICTURE, share=None, eta_s=None), 60) == "images → out  5 splits  18,432 rows  1,020 rows/s  0:20"
 
 
 def test_one_line_only_and_the_totals_stay() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import sys
@@ -93,7 +94,7 @@ def test_random_traffic_keeps_the_invariants() -> None:
         ranges = sorted([(o, o + n, "used") for o, n in used.items()] + [(s, e, "free") for s, e in free_ranges(a)])
         assert ranges[0][0] == 0
         assert ranges[-1][1] == size
-        for (_, end, kind), (start, _, next_kind) in zip(ranges, ranges[1:], strict=False):
+        for (_, end, kind), (start, _, next_kind) in itertools.pairwise(ranges):
             assert end == start, "ranges overlap or leave a gap"
             assert not kind == next_kind == "free", "two free ranges were not joined"
         assert a.used_bytes == sum(used.values())

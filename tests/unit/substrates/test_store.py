@@ -47,9 +47,8 @@ class Pair:
 def pair():
     p = Pair()
     yield p
-    fds = p.fds
-    del p
-    for fd in fds:
+    del p.a, p.b  # and with them their mappings
+    for fd in p.fds:
         os.close(fd)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _thread
+import signal
 import sys
 import threading
 from types import SimpleNamespace
@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 
 from headrace.core.resources import WorkerSpec
-from headrace.core.steps import WorkerLost
 from headrace.substrates.threads import NativeLimits, ThreadsSubstrate
 from headrace.testing.check_substrate import Act, ScriptedBody, advance, running
 
@@ -51,20 +50,25 @@ def test_ctrl_c_interrupts_wait() -> None:
     substrate = ThreadsSubstrate(body_factory=Interrupter)
     substrate.start(None, [WorkerSpec(0, "cpu", "cpu")])
     try:
-        substrate.submit(advance(1, 0, Act.MAKE, nbytes=8))
+        assert len(substrate.wait(60.0)) == 1, "the worker comes up"
+        Interrupter.go_on.clear()
         with pytest.raises(KeyboardInterrupt):
-            while True:
-                assert not any(isinstance(e, WorkerLost) for e in substrate.wait(60.0))
+            _submit_and_wait(substrate)
     finally:
         Interrupter.go_on.set()
         substrate.stop()
+
+
+def _submit_and_wait(substrate: ThreadsSubstrate) -> None:
+    substrate.submit(advance(1, 0, Act.MAKE, nbytes=8))  # it interrupts us, then blocks until the test lets it go
+    substrate.wait(60.0)
 
 
 class Interrupter(ScriptedBody):
     go_on = threading.Event()
 
     def run(self, step):
-        _thread.interrupt_main()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         self.go_on.wait()
         return super().run(step)
 
