@@ -26,7 +26,7 @@ def explode(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def test_a_user_function_that_raises(data: Path, tmp_path: Path, quiet: Options) -> None:
     with pytest.raises(hr.UserCodeError) as caught:
-        hr.read_parquet(data).map_batches(explode).write_parquet(tmp_path / "out", **quiet)
+        hr.read_parquet(data).map_batches(explode, batch_size=40).write_parquet(tmp_path / "out", **quiet)
     text = str(caught.value)
     assert "ValueError: no such row, please" in text
     assert text.count("no such row, please") <= 2, "said once, and once in the user's own frames"

@@ -238,7 +238,7 @@ def test_text_formats_round_trip(data: Path, tmp_path: Path, quiet: Options) -> 
     expected = flat.to_arrow(**quiet).to_pylist()
     assert hr.read_csv(tmp_path / "csv").to_arrow(**quiet).to_pylist() == expected
     assert hr.read_json(tmp_path / "json").to_arrow(**quiet).to_pylist() == expected
-    lines = hr.read_text(tmp_path / "json").take(1, **quiet)
+    lines = hr.read_text(tmp_path / "json" / "*.jsonl").take(1, **quiet)
     assert json.loads(lines[0]["text"])["id"] == 0
 
 

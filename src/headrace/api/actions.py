@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,15 +21,21 @@ def iter_batches(
     plan: Plan, rows: int | None, batch_format: BatchFormat, drop_last: bool, options: ActionOptions
 ) -> Iterator[Any]:
     """Batches of `rows` rows in a format; see Dataset.iter_batches."""
-    from headrace.worker.formats import to_format
+    from headrace.worker.formats import NumpyReader, to_format
 
     options = _quiet(options)
+    reader = NumpyReader()
     if batch_format not in ("numpy", "pyarrow", "pandas", "torch"):
         raise PlanError(f"batch_format is {batch_format!r}", hint="use numpy, pyarrow, pandas or torch")
-    return (to_format(batch, batch_format) for batch in rebatch(stream(plan, options), rows, drop_last))
+    batches = rebatch(stream(plan, options), rows, drop_last)
+    try:
+        for batch in batches:
+            yield to_format(batch, batch_format, reader)[0]
+    finally:
+        batches.close()
 
 
-def rebatch(blocks: Iterator[pa.RecordBatch], rows: int | None, drop_last: bool) -> Iterator[pa.RecordBatch]:
+def rebatch(blocks: Iterator[pa.RecordBatch], rows: int | None, drop_last: bool) -> Generator[pa.RecordBatch]:
     """Cut blocks into batches of exactly `rows` rows (the last may be shorter), copying only where a batch spans blocks."""
     if rows is None:
         yield from (b for b in blocks if b.num_rows)
@@ -128,13 +134,13 @@ def to_arrow(plan: Plan, options: ActionOptions) -> pa.Table:
 
 
 def to_pandas(plan: Plan, options: ActionOptions) -> pd.DataFrame:
-    from headrace.worker.formats import to_format
+    from headrace.worker.formats import to_pandas as frame
 
     table = to_arrow(plan, options).combine_chunks()
     batches = table.to_batches()
     if not batches:
         return table.to_pandas()
-    return to_format(batches[0], "pandas")
+    return frame(batches[0])
 
 
 def to_torch(batch: dict[str, Any], device: str | None, dtypes: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from headrace.api.planning import Prepared, parse_options, prepare, resolve, static_schema
@@ -89,9 +89,11 @@ def write(plan: Plan, sink: Sink, options: ActionOptions, at_end: Columns = ALL)
         ready = prepare(replace(plan, write=Write(sink)), parsed, at_end)
         recorder = RunRecorder()
         observers = [recorder, *make_observers(parsed.progress)]
-        _driver(ready, observers, name=f"{plan.read.name} > {sink.name}").run()
+        driver = _driver(ready, observers, name=f"{plan.read.name} > {sink.name}")
+        driver.run()
         run = recorder.run()
-        sink.finish(run.to_dict(), schema)
+        files = [asdict(file) for file in driver.committer.files]
+        sink.finish({**run.to_dict(), "files": files}, schema)
     except BaseException:
         sink.abandon()
         raise

@@ -47,13 +47,16 @@ class Sink(Protocol):
         ...
 
     def open(self, split: Split, attempt: int) -> SplitWriter:
-        """A writer for the split. If no batch is ever written it publishes nothing (packed) or an empty file (per_input)."""
+        """A writer for the split. If no batch is ever written it publishes nothing (packed) or an empty file (per_input);
+        with no schema to give that file, its receipt names it with 0 bytes and `finish` makes it.
+        """
         ...
 
     def finish(self, summary: Mapping[str, Any], schema: pa.Schema | None) -> None:
         """After the last receipt: write `_manifest.json` (the summary) and `_SUCCESS`, remove what this run replaces.
 
-        schema: of the rows written, to leave one empty, readable file when no row was written at all.
+        summary["files"]: the receipts' outputs as dicts; those of no bytes were left for now, when a schema may be known.
+        schema: of the rows, None when only a written file tells; without any row, one empty, readable file is left.
         """
         ...
 

@@ -62,10 +62,10 @@ class Origin:
         """How messages name these rows: "rows 0-127 of a.parquet"."""
         if not self.segments:
             return "rows of unknown origin"
-        first = self.segments[0]
-        last = first.row + first.rows - 1
-        text = f"rows {first.row}-{last} of {first.uri}"
-        return text if len(self.segments) == 1 else f"{text} and of {len(self.segments) - 1} more input(s)"
+        first, last = self.segments[0], self.segments[-1]
+        if len(self.segments) == 1:
+            return f"rows {first.row}-{first.row + first.rows - 1} of {first.uri}"
+        return f"row {first.row} of {first.uri} to row {last.row + last.rows - 1} of {last.uri} ({len(self.segments)} pieces)"
 
 
 @dataclass(frozen=True, slots=True)

@@ -173,7 +173,7 @@ class LogLines(_Drawn):
 
     def _begin(self, event: RunStarted) -> None:
         pools = ", ".join(f"{workers} {pool}" for pool, workers in event.pools.items())
-        self._log(f"{event.name}  started  {event.engine}: {pools}")
+        self._log(f"{_title(event.name)}  started  {event.engine}: {pools}")
 
     def _draw_until_over(self) -> None:
         while not self._over.wait(self._every_s):
@@ -183,7 +183,7 @@ class LogLines(_Drawn):
         self._log(last_line(self.picture()))
 
     def _log(self, text: str) -> None:
-        self._write(f"headrace: {words.one_line(text)}\n")
+        self._write(f"headrace: {text}\n")
 
 
 class _Watched:
@@ -209,11 +209,11 @@ def live_line(picture: Picture, room: int | None = None) -> str:
 
     Pieces that don't fit into `room` columns are left out, the least telling first.
     """
-    pieces = [(9, words.cut(words.one_line(picture.name), _NAME_CELLS))]
+    pieces = [(9, _title(picture.name))]
     if picture.share is not None:
         pieces.append((8, words.share(picture.share)))
     elif picture.splits_done:
-        pieces.append((4, f"{words.count(picture.splits_done)} splits"))
+        pieces.append((5, f"{words.count(picture.splits_done)} splits"))
     pieces.append((7, f"{words.count(picture.rows)} rows"))
     if picture.rows:
         pieces.append((6, f"{words.rate(picture.rows_per_s)} rows/s"))
@@ -230,7 +230,7 @@ def live_line(picture: Picture, room: int | None = None) -> str:
 
 def last_line(picture: Picture) -> str:
     """What stays: images → out  18,432 rows in 18.1 s  1,020 rows/s"""
-    name = words.cut(words.one_line(picture.name), _NAME_CELLS)
+    name = _title(picture.name)
     rows = f"{words.count(picture.rows)} rows"
     took = words.duration(picture.elapsed_s)
     if picture.error:
@@ -238,6 +238,11 @@ def last_line(picture: Picture) -> str:
     if not picture.finished:
         return f"{name}  stopped after {took}, {rows} done"
     return f"{name}  {rows} in {took}  {words.rate(picture.rows_per_s)} rows/s"
+
+
+def _title(name: str) -> str:
+    """A run that only hands rows to the caller may have no name."""
+    return words.cut(words.one_line(name), _NAME_CELLS) or "headrace"
 
 
 def _join(pieces: list[tuple[int, str]]) -> str:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from headrace.observe.run import Bottleneck, Run, StageTime
 
 _NAME_CELLS = 40
-_WORTH_TELLING = 0.02  # a gain of one more worker below this is noise
+_WORTH_TELLING = 0.02  # shares below this are noise
 
 
 def text(run: Run) -> str:
@@ -67,7 +67,10 @@ def _stages(stages: Sequence[StageTime]) -> list[str]:
     rows: list[tuple[str, ...]] = []
     for stage in stages:
         rows.append(_row(stage.name, stage.pool, stage.busy_s, stage.rows, stage.rows_per_s))
-        rows += [_row(f"  {op.name}", "", op.wall_s, op.rows_out, op.rows_per_s) for op in stage.operators]
+        for op in stage.operators:
+            # Taking a block and passing it on, where it costs nothing, is no news.
+            if op.op >= 0 or op.wall_s >= _WORTH_TELLING * stage.busy_s:
+                rows.append(_row(f"  {op.name}", "", op.wall_s, op.rows_out, op.rows_per_s))
     return _table(("stage", "pool", "busy time", "rows", "rows/s a worker"), rows)
 
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from headrace.contracts.accumulator import Accumulator
-from headrace.core.receipts import Tally
+from headrace.core.receipts import OutputFile, Tally
 from headrace.scheduler.messages import Settle
 
 
 class Committer:
-    """Memory: states of open splits and one total per metric, whatever the number of splits."""
+    """Memory: states of open splits, one total per metric, and the names of the output files for the manifest."""
 
     def __init__(self, accumulators: Mapping[str, Accumulator]) -> None:
         self._accumulators = dict(accumulators)
@@ -22,8 +22,7 @@ class Committer:
         self._totals: dict[str, Any] = {}
         self.tally = Tally()
         self.splits = 0
-        self.outputs = 0
-        self.output_bytes = 0
+        self.files: list[OutputFile] = []
 
     def add(self, split: int, states: Mapping[str, Any]) -> None:
         """Merge accumulator states that a step of this split answered."""
@@ -39,8 +38,7 @@ class Committer:
         if states:
             self._merge(self._totals, states)
         if done.receipt is not None:
-            self.outputs += len(done.receipt.outputs)
-            self.output_bytes += sum(o.bytes for o in done.receipt.outputs)
+            self.files.extend(done.receipt.outputs)
 
     def _merge(self, into: dict[str, Any], states: Mapping[str, Any]) -> None:
         for name, state in states.items():

@@ -102,7 +102,7 @@ class Dispatcher:
         self.pending_bytes = 0
         self.open: dict[int, SplitState] = {}  # oldest first
         self.listed = 0
-        self.settled = 0
+        self.settled: int = 0
         self.listing = False
         self.enough = any(s.limit == 0 for s in plan.stages)  # a limit is reached: no further split counts
         self.listing_done = self.enough

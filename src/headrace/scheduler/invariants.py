@@ -170,7 +170,7 @@ def _check_steps(s: Scheduler) -> None:
         if split.source is not None and not split.source_done and split.source.worker is not None:
             sources[split.source.worker] += 1
     for worker in s.workers.values():
-        assert worker.sources == sources[worker.id], f"worker {worker.id}: sources {worker.sources}, really {sources[worker.id]}"
+        assert worker.sources == sources[worker.id], f"worker {worker.id} reads {sources[worker.id]} splits"
         _check_place(s, worker)
     for stage_id, members in s.stage_workers.items():
         limit = s.stages[stage_id].max_workers

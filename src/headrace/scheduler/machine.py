@@ -135,7 +135,7 @@ class Scheduler(Dispatcher):
                 label += f", stage {self.stages[step.stage].name}"
                 break
         where = (("worker", str(worker)), ("doing", label or "nothing"))
-        hint = "look for a crash in native code or the kernel's out-of-memory killer (dmesg); nothing half-written was published"
+        hint = "look for a crash in native code or the out-of-memory killer (dmesg); nothing half-written was published"
         return WorkerDied(f"worker {worker} died: {reason}", where=where, hint=hint)
 
     # ---------------------------------------------------------------- a step's answer

@@ -105,14 +105,16 @@ class ThreadsSubstrate:
         for thread in self._threads.values():
             thread.finish()
         deadline = time.monotonic() + STOP_WAIT_S
-        for thread in self._threads.values():
-            thread.join(max(0.0, deadline - time.monotonic()))
-        self._threads.clear()
-        self._outbox = queue.SimpleQueue()
-        self._program = None
-        if self._limits is not None:
-            self._limits.restore()
-            self._limits = None
+        try:
+            for thread in self._threads.values():
+                thread.join(max(0.0, deadline - time.monotonic()))
+        finally:  # also when a second Ctrl-C cuts the waiting short
+            self._threads.clear()
+            self._outbox = queue.SimpleQueue()
+            self._program = None
+            if self._limits is not None:
+                self._limits.restore()
+                self._limits = None
 
 
 class _WorkerThread(threading.Thread):

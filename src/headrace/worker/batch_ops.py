@@ -17,7 +17,7 @@ from headrace.worker.batching import Batcher, Piece
 from headrace.worker.formats import NumpyReader, to_format
 from headrace.worker.models import ModelRunner, model_runner
 from headrace.worker.operators import TARGET_BYTES, Counts, Host, Operator, select
-from headrace.worker.results import Refused, batch_of, call, with_columns
+from headrace.worker.results import batch_of, call, with_columns
 from headrace.worker.user_code import TorchModule, explain
 
 
@@ -50,33 +50,28 @@ class MapBatchesOp(Operator):
         self.counts.change(piece.batch.num_rows, made)
 
     def _results(self, piece: Piece) -> Iterator[pa.RecordBatch]:
-        given_batch, given = to_format(piece.batch, self._format, self._reader)
+        """The batches that the function makes of one; a generator's one by one, as it yields them."""
+        batch, given = to_format(piece.batch, self._format, self._reader)
         try:
-            result, shared = call(self._fn, (given_batch, *self._args), self._kwargs)
-            if not hasattr(result, "__next__"):
-                yield batch_of(result, given, shared)
-                return
+            result, shared = call(self._fn, (batch, *self._args), self._kwargs)
+            many = hasattr(result, "__next__")
+            made = None if many else batch_of(result, given, shared)
         except (Exception, KeyboardInterrupt, SystemExit) as exc:
             raise self._blame(exc, piece) from None
-        while True:
+        while many:
             try:
                 item, shared = call(next, (result, result), {})
-                if item is result:  # the default: the iterator is used up
+                if item is result:  # next's default: the generator has ended
                     return
-                batch = batch_of(item, given, shared)
+                made = batch_of(item, given, shared)
             except (Exception, KeyboardInterrupt, SystemExit) as exc:
                 raise self._blame(exc, piece) from None
-            yield batch
+            yield made
+        if made is not None:
+            yield made
 
     def _blame(self, exc: BaseException, piece: Piece) -> HeadraceError:
-        if not isinstance(exc, (Refused, HeadraceError)) and _is_ours(exc):
-            raise exc
         return explain(exc, self.name, piece.origin, columns=piece.batch.schema.names)
-
-
-def _is_ours(exc: BaseException) -> bool:
-    """GeneratorExit and the like pass."""
-    return isinstance(exc, GeneratorExit)
 
 
 class PredictOp(Operator):

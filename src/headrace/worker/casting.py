@@ -116,7 +116,7 @@ def common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType:
         if a.bit_width == b.bit_width:
             return pa.int64()
         return a if a.bit_width > b.bit_width else b
-    if _t.is_floating(a) and _t.is_integer(b) or _t.is_integer(a) and _t.is_floating(b):
+    if (_t.is_floating(a) and _t.is_integer(b)) or (_t.is_integer(a) and _t.is_floating(b)):
         return pa.float64()
     return b if widens(a, b) and not widens(b, a) else a
 

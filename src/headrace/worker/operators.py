@@ -9,7 +9,7 @@ is in its `counts` at the latest when it has finished.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ import pyarrow as pa
 from headrace.core.errors import DataError
 from headrace.core.refs import Origin
 from headrace.plan import nodes
-from headrace.worker.batching import BatchTuner, Piece
+from headrace.worker.batching import Piece
 from headrace.worker.results import make_batch, with_columns
 from headrace.worker.user_code import Functions, explain
 
@@ -27,11 +27,10 @@ TARGET_BYTES = 16 << 20  # of a block that an operator cuts by itself; as BlockL
 
 @dataclass(slots=True)
 class Host:
-    """What a worker lends its operators. closers: called when the worker closes."""
+    """What a worker lends its operators. models: their runners, by operator, as long as the worker lives."""
 
     functions: Functions
     deterministic: bool = False
-    tuners: dict[int, BatchTuner] = field(default_factory=dict[int, BatchTuner])
     models: dict[int, Any] = field(default_factory=dict[int, Any])
 
 
@@ -74,9 +73,11 @@ def make(op: nodes.Op, index: int, host: Host, counts: Counts) -> Operator:
     from headrace.worker import batch_ops, row_ops
 
     args = (index, op.name, counts)
-    match op:
+    match op:  # every member of nodes.Op
         case nodes.Project():
             return ProjectOp(op, *args)
+        case nodes.Reshape():
+            return ReshapeOp(op, *args)
         case nodes.FilterExpr():
             return FilterExprOp(op, *args)
         case nodes.Limit():
@@ -123,6 +124,18 @@ class ProjectOp(Operator):
         if self._names and self._names != self._sources:
             batch = batch.rename_columns(self._names)
         yield Piece(batch, piece.origin)
+
+
+class ReshapeOp(Operator):
+    """drop or rename whose columns are known only now."""
+
+    def __init__(self, op: nodes.Reshape, index: int, name: str, counts: Counts) -> None:
+        super().__init__(index, name, counts)
+        self._op = op
+
+    def push(self, piece: Piece) -> Iterator[Piece]:
+        project = self._op.resolve(tuple(piece.batch.schema.names))
+        yield from ProjectOp(project, self.index, self.name, self.counts).push(piece)
 
 
 class FilterExprOp(Operator):

@@ -182,6 +182,10 @@ def test_log_lines_tell_failure() -> None:
     assert stream.getvalue().splitlines()[-1] == "headrace: evil [2J name  failed after 3.00 s, 4 rows done"
 
 
+def test_a_run_without_a_name() -> None:
+    assert live_line(replace(PICTURE, name=""), 20) == "headrace  62%"
+
+
 def test_periodic_log_line() -> None:
     stream, clock = io.StringIO(), Clock()
     log = LogLines(stream, every_s=0.0, clock=clock)

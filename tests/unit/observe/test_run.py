@@ -152,6 +152,14 @@ def test_report_names_the_operator_that_limits() -> None:
     assert "one more cpu worker: about 5.00 s (50% less)" in str(run)
 
 
+def test_report_leaves_out_reading_and_writing_that_cost_nothing() -> None:
+    ops = (OpTime(-1, 0.001, 0, 9), OpTime(0, 9.9, 9, 9), OpTime(-2, 0.01, 9, 9))
+    text = str(record(started(), *step(0, 10, ops=ops), finished(10)))
+    assert "    images.decode" in text
+    assert "    read" not in text
+    assert "    write" not in text
+
+
 def test_html_is_escaped() -> None:
     assert "&lt;b&gt;" in Run(name="<b>", engine="inline")._repr_html_()
 

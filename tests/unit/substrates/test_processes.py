@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -90,11 +91,11 @@ def test_threads_and_devices_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_cannot_be_pickled_is_refused_before_any_work() -> None:
     substrate = ProcessesSubstrate(body_factory=ScriptedBody)
-    with open(os.devnull) as handle, pytest.raises(PlanError, match=r"can't be sent .* _io\.TextIOWrapper"):
-        try:
-            substrate.start(handle, [WorkerSpec(0, "cpu", "cpu")])
-        finally:
-            substrate.stop()
+    try:
+        with pytest.raises(PlanError, match=r"can't be sent .* cannot pickle '_thread.lock'"):
+            substrate.start(threading.Lock(), [WorkerSpec(0, "cpu", "cpu")])
+    finally:
+        substrate.stop()
 
 
 def test_other_systems_are_told_to_use_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +111,7 @@ def test_steady_traffic_reuses_the_same_memory() -> None:
             s.run(advance(2 * i + 1, 1, Act.SUM, inputs=[block]))
             s.substrate.release(block.parts)
         assert touched_bytes(s.substrate._arenas[0]) <= 9 * MB
-        assert len(s.freed) == 60
+        s.until(lambda: len(s.freed) == 60)
 
 
 def test_kept_views_do_not_stall_the_flow() -> None:
@@ -185,9 +186,13 @@ def test_ctrl_c_interrupts_wait() -> None:
             return super().run(step)
 
     with running(lambda: ProcessesSubstrate(body_factory=Interrupter), 1) as s:
-        s.submit(advance(1, 0, Act.HANG, n=os.getpid()))
-        with pytest.raises(KeyboardInterrupt):
+
+        def submit_and_wait() -> None:
+            s.submit(advance(1, 0, Act.HANG, n=os.getpid()))
             s.substrate.wait(60.0)
+
+        with pytest.raises(KeyboardInterrupt):
+            submit_and_wait()
 
 
 def test_functions_of_main_travel_by_value(tmp_path: Path) -> None:
@@ -247,10 +252,8 @@ while True:
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root)
     with driver:
         worker = int(driver.stdout.readline())
-        watch = os.pidfd_open(worker)
         driver.kill()
         assert driver.stdout.read() == ""
-    os.close(watch)
     assert not Path(f"/proc/{worker}/fd/1").exists()
 
 
@@ -259,8 +262,6 @@ def test_views_that_die_while_the_worker_is_idle_are_told() -> None:
 
     class Background(ScriptedBody):
         def run(self, step):
-            import threading
-
             if step.stage != Act.KEEP:
                 return super().run(step)
             kept = [self._store.get(p).column(0).to_numpy() for b in step.inputs for p in b.parts]

@@ -47,8 +47,9 @@ class Pair:
 def pair():
     p = Pair()
     yield p
+    never_mapped = list(p.b._fds.values())
     del p.a, p.b  # and with them their mappings
-    for fd in p.fds:
+    for fd in [*p.fds, *never_mapped]:
         os.close(fd)
 
 

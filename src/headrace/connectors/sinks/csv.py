@@ -16,6 +16,11 @@ class CsvSink(FileSink):
     name = "csv"
     extension = ".csv"
 
+    def _written_schema(self, path: str) -> pa.Schema:
+        from headrace.connectors.sources.csv import CsvSource
+
+        return CsvSource(path).schema()
+
     def _encoder(self, path: str, schema: pa.Schema, sample: pa.RecordBatch | None) -> Encoder:
         return _CsvEncoder(path, schema)
 

@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, Protocol, Self
 from urllib.parse import unquote, urlparse
@@ -97,8 +97,7 @@ class FileSink(ABC):
         if self._hold:
             there.delete("_SUCCESS")  # from here to the end the output is a mixture, and must not look complete
         written = self._promote(there)
-        if not self.per_input and schema is not None and not any(self._is_mine(n) for n in there.names()):
-            self._write_empty(there, schema)
+        self._write_empty_files(there, summary.get("files", ()), schema)
         manifest = {
             **summary,
             "schema": None if schema is None else schema.to_string(show_schema_metadata=False),
@@ -162,10 +161,24 @@ class FileSink(ABC):
         m = _PART.fullmatch(name)
         return m is not None and int(m[1]) == self._generation
 
-    def _write_empty(self, there: Destination, schema: pa.Schema) -> None:
-        staged = os.path.join(there.staging(self._token), f"empty{self.extension}")
-        self._encoder(staged, schema, None).close()
-        there.publish(staged, f"part-{self._generation:02d}-000000{self.extension}", replace=True)
+    def _write_empty_files(self, there: Destination, files: Sequence[Mapping[str, Any]], schema: pa.Schema | None) -> None:
+        """Outputs of no rows: those that waited for a schema, or the one file of a packed run without rows."""
+        names = [str(f["name"]) for f in files if not f["bytes"]]
+        if not self.per_input and not files:
+            names = [f"part-{self._generation:02d}-000000{self.extension}"]
+        if not names:
+            return
+        if schema is None:
+            filled = next((str(f["name"]) for f in files if f["rows"]), None)
+            schema = pa.schema([]) if filled is None else self._written_schema(f"{self.path}/{filled}")
+        for name in names:
+            staged = os.path.join(there.staging(self._token), f"empty{self.extension}")
+            self._encoder(staged, schema, None).close()
+            there.publish(staged, name, replace=True)
+
+    def _written_schema(self, path: str) -> pa.Schema:
+        """The schema of an output file; formats that keep none in an empty file need not tell."""
+        return pa.schema([])
 
     def _remove_older(self, there: Destination, keep: set[str]) -> None:
         for name in list(there.names()):
@@ -216,7 +229,10 @@ class FileSplitWriter:
         if self._encoder is None:
             if not self._sink.per_input:
                 return Receipt(self._split.index, self._split.id, self._attempt)
-            self._begin(self._sink._schema or pa.schema([]), None)
+            if self._sink._schema is None:
+                output = OutputFile(self._name, 0, 0)
+                return Receipt(self._split.index, self._split.id, self._attempt, (output,), 0)
+            self._begin(self._sink._schema, None)
         assert self._encoder is not None
         try:
             self._encoder.close()

@@ -46,6 +46,11 @@ class ParquetSink(FileSink):
         super().__init__(path, outputs=outputs, fresh=fresh)
         self.compression: Compression = compression
 
+    def _written_schema(self, path: str) -> pa.Schema:
+        from headrace.connectors.sources.parquet import ParquetSource
+
+        return ParquetSource(path).schema()
+
     def _encoder(self, path: str, schema: pa.Schema, sample: pa.RecordBatch | None) -> Encoder:
         return _ParquetEncoder(path, schema, sample, self.compression)
 

@@ -162,7 +162,8 @@ class _Channel:
             self._idle = False
             if not ready and store is not None:
                 settled = True
-                gc.collect()
+                if store.has_leases:
+                    gc.collect()
                 store.trim()
             for fd, _ in ready:
                 if fd == self._wake_fd:

@@ -1,0 +1,408 @@
+"""Workers that exist in virtual time: no threads, no clock, no Arrow. For simulations of the scheduler.
+
+`wait` jumps to the next thing that happens. A block is a sequence of row numbers, so that a test can tell that each row
+arrived once and in order: row r of split i is `i * SPLIT_ROWS + r`, and a row's k-th child is `row * CHILDREN + k`.
+Everything random comes from the program's seed: the same seed gives the same run.
+
+Invariants, asserted here: a part is released once, and never while a step that reads it is queued or runs; a cursor's steps go
+to one worker; parts of a block stay row for row together.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from random import Random
+from typing import Any
+
+from headrace.core.errors import InternalError, UserCodeError
+from headrace.core.receipts import Receipt, Tally
+from headrace.core.refs import BlockRef, PartRef
+from headrace.core.resources import WorkerSpec
+from headrace.core.splits import Split
+from headrace.core.stages import End, Order, Stage
+from headrace.core.steps import (
+    Advance,
+    Apply,
+    Discard,
+    PartsFreed,
+    Step,
+    StepDone,
+    StepFailed,
+    SubstrateEvent,
+    Timing,
+    WorkerLost,
+    WorkerUp,
+)
+
+SPLIT_ROWS = 1_000_000
+CHILDREN = 1_000
+Rows = Sequence[int]
+
+
+def source_rows(split: Split) -> range:
+    """The rows that reading `split` gives."""
+    start = split.index * SPLIT_ROWS
+    return range(start, start + (split.rows or 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a stage's code does and costs.
+
+    step_s + row_s * rows is a step's time. block_rows: rows of an output block, at most. row_bytes: of one output row.
+    expand: children per row (1: the row itself). drop: every row whose number is divisible by it is dropped (0: none).
+    step_blocks: input pieces that a sink, which makes no output, takes per step before its time slice is over.
+    """
+
+    step_s: float = 1e-3
+    row_s: float = 1e-5
+    block_rows: int = 100
+    row_bytes: int = 10
+    expand: int = 1
+    drop: int = 0
+    step_blocks: int = 1 << 30
+
+    def of(self, rows: Rows) -> Rows:
+        """The output rows of input rows: what a test compares with."""
+        if self.expand > 1:
+            rows = [row * CHILDREN + k for row in rows for k in range(self.expand)]
+        if self.drop:
+            rows = [row for row in rows if row % self.drop]
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedProgram:
+    """What the simulated workers run.
+
+    jitter: step times are stretched or shrunk by a random factor in [1 - jitter, 1 + jitter]; one step in fifty then takes
+    twenty times as long. start_s, free_s: the longest that a worker takes to come up, and a part to be freed.
+    fails: the n-th step of the run raises. loses: at the n-th step its worker dies. record: keep the rows of sinks.
+    """
+
+    stages: tuple[Stage, ...]
+    works: Mapping[int, Work]
+    seed: int = 0
+    jitter: float = 0.0
+    start_s: float = 0.0
+    free_s: float = 0.0
+    fails: int | None = None
+    loses: int | None = None
+    record: bool = True
+
+
+@dataclass(slots=True)
+class _Worker:
+    spec: WorkerSpec
+    queue: deque[Step | Discard] = field(default_factory=deque[Step | Discard])
+    busy: bool = False
+    up: bool = False
+    dead: bool = False
+    cursors: dict[int, _Cursor] = field(default_factory=dict[int, "_Cursor"])
+
+
+class SimulatedSubstrate:
+    """See the module. now_s: virtual time. published: split index -> rows that its sink published."""
+
+    name = "simulated"
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.published: dict[int, list[int]] = {}
+        self.steps_run = 0
+        self._program: SimulatedProgram = SimulatedProgram((), {})
+        self._random = Random(0)
+        self._workers: dict[int, _Worker] = {}
+        self._agenda: list[tuple[float, int, Callable[[], Any] | SubstrateEvent]] = []
+        self._tie = 0
+        self._next_part = 0
+        self._parts: dict[int, int] = {}  # part id -> bytes, until released
+        self._unfreed_bytes = 0
+        self._reading: dict[int, int] = {}  # part id -> steps that read it
+        self._woken = threading.Event()
+        self._stopped = False
+
+    # ---------------------------------------------------------------- the contract
+
+    def start(self, program: SimulatedProgram, workers: Sequence[WorkerSpec]) -> None:
+        self._program = program
+        self._random = Random(program.seed)
+        for spec in workers:
+            self.add_worker(spec)
+
+    def add_worker(self, worker: WorkerSpec) -> None:
+        state = self._workers[worker.id] = _Worker(worker)
+
+        def up() -> WorkerUp:
+            state.up = True
+            return WorkerUp(worker.id, worker.pool)
+
+        self.later(self._random.random() * self._program.start_s, up)
+
+    def submit(self, step: Step | Discard) -> None:
+        worker = self._workers[step.worker]
+        assert worker.up, f"a step for worker {step.worker}, which is not up"
+        if not isinstance(step, Discard):
+            for block in step.inputs:
+                for part in block.parts:
+                    assert part.id in self._parts, f"step {step.id} reads part {part.id}, which was released"
+                    self._reading[part.id] = self._reading.get(part.id, 0) + 1
+        worker.queue.append(step)
+        if not worker.busy:
+            self._begin(worker)
+
+    def release(self, parts: Sequence[PartRef]) -> None:
+        for part in parts:
+            assert part.id in self._parts, f"part {part.id} is released twice, or was never made"
+            assert part.id not in self._reading, f"part {part.id} is released while a step reads it"
+            del self._parts[part.id]
+        event = PartsFreed(tuple(p.id for p in parts))
+        size = sum(p.bytes for p in parts)
+
+        def freed() -> PartsFreed:
+            self._unfreed_bytes -= size
+            return event
+
+        self.later(self._random.random() * self._program.free_s, freed)
+
+    def wait(self, timeout_s: float | None) -> list[SubstrateEvent]:
+        """The next thing that happens. With nothing on the agenda, blocks until `wake` unless there is a timeout."""
+        if self._stopped:
+            return []
+        if not self._agenda:
+            if timeout_s is None:
+                self._woken.wait()
+            self._woken.clear()
+            return []
+        self.now_s, _, item = heappop(self._agenda)
+        event = item() if callable(item) else item
+        return [] if event is None else [event]
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def fetch(self, block: BlockRef) -> Any:
+        """The block's rows (there is no Arrow here)."""
+        return self._rows(block)
+
+    def memory_bytes(self) -> int:
+        return self._unfreed_bytes
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._workers.clear()
+        self._agenda.clear()
+
+    # ---------------------------------------------------------------- for simulations
+
+    def later(self, delay_s: float, item: Callable[[], Any] | Any) -> None:
+        """Put an event, or a call that makes one or None, on the agenda: the simulation's own parts share the clock."""
+        self._tie += 1
+        heappush(self._agenda, (self.now_s + delay_s, self._tie, item))
+
+    @property
+    def idle(self) -> bool:
+        """Nothing will ever happen by itself."""
+        return not self._agenda
+
+    @property
+    def unreleased(self) -> tuple[int, ...]:
+        """Parts that were made and not released."""
+        return tuple(self._parts)
+
+    @property
+    def open_cursors(self) -> int:
+        """Cursors that are neither finished nor discarded."""
+        return sum(len(w.cursors) for w in self._workers.values())
+
+    # ---------------------------------------------------------------- workers
+
+    def _begin(self, worker: _Worker) -> None:
+        """Run the next queued step; its answer comes when its time is over."""
+        while worker.queue and not worker.dead:
+            step = worker.queue.popleft()
+            if isinstance(step, Discard):
+                worker.cursors.pop(step.cursor, None)
+                continue
+            worker.busy = True
+            answer = self._run(worker, step)
+            seconds = answer.timing.wall_s if isinstance(answer, StepDone) else 0.0
+
+            def ends(step: Step = step, answer: SubstrateEvent = answer) -> SubstrateEvent:
+                self._end_reading(step)
+                worker.busy = False
+                worker.dead = isinstance(answer, WorkerLost)
+                self._begin(worker)
+                return answer
+
+            self.later(seconds, ends)
+            return
+
+    def _end_reading(self, step: Step) -> None:
+        for block in step.inputs:
+            for part in block.parts:
+                left = self._reading[part.id] - 1
+                if left:
+                    self._reading[part.id] = left
+                else:
+                    del self._reading[part.id]
+
+    def _run(self, worker: _Worker, step: Step) -> SubstrateEvent:
+        self.steps_run += 1
+        if self.steps_run == self._program.fails:
+            return StepFailed(step.id, worker.spec.id, UserCodeError("the simulated code raises"))
+        if self.steps_run == self._program.loses:
+            return WorkerLost(worker.spec.id, "killed by the simulation")
+        if isinstance(step, Apply):
+            return self._apply(worker, step)
+        cursor = worker.cursors.get(step.cursor)
+        if cursor is None:
+            stage = self._program.stages[step.stage]
+            cursor = worker.cursors[step.cursor] = _Cursor(stage, self._program.works[stage.id], step)
+        done = cursor.advance(step, self)
+        if done.finished:
+            del worker.cursors[step.cursor]
+        return done
+
+    def _apply(self, worker: _Worker, step: Apply) -> StepDone:
+        work = self._program.works[step.stage]
+        outputs: list[BlockRef] = []
+        rows = 0
+        for block in step.inputs:
+            part = self.put(worker.spec.id, self._rows(block), work.row_bytes * block.rows, (f"model{step.stage}",))
+            outputs.append(BlockRef(block.rows, (part,)))
+            rows += block.rows
+        timing = Timing(self.now_s, self.stretch(work.step_s + work.row_s * rows), 0.0)
+        return StepDone(step.id, worker.spec.id, tuple(outputs), timing=timing)
+
+    def put(self, owner: int, rows: Rows, size: int, columns: tuple[str, ...]) -> PartRef:
+        """A new part."""
+        self._next_part += 1
+        self._parts[self._next_part] = size
+        self._unfreed_bytes += size
+        return PartRef(self._next_part, owner, size, columns, rows)
+
+    def stretch(self, seconds: float) -> float:
+        """A step's time under the program's jitter."""
+        jitter = self._program.jitter
+        if not jitter:
+            return seconds
+        seconds *= 1.0 + jitter * (2.0 * self._random.random() - 1.0)
+        return seconds * 20.0 if self._random.random() < 0.02 else seconds
+
+    def publish(self, split: int, rows: list[int]) -> None:
+        """A sink's output. A split is published once."""
+        if split in self.published:
+            raise InternalError(f"split {split} is published twice")
+        if self._program.record:
+            self.published[split] = rows
+
+    @property
+    def records(self) -> bool:
+        return self._program.record
+
+    def _rows(self, block: BlockRef) -> Rows:
+        rows: Rows = block.parts[0].handle
+        assert len(rows) == block.rows
+        for part in block.parts[1:]:
+            assert part.handle == rows, "the parts of a block don't belong to the same rows"
+        return rows
+
+
+class _Cursor:
+    """A stage's generator over one split or block. pieces: input not yet taken. out: output not yet given, from `given` on."""
+
+    def __init__(self, stage: Stage, work: Work, step: Advance) -> None:
+        self.stage = stage
+        self.work = work
+        self.worker = step.worker
+        self.split: Split | None = step.split
+        self.pieces: deque[Rows] = deque()
+        self.out: list[int] | Rows = []
+        self.given = 0
+        self.written: list[int] = []
+        self.written_rows = 0
+        self.used_up = False  # the limit
+        self.ended = False
+        self.cuts_pieces = stage.order in (Order.SOURCE, Order.FREE)
+        if stage.order is Order.SOURCE:
+            assert step.split is not None
+            rows = source_rows(step.split)
+            self.pieces.extend(rows[i : i + work.block_rows] for i in range(0, len(rows), work.block_rows))
+
+    def advance(self, step: Advance, substrate: SimulatedSubstrate) -> StepDone:
+        assert not self.ended, f"cursor {step.cursor} goes on after its input has ended"
+        assert step.worker == self.worker, f"cursor {step.cursor} lives in worker {self.worker}"
+        stage, work = self.stage, self.work
+        self.pieces.extend(block.parts[0].handle if len(block.parts) == 1 else substrate.fetch(block) for block in step.inputs)
+        left = step.limit_left
+        if left == 0:
+            self._use_up()
+        outputs: list[BlockRef] = []
+        size = seen = read = expanded = filtered = taken = written = blocks = 0
+        while size < step.credit_bytes and blocks < work.step_blocks:
+            if self._has_output(step.end):
+                outputs.append(block := self._give(substrate))
+                size += block.bytes
+                continue
+            if not self.pieces:
+                break
+            blocks += 1
+            piece = self.pieces.popleft()
+            read += len(piece)
+            if left is not None:
+                piece = piece[:left]
+                left -= len(piece)
+                taken += len(piece)
+                if not left:
+                    self._use_up()
+            seen += len(piece)
+            made = work.of(piece)
+            expanded += len(piece) * (work.expand - 1)
+            filtered += len(piece) * work.expand - len(made)
+            if stage.end is End.SINK:
+                written += len(made)
+                if substrate.records:
+                    self.written.extend(made)
+            else:
+                self.out = made if self.given == len(self.out) else [*self.out[self.given :], *made]
+                self.given = 0
+        finished = (step.end or self.used_up) and not self.pieces and self.given == len(self.out)
+        more = not finished and (bool(self.pieces) or self._has_output(step.end))
+        self.ended = finished
+        if stage.end is End.DELIVER:
+            written = sum(b.rows for b in outputs)
+        tally = Tally(rows_in=read if stage.order is Order.SOURCE else 0, expanded=expanded, filtered=filtered, written=written)
+        self.written_rows += written
+        receipt = None
+        if finished and stage.end is End.SINK:
+            substrate.publish(step.split_index, self.written)
+            receipt = Receipt(step.split_index, "", step.attempt, rows=self.written_rows)
+        timing = Timing(substrate.now_s, substrate.stretch(work.step_s + work.row_s * seen), 0.0)
+        return StepDone(step.id, step.worker, tuple(outputs), finished, more, receipt, tally=tally, taken=taken, timing=timing)
+
+    def _use_up(self) -> None:
+        self.used_up = True
+        self.pieces.clear()
+
+    def _has_output(self, end: bool) -> bool:
+        rows = len(self.out) - self.given
+        last = self.used_up or (end and not self.pieces)
+        return rows >= self.work.block_rows or (rows > 0 and (self.cuts_pieces or last))
+
+    def _give(self, substrate: SimulatedSubstrate) -> BlockRef:
+        stage = self.stage
+        rows = self.out[self.given : self.given + self.work.block_rows]
+        self.given += len(rows)
+        size = self.work.row_bytes * len(rows)
+        if not stage.transient:
+            return BlockRef(len(rows), (substrate.put(self.worker, rows, size, ("id",)),))
+        parts = (
+            substrate.put(self.worker, rows, size - size // 2, ("id",)),
+            substrate.put(self.worker, rows, size // 2, stage.transient),
+        )
+        return BlockRef(len(rows), parts)

@@ -1,0 +1,220 @@
+"""In-memory parts for the worker's tests: a source of batches, a sink that keeps them, a store that is a dict."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from headrace.core.options import BlockLimits
+from headrace.core.receipts import OutputFile, Receipt, Tally
+from headrace.core.refs import BlockRef, Origin, PartRef, Segment
+from headrace.core.resources import WorkerSpec
+from headrace.core.splits import Fragment, Split
+from headrace.core.stages import End, Order, Stage
+from headrace.core.steps import Advance, Apply, StepDone, StepFailed
+from headrace.plan import nodes
+from headrace.worker.body import WorkerBody
+from headrace.worker.program import Program
+
+SPLIT = Split(0, (Fragment("a.parquet", 100, "v1"),), 100)
+
+
+class DictStore:
+    """Blocks by part id."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, pa.RecordBatch] = {}
+        self.read: list[int] = []
+
+    def put(self, batch: pa.RecordBatch) -> PartRef:
+        part = PartRef(len(self.kept), 0, batch.nbytes, tuple(batch.schema.names))
+        self.kept[part.id] = batch
+        return part
+
+    def get(self, part: PartRef) -> pa.RecordBatch:
+        self.read.append(part.id)
+        return self.kept[part.id]
+
+
+@dataclass
+class BatchSource:
+    """Yields the given batches for any split."""
+
+    batches: Sequence[pa.RecordBatch]
+    name: str = "memory"
+    remote: bool = False
+    error_after: int | None = None
+    pulled: int = 0
+    closed: int = 0
+
+    def open(self, split: Split, limits: BlockLimits) -> Iterator[tuple[pa.RecordBatch, Origin]]:
+        at = 0
+        try:
+            for i, batch in enumerate(self.batches):
+                if i == self.error_after:
+                    raise OSError("the disk is gone")
+                self.pulled += 1
+                yield batch, Origin((Segment("a.parquet", at, batch.num_rows),))
+                at += batch.num_rows
+        finally:
+            self.closed += 1
+
+    def schema(self) -> pa.Schema:
+        return self.batches[0].schema
+
+    def splits(self, *, per_input: bool) -> Iterator[Split]:
+        yield SPLIT
+
+    def project(self, columns: tuple[str, ...]) -> BatchSource:
+        return self
+
+    def prune(self, predicate: Any) -> tuple[BatchSource, bool]:
+        return self, False
+
+    def count(self) -> int | None:
+        return None
+
+    def describe(self) -> str:
+        return "memory"
+
+
+@dataclass
+class KeepingWriter:
+    sink: KeepingSink
+    split: Split
+    attempt: int
+    batches: list[pa.RecordBatch] = field(default_factory=list)
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        if self.sink.full_after is not None and len(self.batches) >= self.sink.full_after:
+            raise OSError("no space left")
+        self.batches.append(batch)
+
+    def close(self) -> Receipt:
+        self.sink.published.extend(self.batches)
+        rows = sum(b.num_rows for b in self.batches)
+        return Receipt(self.split.index, self.split.id, self.attempt, (OutputFile("part-0", rows, 1),), rows)
+
+    def abort(self) -> None:
+        self.sink.aborted += 1
+
+
+@dataclass
+class KeepingSink:
+    name: str = "memory"
+    per_input: bool = False
+    full_after: int | None = None
+    published: list[pa.RecordBatch] = field(default_factory=list)
+    aborted: int = 0
+
+    def open(self, split: Split, attempt: int) -> KeepingWriter:
+        return KeepingWriter(self, split, attempt)
+
+    def prepare(self, schema: pa.Schema | None) -> KeepingSink:
+        return self
+
+    def finish(self, summary: Mapping[str, Any], schema: pa.Schema | None) -> None: ...
+
+    def abandon(self) -> None: ...
+
+    def describe(self) -> str:
+        return "memory"
+
+
+class Bench:
+    """A worker with a program of one stage over `ops`, and the steps to drive it."""
+
+    def __init__(
+        self,
+        ops: Iterable[nodes.Op] = (),
+        *,
+        source: BatchSource | None = None,
+        sink: KeepingSink | None = None,
+        order: Order = Order.SOURCE,
+        end: End | None = None,
+        transient: tuple[str, ...] = (),
+        columns_in: tuple[str, ...] | None = None,
+        model: bool = False,
+        device: str = "cpu",
+        deterministic: bool = False,
+        out_schema: pa.Schema | None = None,
+    ) -> None:
+        ops = tuple(ops)
+        self.store = DictStore()
+        self.sink = sink
+        end = end or (End.NEXT if sink is None else End.SINK)
+        stage = Stage(
+            0, "stage", "cpu", order, end, 0, len(ops), model=model, columns_in=columns_in, transient=transient
+        )
+        program = Program(
+            source or BatchSource([]), ops, (stage,), sink, deterministic=deterministic, out_schema=out_schema
+        )
+        self.body = WorkerBody(program, WorkerSpec(0, "cpu", device), self.store)
+        self.steps = 0
+        self.answers: list[StepDone] = []
+
+    def advance(self, cursor: int = 0, **kwargs: Any) -> StepDone | StepFailed:
+        self.steps += 1
+        step = Advance(self.steps, 0, 0, cursor, 0, 1, **{"credit_s": 1e9, "credit_bytes": 1 << 40, **kwargs})
+        return self.body.run(step)
+
+    def run(self, *batches: pa.RecordBatch, **kwargs: Any) -> list[pa.RecordBatch]:
+        """Drive one cursor to its end, one step at a time; the output blocks. Checks the law of conservation."""
+        inputs = tuple(self.block(b) for b in batches)
+        given: dict[str, Any] = {"split": SPLIT, "inputs": inputs, "end": True, **kwargs}
+        blocks: list[BlockRef] = []
+        self.answers = []
+        while True:
+            done = self.advance(**given)
+            if isinstance(done, StepFailed):
+                raise done.error
+            self.answers.append(done)
+            blocks += done.outputs
+            if done.finished:
+                break
+            assert done.more
+            given = {**kwargs, "end": True}
+        tally = sum((a.tally for a in self.answers), Tally())
+        rows_in = tally.rows_in + sum(b.num_rows for b in batches)
+        out = sum(b.rows for b in blocks) if self.sink is None else tally.written
+        assert rows_in + tally.expanded == out + tally.filtered + tally.cut
+        self.tally = tally
+        return [self.batch(b) for b in blocks]
+
+    def apply(self, *batches: pa.RecordBatch) -> StepDone | StepFailed:
+        blocks = tuple(self.block(b, i * 1000) for i, b in enumerate(batches))
+        return self.body.run(Apply(1, 0, 0, blocks, tuple((i, 0) for i in range(len(blocks)))))
+
+    def applied(self, *batches: pa.RecordBatch) -> list[pa.RecordBatch]:
+        done = self.apply(*batches)
+        if isinstance(done, StepFailed):
+            raise done.error
+        assert [b.rows for b in done.outputs] == [b.num_rows for b in batches]
+        return [self.batch(b) for b in done.outputs]
+
+    def block(self, batch: pa.RecordBatch, row: int = 0) -> BlockRef:
+        origin = Origin((Segment("a.parquet", row, batch.num_rows),))
+        return BlockRef(batch.num_rows, (self.store.put(batch),), origin)
+
+    def batch(self, block: BlockRef) -> pa.RecordBatch:
+        columns = {c: self.store.kept[p.id].column(c) for p in block.parts for c in p.columns}
+        assert all(len(c) == block.rows for c in columns.values())
+        return pa.record_batch(columns) if columns else self.store.kept[block.parts[0].id]
+
+
+def numbers(rows: int, start: int = 0) -> pa.RecordBatch:
+    """x: 0, 1, 2, ...; name: text."""
+    x = np.arange(start, start + rows)
+    return pa.record_batch({"x": x, "name": [f"n{i}" for i in x]})
+
+
+def column(batches: Sequence[pa.RecordBatch], name: str) -> list[Any]:
+    return [v for b in batches for v in b.column(name).to_pylist()]
+
+
+def fn(target: Any, **kwargs: Any) -> nodes.UserFunction:
+    return nodes.UserFunction(target, **kwargs)
