@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import headrace as hr
 from headrace.contracts.substrate import Substrate
 from headrace.substrates.inline import InlineSubstrate
 from headrace.substrates.processes.pool import ProcessesSubstrate
@@ -35,3 +36,21 @@ def test_satisfies_the_protocol(kind):
         assert isinstance(substrate, Substrate)
     finally:
         substrate.stop()
+
+
+class Doubler:
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __call__(self, batch):
+        return {"y": batch["x"] * 2, "device": [self.device] * len(batch["x"])}
+
+
+@pytest.mark.parametrize("engine", ["inline", "threads", pytest.param("processes", marks=linux)])
+def test_the_real_body_gives_the_same_rows(engine) -> None:
+    """A CPU stage and a model stage of another pool: blocks cross workers."""
+    rows = hr.range(5000).map_batches(lambda b: {"x": b["id"] + 1.5}).predict(Doubler, input=["x"], device="sim:0")
+    table = rows.to_arrow(engine=engine, devices=["sim:0"], cpus=2, progress="quiet")
+    assert table.column("x").to_pylist() == [i + 1.5 for i in range(5000)]
+    assert table.column("y").to_pylist() == [2 * i + 3.0 for i in range(5000)]
+    assert set(table.column("device").to_pylist()) == {"sim:0"}

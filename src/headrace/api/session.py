@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from headrace.api.planning import Prepared, parse_options, prepare, resolve, static_schema
 from headrace.contracts.observer import Observer
 from headrace.contracts.sink import Sink
+from headrace.core.errors import HeadraceError, InternalError
 from headrace.core.events import RunStarted
 from headrace.core.options import ActionOptions
 from headrace.plan.columns import ALL, Columns
@@ -94,10 +95,15 @@ def write(plan: Plan, sink: Sink, options: ActionOptions, at_end: Columns = ALL)
         run = recorder.run()
         files = [asdict(file) for file in driver.committer.files]
         sink.finish({**run.to_dict(), "files": files}, schema)
-    except BaseException:
+    except BaseException as error:
         sink.abandon()
-        raise
+        raise plain(error) from error.__cause__
     return run
+
+
+def plain(error: BaseException) -> BaseException:
+    """The error as its reader wants it: without the frames of the engine that carried it here."""
+    return error.with_traceback(None) if isinstance(error, HeadraceError) and not isinstance(error, InternalError) else error
 
 
 def stream(plan: Plan, options: ActionOptions) -> Iterator[Any]:
