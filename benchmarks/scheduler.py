@@ -2,8 +2,8 @@
 
     python benchmarks/scheduler.py [--splits 1000000] [--workers 1000] [--profile]
 
-Two plans: everything fused in one stage (a split takes three steps), and read -> model -> sink, where 100 devices are fed by 900
-CPU workers. The listing is lazy. Reported: steps per second of time spent in `handle` alone (to reach: 20,000), steps per
+Two plans: everything fused in one stage (a split takes three steps), and read -> model -> sink, where 100 devices are fed by
+900 CPU workers. The listing is lazy. Reported: steps per second of time spent in `handle` alone (to reach: 20,000), steps per
 second of the whole simulation, and resident memory after a tenth of the splits and at the end (to reach: flat).
 """
 
@@ -22,7 +22,18 @@ from headrace.core.resources import CPU_POOL, WorkerSpec
 from headrace.core.splits import Split
 from headrace.core.stages import End, Order, Route, Stage
 from headrace.scheduler.machine import Scheduler
-from headrace.scheduler.messages import Drop, Finish, Limits, ListSplits, Release, SchedulerPlan, Settle, SplitsListed, Start, Submit
+from headrace.scheduler.messages import (
+    Drop,
+    Finish,
+    Limits,
+    ListSplits,
+    Release,
+    SchedulerPlan,
+    Settle,
+    SplitsListed,
+    Start,
+    Submit,
+)
 from headrace.substrates.simulated import SimulatedProgram, SimulatedSubstrate, Work
 
 SPLIT_ROWS = 3_000

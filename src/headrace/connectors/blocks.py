@@ -7,7 +7,7 @@ Invariants: cuts are a function of the pieces and the limits alone; every block 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
 
@@ -18,11 +18,28 @@ from headrace.core.refs import Origin, Segment
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows as a reader got them. row_bytes: estimated Arrow size of a row, the same on every machine."""
+    """Rows as a reader got them. row_bytes: estimated Arrow size of a row, the same on every machine. most_rows: of the
+    block that these rows join.
+    """
 
     batch: pa.RecordBatch
     origin: Origin
     row_bytes: float
+    most_rows: int = 1 << 62
+
+
+# A split is cut into at least this many blocks, so that several workers can share it whatever its rows cost.
+BLOCKS_PER_SPLIT = 16
+# A split that packs this many inputs is one of many like it: workers take a split each, and blocks need not be that small.
+MANY_INPUTS = 16
+LEAST_ROWS_OF_MANY = 1024
+
+
+def shareable(limits: BlockLimits, rows: int) -> BlockLimits:
+    """The limits for a split of about `rows` rows."""
+    least = max(limits.least_rows, LEAST_ROWS_OF_MANY if limits.inputs >= MANY_INPUTS else 1)
+    most = max(least, rows // BLOCKS_PER_SPLIT)
+    return limits if most >= limits.max_rows else replace(limits, max_rows=most)
 
 
 def rows_per_block(row_bytes: float, limits: BlockLimits) -> int:
@@ -40,8 +57,9 @@ def rechunk(pieces: Iterable[Piece], limits: BlockLimits) -> Iterator[tuple[pa.R
         if batch.num_rows == 0:
             continue
         while batch.num_rows:
-            room = held.room(piece.row_bytes, limits)
-            if room < batch.num_rows and held.may_go(limits):
+            most = min(limits.max_rows, piece.most_rows)
+            room = held.room(piece.row_bytes, most, limits)
+            if room < batch.num_rows and held.may_go(most, limits):
                 yield held.take()
                 continue
             n = min(room, batch.num_rows)
@@ -62,20 +80,20 @@ class _Held:
     bytes: float = 0.0
     parts: list[tuple[pa.RecordBatch, Origin]] = field(default_factory=list)
 
-    def room(self, row_bytes: float, limits: BlockLimits) -> int:
+    def room(self, row_bytes: float, most: int, limits: BlockLimits) -> int:
         """Rows of this size that still go in; at least one. Filling it all ends on a multiple."""
         fit = int(max(0.0, limits.target_bytes - self.bytes) / max(row_bytes, 1e-9))
-        capacity = self.rows + min(fit, limits.max_rows - self.rows)
+        capacity = self.rows + max(0, min(fit, most - self.rows))
         m = limits.rows_multiple
         capacity -= capacity % m
         least = self.rows + 1
         return max(capacity, least + -least % m) - self.rows
 
-    def may_go(self, limits: BlockLimits) -> bool:
+    def may_go(self, most: int, limits: BlockLimits) -> bool:
         """Better to close this block than to slice the next piece: it is big enough, and its end is a place to cut."""
         if not self.rows or self.rows % limits.rows_multiple:
             return False
-        return self.bytes * 4 >= limits.target_bytes or self.rows * 4 >= limits.max_rows
+        return self.bytes * 4 >= limits.target_bytes or self.rows * 4 >= most
 
     def add(self, batch: pa.RecordBatch, origin: Origin, row_bytes: float) -> None:
         self.rows += batch.num_rows
@@ -111,9 +129,10 @@ def no_columns(rows: int) -> pa.RecordBatch:
     return pa.record_batch([pa.nulls(rows)], names=["_"]).select([])
 
 
-def measured(batch: pa.RecordBatch, origin: Origin) -> Piece:
-    """A piece whose row size is its own Arrow size."""
-    return Piece(batch, origin, batch.nbytes / max(1, batch.num_rows))
+def measured(batch: pa.RecordBatch, origin: Origin, limits: BlockLimits) -> Piece:
+    """A piece whose row size is its own Arrow size; a block of its own when its split is to be shared."""
+    most = 1 << 62 if limits.inputs >= MANY_INPUTS else max(limits.least_rows, batch.num_rows)
+    return Piece(batch, origin, batch.nbytes / max(1, batch.num_rows), most)
 
 
 def conform(batch: pa.RecordBatch, schema: pa.Schema, where: tuple[tuple[str, str], ...]) -> pa.RecordBatch:

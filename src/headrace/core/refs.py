@@ -87,11 +87,16 @@ class PartRef:
 
 @dataclass(frozen=True, slots=True)
 class BlockRef:
-    """A block on its way between stages. parts: zipped side by side, all `rows` long."""
+    """A block on its way between stages. parts: zipped side by side, all `rows` long.
+
+    cuts: rows of each of the pieces that travel together in it; () for one. What an operator sees is the pieces, which
+    depend on the input alone; how many share a block may depend on time.
+    """
 
     rows: int
     parts: tuple[PartRef, ...]
     origin: Origin = Origin()
+    cuts: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:

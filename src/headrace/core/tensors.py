@@ -169,7 +169,9 @@ def vector_to_numpy(column: pa.Array) -> np.ndarray[Any, Any]:
         return column.to_numpy(zero_copy_only=False)
     if rows == 0:
         return np.empty(0, dtype=dtype)
-    return np.frombuffer(column.buffers()[1], dtype, rows, column.offset * dtype.itemsize)
+    view = np.frombuffer(column.buffers()[1], dtype, rows, column.offset * dtype.itemsize)
+    view.flags.writeable = False
+    return view
 
 
 def ragged_to_array(rows: Sequence[np.ndarray[Any, Any] | None], value_type: pa.DataType | None = None) -> pa.Array:
@@ -202,7 +204,7 @@ def ragged_to_numpy(column: pa.Array) -> np.ndarray[Any, Any]:
     storage = column.storage
     data, shapes = storage.field("data"), storage.field("shape")  # unlike flatten(), these ignore the struct's nulls
     values = vector_to_numpy(data.values)
-    values.flags.writeable = False
+    values.flags.writeable = False  # bools are unpacked, but their rows are to be like the others
     starts = np.frombuffer(data.buffers()[1], np.int64)[data.offset : data.offset + len(data) + 1].tolist()
     dims = vector_to_numpy(shapes.values).tolist()
     bounds = np.frombuffer(shapes.buffers()[1], np.int32)[shapes.offset : shapes.offset + len(shapes) + 1].tolist()

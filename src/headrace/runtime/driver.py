@@ -80,7 +80,7 @@ class Driver:
         inline = substrate.name == "inline"
         self._lister = Lister(splits, self.post, inline=inline)
         self._steps: dict[int, Step] = {}
-        self._found = [0, 0]
+        self._found = SplitsFound(0.0, 0, 0, complete=False, rows=0)
         self._sampled_s = 0.0
         self._done = False
         self.metrics: dict[str, Any] = {}
@@ -201,9 +201,16 @@ class Driver:
         )
 
     def _note_found(self, listed: SplitsListed) -> None:
-        self._found[0] += len(listed.splits)
-        self._found[1] += sum(s.bytes for s in listed.splits)
-        self._tell(SplitsFound(self._now(), self._found[0], self._found[1], listed.done))
+        rows = [s.rows for s in listed.splits]
+        known = self._found.rows is not None and None not in rows
+        self._found = SplitsFound(
+            self._now(),
+            self._found.count + len(listed.splits),
+            self._found.bytes + sum(s.bytes for s in listed.splits),
+            listed.done,
+            (self._found.rows or 0) + sum(r or 0 for r in rows) if known else None,
+        )
+        self._tell(self._found)
 
     def _sample_memory(self, force: bool = False) -> None:
         now = self._now()

@@ -40,7 +40,8 @@ SHORT_STEP_S = 0.005  # below this a round trip (about 0.3 ms) matters, so a sec
 FEED_BLOCKS = 16  # blocks given to a sequential cursor in one step
 APPLY_BYTES = 32 << 20  # a model step gathers blocks up to this much, or the stage's batch_rows
 APPLY_BLOCKS = 64
-FRONT_BLOCKS = 4  # blocks that may wait ahead of a split's front before it, too, has to obey full queues
+LIST_AHEAD = 512  # splits known beforehand: share done and time left are exact where there are no more; about 5 kB each
+FRONT_BLOCKS = 4  # past the budget, blocks of the oldest split that may wait before its front makes more
 OPEN_PER_WORKER = 4  # open splits per worker, beyond 16: a bound for splits that wait for others, as behind a limit
 
 
@@ -142,9 +143,12 @@ class Dispatcher:
         if self.listing or self.listing_done:
             return
         ahead = 2 * max(1, len(self.pools[CPU_POOL].workers)) + 2
-        if len(self.pending) < ahead:
+        if self.listed == 0:  # a few at once, so that work starts; then enough to know the whole of most runs
             self.listing = True
             self._out.append(ListSplits(2 * ahead))
+        elif len(self.pending) < max(ahead, LIST_AHEAD // 2):
+            self.listing = True
+            self._out.append(ListSplits(max(ahead, LIST_AHEAD)))
 
     def _start_stage(self, stage: Stage) -> None:
         """Start what this stage may start, the oldest first."""
@@ -222,39 +226,42 @@ class Dispatcher:
     def _admit(self, stage: Stage, node: Node) -> bool:
         """May this stage make blocks now, from this place of its split?
 
-        The front of a split is admitted past full queues, that of the oldest split past the memory budget too.
+        Queues may be full of blocks that wait for their turn. So the oldest split has queues of its own, as it were, and any
+        split whose sequence waits for just this place may go on. Past the memory budget only the oldest split's front may.
         """
         if stage.end is End.SINK:
             return True
-        following = node.split.following[stage.id]
+        split = node.split
+        following = split.following[stage.id]
         assert following is not None
-        room = self._room_for(stage)
-        if room and self._queues_allow(stage, following):
+        oldest = split is next(iter(self.open.values()))
+        if not self._room_for(stage):
+            return oldest and self._is_front(node, stage, FRONT_BLOCKS)
+        if self._queues_allow(stage, following):
             return True
-        if not room and node.split is not next(iter(self.open.values())):
-            return False
-        return self._is_front(node, stage)
+        if oldest:
+            return self._few_before(node, self._target(stage, following))
+        return following != DELIVER_STAGE and self.stages[following].order is Order.SPLIT and self._is_front(node, stage, 0)
 
     def _queues_allow(self, stage: Stage, following: int) -> bool:
-        waiting = self.waiting[following]
+        waiting, target = self.waiting[following], self._target(stage, following)
+        if following == DELIVER_STAGE or self.stages[following].pool == stage.pool:
+            return waiting < target
+        pool = self.pools[self.stages[following].pool]
+        wanted = producers_wanted(len(pool.workers), self.measures[stage.id].make_s, self.measures[following].take_s)
+        producing = self.producing[stage.id]
+        return may_produce(waiting=waiting, target=target, producing=producing, wanted=wanted, starving=pool.starving)
+
+    def _target(self, stage: Stage, following: int) -> int:
+        """Blocks of `stage` that may wait for the stage `following`."""
         if following == DELIVER_STAGE:
-            return waiting < queue_target(CPU_POOL, len(self.pools[CPU_POOL].workers))
+            return queue_target(CPU_POOL, len(self.pools[CPU_POOL].workers))
         consumer = self.stages[following]
-        pool = self.pools[consumer.pool]
-        count = len(pool.workers)
-        if consumer.pool == stage.pool:
-            return waiting < queue_target(consumer.pool, count)
-        measure = self.measures[stage.id]
+        made_rows = self.measures[stage.id].made_rows
         per_step = 1
-        if consumer.model and measure.made_rows:
-            per_step = min(APPLY_BLOCKS, max(1, round(consumer.batch_rows / measure.made_rows)))
-        return may_produce(
-            waiting=waiting,
-            target=queue_target(consumer.pool, count, per_step),
-            producing=self.producing[stage.id],
-            wanted=producers_wanted(count, measure.make_s, self.measures[following].take_s),
-            starving=pool.starving,
-        )
+        if consumer.model and made_rows:
+            per_step = min(APPLY_BLOCKS, max(1, round(consumer.batch_rows / made_rows)))
+        return queue_target(consumer.pool, len(self.pools[consumer.pool].workers), per_step)
 
     def _room_for(self, stage: Stage) -> bool:
         return within_budget(
@@ -264,18 +271,29 @@ class Dispatcher:
             budget=self.limits.budget_bytes,
         )
 
-    def _is_front(self, node: Node, stage: Stage) -> bool:
-        """Nothing of the split stands before the node but markers and at most a few blocks that wait for later stages."""
+    def _is_front(self, node: Node, stage: Stage, most: int) -> bool:
+        """Nothing of the split stands before the node but markers and at most `most` blocks that wait for later stages."""
         before = node.prev
         blocks = 0
         while before is not None and before is not node.split.head:
             if before.cursor is not None:
                 if not before.cursor.sequential:
                     return False
-            elif (before.stage != DELIVER_STAGE and before.stage <= stage.id) or blocks >= FRONT_BLOCKS:
+            elif (before.stage != DELIVER_STAGE and before.stage <= stage.id) or blocks >= most:
                 return False
             else:
                 blocks += 1
+            before = before.prev
+        return True
+
+    def _few_before(self, node: Node, most: int) -> bool:
+        """Fewer than `most` blocks of the split wait before the node."""
+        before = node.prev
+        while before is not None and before is not node.split.head:
+            if before.block is not None and not before.running:
+                most -= 1
+                if most <= 0:
+                    return False
             before = before.prev
         return True
 

@@ -3,9 +3,9 @@
 Here: what an event changes in the splits' lists (an answer's blocks are placed, sequences become runnable, splits are
 delivered, settled, cut by a limit). What starts next is chosen in `dispatch.py`. Nothing is re-derived per event.
 
-Liveness: the front of a split (nothing before it but blocks that wait for later stages) is admitted past full queues, the
-front of the oldest split past the memory budget too. So as long as a split is open, the oldest one's front runs, waits for a
-worker that is busy, or waits for the consumer; anything else is reported as a stall.
+Liveness: the front of the oldest split (nothing before it but blocks that wait for later stages) is admitted past full queues
+and past the memory budget. So as long as a split is open, the oldest one's front runs, waits for a worker that is busy, or
+waits for the consumer; anything else is reported as a stall.
 
 After `Fail` no command follows. After `Finish` only late answers to cancelled steps come in, and what they hold is released.
 """
@@ -201,7 +201,7 @@ class Scheduler(Dispatcher):
                     kept.append(part if columns == part.columns else replace(part, columns=columns))
                 else:
                     self._release((part,))
-            self._place(node, stage, BlockRef(given.rows, (*kept, *made.parts), given.origin), node.key)
+            self._place(node, stage, BlockRef(given.rows, (*kept, *made.parts), given.origin, given.cuts), node.key)
             node.split.unlink(node)
             if stage.end is End.DELIVER:  # a step over blocks of many splits has no tally of one split
                 node.split.tally += Tally(written=given.rows)

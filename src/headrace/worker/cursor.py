@@ -91,9 +91,10 @@ class BlockOutput:
         return piece.batch.num_rows if self._delivers else 0
 
     def flush(self, progress: Progress) -> None:
-        """Emit what is held. Called at input block boundaries, so that cuts do not depend on when a cursor stopped."""
+        """Emit what is held: at input block boundaries, so that a shared split stays shared, and when a step ends."""
         if not self._held:
             return
+        cuts = tuple(p.batch.num_rows for p in self._held) if len(self._held) > 1 else ()
         piece = join(self._held)
         self._held, self._held_bytes = [], 0
         names = piece.batch.schema.names
@@ -101,7 +102,7 @@ class BlockOutput:
         kept = [n for n in names if n not in self._transient]
         groups = [g for g in (kept, apart) if g] or [[]]
         parts = tuple(self._store.put(piece.batch if len(groups) == 1 else piece.batch.select(g)) for g in groups)
-        block = BlockRef(piece.batch.num_rows, parts, piece.origin)
+        block = BlockRef(piece.batch.num_rows, parts, piece.origin, cuts)
         progress.outputs.append(block)
         progress.output_bytes += block.bytes
 
@@ -154,6 +155,7 @@ class Cursor:
         self._store = store
         self._feed = feed
         self._inputs: deque[BlockRef] = deque()
+        self._pieces: deque[Piece] = deque()  # of the block being read
         self._ended = feed is not None
         self._stack: list[tuple[Iterator[Piece], int]] = []  # what is being made, and the place of the maker
         self._closing = 0  # operators before this one have finished
@@ -170,7 +172,7 @@ class Cursor:
         self._balance += sum(b.rows for b in step.inputs)
         self._ended = self._ended or step.end
         if self._closing:  # a limit has ended the cursor while these were on their way: they count as cut
-            self._inputs.clear()
+            self._drop_inputs()
         self._allow(step.limit_left)
         while not self._done and self._move(progress, clock):
             if progress.outputs and progress.output_bytes >= step.credit_bytes:
@@ -180,7 +182,8 @@ class Cursor:
         if self._done:
             self._finish(progress, clock)
         else:
-            progress.more = bool(self._stack or self._inputs or self._ended)
+            self._guarded("writing a block", self._output.flush, progress)
+            progress.more = bool(self._stack or self._pieces or self._inputs or self._ended)
         progress.tally = self._tally()
         progress.taken, self._counts.taken = self._counts.taken, 0
         return progress
@@ -190,7 +193,7 @@ class Cursor:
         for iterator, _ in reversed(self._stack):
             _close(iterator)
         self._stack.clear()
-        self._inputs.clear()
+        self._drop_inputs()
         _close(self._feed)
         with contextlib.suppress(Exception):  # the reason for aborting says more
             self._output.abort()
@@ -201,6 +204,8 @@ class Cursor:
         """One move; False when there is nothing to do until more input comes."""
         if self._stack:
             self._pull(progress, clock)
+        elif self._pieces:
+            self._hand(self._pieces.popleft(), 0, progress, clock)
         elif self._feed is not None:
             self._output.flush(progress)
             self._read(progress, clock)
@@ -210,7 +215,7 @@ class Cursor:
             began = time.perf_counter()
             piece = Piece(read_block(self._store, block), block.origin)
             clock.add(READ, time.perf_counter() - began, block.rows, block.rows)
-            self._hand(piece, 0, progress, clock)
+            self._pieces.extend(slices(piece, block.cuts))
         elif not self._ended:
             self._output.flush(progress)
             return False
@@ -291,10 +296,14 @@ class Cursor:
                 _close(iterator)
         self._stack = [entry for entry in self._stack if entry[1] >= place]
         self._closing = place + 1
-        self._inputs.clear()
+        self._drop_inputs()
         self._ended = True
         _close(self._feed)
         self._feed = None
+
+    def _drop_inputs(self) -> None:
+        self._inputs.clear()
+        self._pieces.clear()
 
     def _finish(self, progress: Progress, clock: Clock) -> None:
         began = time.perf_counter()
@@ -356,6 +365,17 @@ def read_block(store: BlockStore, block: BlockRef, names: Sequence[str] | None =
         return make_batch({}, block.rows)
     schema = pa.schema([f for _, f, _ in found.values()])
     return pa.RecordBatch.from_arrays([a for _, _, a in found.values()], schema=schema)
+
+
+def slices(piece: Piece, cuts: Sequence[int]) -> Iterator[Piece]:
+    """The pieces that travelled together in a block."""
+    if not cuts:
+        yield piece
+        return
+    start = 0
+    for rows in cuts:
+        yield piece.slice(start, rows)
+        start += rows
 
 
 def read_error(exc: Exception) -> HeadraceError:

@@ -34,8 +34,8 @@ from headrace.core.tensors import (
 )
 from headrace.plan.nodes import BatchFormat
 
-# column name; dtype if its memory can be looked at as it is, and the item size; conversion; may be answered by identity
-_How = tuple[str, Any, int, Callable[[pa.Array], np.ndarray], bool]
+# dtype if its memory can be looked at as it is, and the item size; conversion; may be answered by identity
+_How = tuple[Any, int, Callable[[pa.Array], np.ndarray], bool]
 
 ROW_CHUNK = 1024  # rows turned into Python objects at a time
 ROW_CHUNK_BYTES = 16 << 20
@@ -47,18 +47,19 @@ class Given:
     An array that comes back as it was given is answered by its column, without conversion and with its very type.
     """
 
-    __slots__ = ("_columns", "kept", "schema")
+    __slots__ = ("_columns", "_sources", "_values", "schema")
 
-    def __init__(self, schema: pa.Schema) -> None:
+    def __init__(
+        self, schema: pa.Schema, values: Sequence[np.ndarray] = (), sources: Sequence[pa.Array | None] = ()
+    ) -> None:
         self.schema = schema
-        self.kept: list[Any] = []  # keeps ids from being used again
-        self._columns: dict[int, pa.Array] = {}
-
-    def add(self, value: np.ndarray, column: pa.Array) -> None:
-        self._columns[id(value)] = column
-        self.kept.append(value)
+        self._values = values  # kept, so that no other array can have the id of one of them
+        self._sources = sources
+        self._columns: dict[int, pa.Array | None] | None = None
 
     def column_of(self, value: Any) -> pa.Array | None:
+        if self._columns is None:
+            self._columns = dict(zip(map(id, self._values), self._sources, strict=True))
         return self._columns.get(id(value))
 
     def type_of(self, name: str) -> pa.DataType | None:
@@ -72,32 +73,36 @@ class NumpyReader:
 
     def __init__(self) -> None:
         self._schema: pa.Schema | None = None
+        self._names: list[str] = []
         self._how: list[_How] = []
 
     def read(self, batch: pa.RecordBatch) -> tuple[dict[str, np.ndarray], Given]:
         schema = batch.schema
         if self._schema is None or not schema.equals(self._schema):
             self._schema = schema
+            self._names = schema.names
             self._how = [_how(field) for field in schema]
         rows = batch.num_rows
-        given = Given(schema)
-        arrays: dict[str, np.ndarray] = {}
-        for (name, dtype, width, convert, immutable), column in zip(self._how, batch.columns, strict=True):
+        look = np.frombuffer
+        columns: list[pa.Array | None] = batch.columns
+        values: list[np.ndarray] = []
+        for i, (dtype, width, convert, immutable) in enumerate(self._how):
+            column: pa.Array = columns[i]  # pyright: ignore[reportAssignmentType]
             if dtype is not None and rows and not column.null_count:
-                value = np.frombuffer(column.buffers()[1], dtype, rows, column.offset * width)
+                value = look(column.buffers()[1], dtype, rows, column.offset * width)
             else:
                 value = convert(column)
-                value.flags.writeable = False
-            arrays[name] = value
-            if immutable:
-                given.add(value, column)
-        return arrays, given
+            value.setflags(write=False)
+            values.append(value)
+            if not immutable:
+                columns[i] = None
+        return dict(zip(self._names, values, strict=True)), Given(schema, values, columns)
 
 
 def _how(field: pa.Field) -> _How:
     dtype = numpy_dtype(field.type)
     immutable = not _has_dicts(field.type)  # a dict inside the array may be changed without the array being another
-    return field.name, dtype, 0 if dtype is None else dtype.itemsize, _converter(field.type), immutable
+    return dtype, 0 if dtype is None else dtype.itemsize, _converter(field.type), immutable
 
 
 def _has_dicts(type: pa.DataType) -> bool:

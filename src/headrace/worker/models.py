@@ -27,6 +27,7 @@ from headrace.worker.operators import Host
 from headrace.worker.results import Refused, call, columns_of, make_batch, named_column, rows_batch
 from headrace.worker.user_code import TorchModule, explain
 
+DEFAULT_OUTPUT = "prediction"  # the column of a bare array, when the user gave no name
 Answer = tuple[int, pa.RecordBatch]  # the index of an input, and the next of its rows' output columns
 
 
@@ -206,9 +207,8 @@ def _named(op: Predict, result: Any, given: Given, shared: bool) -> dict[str, pa
         return {n: columns[n] for n in names} if names else columns
     if result is None:
         raise Refused("returned None", "return an array with one value a row; is a return statement missing?")
+    names = names or (DEFAULT_OUTPUT,)
     values = result if isinstance(result, tuple) and len(result) == len(names) else None
-    if not names:
-        raise Refused(f"returned a bare {type(result).__name__}", 'name its column: predict(..., output="prediction")')
     if len(names) == 1:
         value = values[0] if values is not None and hasattr(values[0], "__len__") else result
         return {names[0]: named_column(names[0], value, given, shared)}

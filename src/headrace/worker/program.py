@@ -23,7 +23,7 @@ class Program:
     ops: tuple[Op, ...]
     stages: tuple[Stage, ...]
     sink: Sink | None = None
-    limits: BlockLimits = BlockLimits()
+    limits: BlockLimits = field(default_factory=BlockLimits)
     deterministic: bool = False
     out_schema: Any = None
     sys_path: tuple[str, ...] = field(default=())

@@ -55,7 +55,8 @@ def with_columns(batch: pa.RecordBatch, made: pa.RecordBatch) -> pa.RecordBatch:
 def call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
     """(what fn returned, whether somebody else still holds it)."""
     result = fn(*args, **kwargs)
-    return result, sys.getrefcount(result) > _FRESH_RESULT
+    shared = sys.getrefcount(result) > _FRESH_RESULT
+    return result, shared
 
 
 def _value_references(values: Mapping[Any, Any]) -> list[int]:
@@ -134,15 +135,21 @@ def named_column(name: str, value: Any, given: Given, shared: bool) -> pa.Array:
     if column is not None:
         return column
     try:
-        return column_of(_stable(value, shared), given.type_of(name))
+        value = _stable(value, shared)
+        return column_of(value, None if _is_plain(value) else given.type_of(name))
     except Refused as exc:
         raise Refused(f"returned column {name!r}, {exc}", exc.hint) from exc.__cause__
+
+
+def _is_plain(value: Any) -> bool:
+    """An array whose dtype says all about the column's type."""
+    return isinstance(value, np.ndarray) and value.dtype.kind != "O"
 
 
 def column_of(value: Any, hint: pa.DataType | None = None) -> pa.Array:
     """A column of one value a row. hint: the type to keep if it is of the same kind. Raises Refused."""
     if isinstance(value, np.ndarray):
-        if value.dtype.kind == "O":
+        if not _is_plain(value):
             return _array_column(value, hint)
         try:
             return numpy_to_array(value)

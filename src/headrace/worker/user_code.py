@@ -26,6 +26,7 @@ from headrace.worker.results import Refused
 MESSAGE_CHARS = 2000  # an exception's text may hold a whole batch
 
 _CONSTRUCTION = threading.RLock()
+_WORKER = str(Path(__file__).resolve().parent) + os.sep
 _OURS = str(Path(__file__).resolve().parent.parent) + os.sep
 _LIBRARIES = tuple({p + os.sep for k, p in sysconfig.get_paths().items() if k in ("stdlib", "purelib", "platlib")})
 
@@ -197,7 +198,8 @@ def user_frames(exc: BaseException) -> str:
     frames = list(traceback.extract_tb(exc.__traceback__))
     start = next((i for i, f in enumerate(frames) if not f.filename.startswith(_OURS)), None)
     if start is None:  # a model or transform of Headrace itself: its innermost frames tell most
-        return "".join(traceback.format_list(frames[-2:]))
+        called = bool(frames) and not frames[-1].filename.startswith(_WORKER)  # else the call itself failed: no frame helps
+        return "".join(traceback.format_list(frames[-2:])) if called else ""
     frames = frames[start:]
     last = max((i for i, f in enumerate(frames) if not f.filename.startswith(_LIBRARIES)), default=0)
     tail = frames[last + 1 :]

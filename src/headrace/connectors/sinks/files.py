@@ -164,7 +164,7 @@ class FileSink(ABC):
     def _write_empty_files(self, there: Destination, files: Sequence[Mapping[str, Any]], schema: pa.Schema | None) -> None:
         """Outputs of no rows: those that waited for a schema, or the one file of a packed run without rows."""
         names = [str(f["name"]) for f in files if not f["bytes"]]
-        if not self.per_input and not files:
+        if not self.per_input and not any(self._is_mine(n) for n in there.names()):
             names = [f"part-{self._generation:02d}-000000{self.extension}"]
         if not names:
             return

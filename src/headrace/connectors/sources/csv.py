@@ -85,7 +85,7 @@ class CsvSource(FileSource):
         batches = self._streamed(fragment, limits) if self._newlines else self._chunked(fragment, limits)
         row = 0
         for batch in batches:
-            yield measured(batch, lines.origin_of(fragment, row, batch.num_rows))
+            yield measured(batch, lines.origin_of(fragment, row, batch.num_rows), limits)
             row += batch.num_rows
 
     def _chunked(self, fragment: Fragment, limits: BlockLimits) -> Iterator[pa.RecordBatch]:
@@ -95,7 +95,7 @@ class CsvSource(FileSource):
         names = self._names
         if names is None and fragment.start > 0:
             names = self._header(lines.first_line(fragment), fragment.uri)
-        for at, chunk in lines.line_chunks(fragment, lines.chunk_bytes(limits)):
+        for at, chunk in lines.line_chunks(fragment, lines.chunk_bytes(limits, fragment)):
             where = (("file", fragment.uri), ("offset", str(at)))
             if at == 0:
                 chunk = chunk.removeprefix(lines.BOM)
@@ -124,7 +124,7 @@ class CsvSource(FileSource):
                 batches = pc.open_csv(
                     stream,
                     read_options=pc.ReadOptions(
-                        column_names=self._names, use_threads=False, block_size=lines.chunk_bytes(limits)
+                        column_names=self._names, use_threads=False, block_size=lines.chunk_bytes(limits, fragment)
                     ),
                     parse_options=self._parse_options(fragment.uri),
                     convert_options=self._convert_options(names, fragment.uri),

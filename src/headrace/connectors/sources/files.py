@@ -10,6 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import pyarrow as pa
@@ -73,6 +74,7 @@ class FileSource(ABC):
 
     def open(self, split: Split, limits: BlockLimits) -> Iterator[tuple[pa.RecordBatch, Origin]]:
         self._full_schema()
+        limits = replace(limits, inputs=len(split.fragments))
         with closing(self._split_pieces(split, limits)) as pieces:
             yield from rechunk(pieces, limits)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import ClassVar
 
 import pyarrow as pa
 
 from headrace.connectors import storage
-from headrace.connectors.blocks import Piece, no_columns
+from headrace.connectors.blocks import BLOCKS_PER_SPLIT, Piece, no_columns
 from headrace.connectors.listing import Paths
 from headrace.connectors.sources.files import FileSource
 from headrace.connectors.storage import Stored
@@ -43,6 +44,11 @@ class BinarySource(FileSource):
         return super().schema()
 
     def _split_pieces(self, split: Split, limits: BlockLimits) -> Generator[Piece, None, None]:
+        most = max(limits.least_rows, len(split.fragments) // BLOCKS_PER_SPLIT)
+        for piece in self._objects(split, limits):
+            yield replace(piece, most_rows=most)
+
+    def _objects(self, split: Split, limits: BlockLimits) -> Iterator[Piece]:
         names = self.schema().names
         if "bytes" not in names:
             for f in split.fragments:

@@ -48,12 +48,12 @@ class JsonSource(FileSource):
         else:  # rows of no columns can't be counted, so one is parsed
             wanted, unexpected = (schema if len(schema) else pa.schema([full.field(0)])), "ignore"
         row = 0
-        for at, chunk in lines.line_chunks(fragment, lines.chunk_bytes(limits)):
+        for at, chunk in lines.line_chunks(fragment, lines.chunk_bytes(limits, fragment)):
             if not chunk.strip():
                 continue
             table = _parse(chunk, wanted, unexpected, (("file", fragment.uri), ("offset", str(at))))
             for batch in table.select(schema.names).to_batches() if len(schema) else _bare(table):
-                yield measured(batch, lines.origin_of(fragment, row, batch.num_rows))
+                yield measured(batch, lines.origin_of(fragment, row, batch.num_rows), limits)
                 row += batch.num_rows
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pyarrow as pa
 
 from headrace.connectors import packing, storage
+from headrace.connectors.blocks import BLOCKS_PER_SPLIT, MANY_INPUTS
 from headrace.connectors.listing import COMPRESSED
 from headrace.connectors.storage import Stored
 from headrace.core.errors import DataError
@@ -38,9 +39,14 @@ def divide_lines(o: Stored) -> list[Fragment]:
     return [replace(packing.whole(o), start=a, stop=b) for a, b in packing.even_ranges(o.size, packing.DIVIDE_BYTES)]
 
 
-def chunk_bytes(limits: BlockLimits) -> int:
-    """Text parsed at a time: numbers take up to four times their text in Arrow, so a quarter of a block."""
-    return max(64 << 10, min(limits.target_bytes // 4, 8 << 20))
+def chunk_bytes(limits: BlockLimits, fragment: Fragment) -> int:
+    """Text parsed at a time: numbers take up to four times their text in Arrow, so a quarter of a block; less where the split
+    would make only a few blocks.
+    """
+    stop = fragment.size_bytes if fragment.stop < 0 else fragment.stop
+    few = limits.inputs < MANY_INPUTS and limits.least_rows == 1
+    share = (stop - fragment.start) // BLOCKS_PER_SPLIT if few else limits.target_bytes
+    return max(4 << 10 if few else 64 << 10, min(limits.target_bytes // 4, 8 << 20, share))
 
 
 @contextmanager

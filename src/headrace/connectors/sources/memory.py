@@ -9,7 +9,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from headrace.connectors import packing
-from headrace.connectors.blocks import Piece, no_columns, rechunk
+from headrace.connectors.blocks import Piece, no_columns, rechunk, shareable
 from headrace.core.errors import PlanError
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin, Segment
@@ -53,6 +53,7 @@ class ArrowSource:
         return self, False
 
     def open(self, split: Split, limits: BlockLimits) -> Iterator[tuple[pa.RecordBatch, Origin]]:
+        limits = shareable(limits, split.rows or 0)
         yield from rechunk(self._pieces(split.fragments[0]), limits)
 
     def _pieces(self, f: Fragment) -> Iterator[Piece]:
@@ -107,6 +108,7 @@ class RangeSource:
         return self, False
 
     def open(self, split: Split, limits: BlockLimits) -> Iterator[tuple[pa.RecordBatch, Origin]]:
+        limits = shareable(limits, split.rows or 0)
         yield from rechunk(self._pieces(split.fragments[0], limits), limits)
 
     def _pieces(self, f: Fragment, limits: BlockLimits) -> Iterator[Piece]:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.connectors import packing, storage
-from headrace.connectors.blocks import Piece, conform, no_columns, rows_per_block
+from headrace.connectors.blocks import Piece, conform, no_columns, rows_per_block, shareable
 from headrace.connectors.listing import Paths
 from headrace.connectors.sources.files import FileSource
 from headrace.connectors.storage import Reader, Stored
@@ -114,6 +114,8 @@ class ParquetSource(FileSource):
             wanted = set(range(fragment.start, stop))
             if self._predicate is not None:
                 wanted &= _may_match(reader, file, self._predicate)
+            rows = sum(file.metadata.row_group(g).num_rows for g in range(fragment.start, stop))
+            limits = shareable(limits, rows * limits.inputs)
             first_row = sum(file.metadata.row_group(g).num_rows for g in range(fragment.start))
             for g in range(fragment.start, stop):
                 rows = file.metadata.row_group(g).num_rows
@@ -156,7 +158,7 @@ class ParquetSource(FileSource):
             if self._predicate is not None:
                 origin = origin.inexact()
                 batch = _filtered(batch, self._predicate, where).select(schema.names)
-            yield Piece(batch, origin, row_bytes)
+            yield Piece(batch, origin, row_bytes, limits.max_rows)
 
 
 def _rows_of(o: Stored) -> int:
@@ -257,7 +259,7 @@ def _counted(uri: str, row: int, rows: int, limits: BlockLimits) -> Iterator[Pie
     step = max(limits.max_rows, limits.rows_multiple)
     for at in range(0, rows, step):
         n = min(step, rows - at)
-        yield Piece(no_columns(n), Origin((Segment(uri, row + at, n),)), 1e-9)
+        yield Piece(no_columns(n), Origin((Segment(uri, row + at, n),)), 1e-9, limits.max_rows)
 
 
 def _named_in(predicate: Any, schema: pa.Schema, already: list[str]) -> list[str]:

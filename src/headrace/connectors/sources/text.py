@@ -38,7 +38,7 @@ class TextSource(FileSource):
     def _pieces(self, fragment: Fragment, limits: BlockLimits) -> Iterator[Piece]:
         row = 0
         bare = self._columns == ()
-        for at, chunk in lines.line_chunks(fragment, lines.chunk_bytes(limits)):
+        for at, chunk in lines.line_chunks(fragment, lines.chunk_bytes(limits, fragment)):
             data = chunk.removeprefix(lines.BOM) if at == 0 else chunk
             array = split_lines(data)
             try:
@@ -47,7 +47,7 @@ class TextSource(FileSource):
                 where = (("file", fragment.uri), ("offset", str(at)))
                 raise DataError("the text is not UTF-8", where=where, hint="convert it to UTF-8") from e
             batch = pa.RecordBatch.from_arrays([array], schema=_SCHEMA)
-            yield measured(batch.select([]) if bare else batch, lines.origin_of(fragment, row, batch.num_rows))
+            yield measured(batch.select([]) if bare else batch, lines.origin_of(fragment, row, batch.num_rows), limits)
             row += batch.num_rows
 
 

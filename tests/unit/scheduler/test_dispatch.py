@@ -1,0 +1,231 @@
+"""What starts next, and where."""
+
+from __future__ import annotations
+
+from tests.unit.scheduler.desk import Desk, asked, of, split, stage
+
+from headrace.core.resources import CPU_POOL
+from headrace.core.stages import End, Order
+from headrace.core.steps import Apply, PartsFreed
+from headrace.scheduler.messages import ConsumerTook, Deliver, Limits
+
+DEVICE = "sim"
+READ_MODEL_WRITE = (
+    stage(0, Order.SOURCE),
+    stage(1, Order.FREE, pool=DEVICE, model=True, batch_rows=10),
+    stage(2, Order.SPLIT, End.SINK),
+)
+READ_WORK_WRITE = (stage(0, Order.SOURCE), stage(1, Order.FREE), stage(2, Order.SPLIT, End.SINK))
+
+
+def test_the_step_closest_to_commit_goes_first() -> None:
+    desk = Desk(READ_MODEL_WRITE, {CPU_POOL: 1, DEVICE: 1})
+    desk.list_splits(split(0), split(1))
+    desk.answer(desk.at(0)[0], blocks=1, more=True)
+    assert len(desk.at(0)) == 1, "the CPU worker reads on while the device works"
+    desk.answer(desk.at(1)[0])
+    assert desk.at(2) == [], "the CPU worker is busy"
+    desk.answer(desk.at(0)[0], blocks=1, more=True)
+    assert desk.splits_at(2) == [0], "writing comes before reading"
+    assert desk.at(0) == []
+
+
+def test_within_a_stage_the_oldest_split_goes_first() -> None:
+    desk = Desk(READ_WORK_WRITE, {CPU_POOL: 2})
+    desk.list_splits(split(0), split(1))
+    older, newer = desk.at(0)
+    desk.answer(newer, blocks=2, finished=True)
+    assert desk.splits_at(1) == [1]
+    desk.answer(older, blocks=1, more=True)
+    assert desk.splits_at(1) == [1, 0], "split 1's second block waits: split 0's came later, but goes first"
+
+
+def test_a_device_has_one_step_running_and_one_queued() -> None:
+    desk = Desk(READ_MODEL_WRITE, {CPU_POOL: 4, DEVICE: 1})
+    desk.list_splits(*(split(i) for i in range(8)))
+    for step in desk.at(0):
+        desk.answer(step, blocks=1, more=True)
+    assert len(desk.at(1)) == 2
+    assert desk.scheduler.waiting[1] == 2
+
+
+def test_an_idle_device_comes_before_another_ones_queue() -> None:
+    desk = Desk(READ_MODEL_WRITE, {CPU_POOL: 4, DEVICE: 2})
+    desk.list_splits(*(split(i) for i in range(8)))
+    readers = desk.at(0)
+    for step in readers[:2]:
+        desk.answer(step, blocks=1, more=True)
+    assert sorted(desk.workers_at(1)) == [4, 5]
+
+
+def test_a_model_step_gathers_blocks_of_several_splits_up_to_its_batch() -> None:
+    stages = (READ_MODEL_WRITE[0], stage(1, Order.FREE, pool=DEVICE, model=True, batch_rows=25), READ_MODEL_WRITE[2])
+    desk = Desk(stages, {CPU_POOL: 4, DEVICE: 1})
+    desk.list_splits(*(split(i) for i in range(8)))
+    readers = desk.at(0)
+    for step in readers:
+        desk.answer(step, blocks=3, more=True)
+    sizes = [len(step.inputs) for step in desk.at(1)]
+    assert sizes == [3, 3], "10 rows a block: the third block makes the 25 full"
+    third = desk.at(1)[0]
+    desk.answer(third)
+    newest = desk.at(1)[-1]
+    assert isinstance(newest, Apply)
+    assert {index for index, _ in newest.owners} <= {0, 1, 2, 3}
+
+
+def test_producers_pause_when_the_device_has_enough_and_go_on_when_it_takes() -> None:
+    desk = Desk(READ_MODEL_WRITE, {CPU_POOL: 2, DEVICE: 1})
+    desk.list_splits(*(split(i) for i in range(4)))
+    for _ in range(20):
+        if not desk.at(0):
+            break
+        desk.answer(desk.at(0)[0], blocks=1, more=True)
+    assert desk.at(0) == [], "nobody reads for a full queue"
+    before = desk.scheduler.waiting[1]
+    desk.answer(desk.at(1)[0])
+    assert desk.scheduler.waiting[1] == before - 1
+    assert desk.at(2), "its result is written"
+    desk.answer(desk.at(1)[0])
+    assert desk.at(0), "with room in the queue a worker reads again"
+
+
+def test_steps_of_ordinary_length_are_not_queued_at_a_cpu_worker() -> None:
+    desk = Desk((stage(0, Order.SOURCE, End.SINK),), {CPU_POOL: 1})
+    desk.list_splits(*(split(i) for i in range(5)))
+    for _ in range(3):
+        assert len(desk.running) == 1
+        desk.answer(desk.running[0], finished=True, written=10, wall_s=0.1)
+    assert len(desk.running) == 1
+
+
+def test_short_steps_are_queued_one_ahead() -> None:
+    desk = Desk((stage(0, Order.SOURCE, End.SINK),), {CPU_POOL: 1})
+    desk.list_splits(*(split(i) for i in range(20)))
+    for _ in range(8):
+        desk.answer(desk.running[0], finished=True, written=10, wall_s=0.002)
+    assert len(desk.running) == 2, "a worker whose splits are one short step has the next one waiting"
+    assert len({s.worker for s in desk.running}) == 1
+
+
+def test_a_short_step_is_not_queued_behind_another_while_somebody_is_idle() -> None:
+    desk = Desk(READ_WORK_WRITE, {CPU_POOL: 2})
+    desk.list_splits(split(0))
+    for _ in range(4):
+        desk.answer(desk.at(0)[0], blocks=1, more=True, wall_s=0.001)
+        for step in desk.at(1):
+            desk.answer(step, blocks=1, finished=True, wall_s=0.001)
+        assert len({s.worker for s in desk.running}) == min(2, len(desk.running))
+
+
+def test_a_worker_reads_one_split_at_a_time() -> None:
+    desk = Desk(READ_MODEL_WRITE, {CPU_POOL: 1, DEVICE: 1})
+    desk.list_splits(split(0), split(1), split(2))
+    for _ in range(6):
+        for step in desk.at(0):
+            desk.answer(step, blocks=1, more=True)
+    assert list(desk.scheduler.open) == [0]
+
+
+def test_no_more_workers_than_the_stage_may_have() -> None:
+    stages = (READ_WORK_WRITE[0], stage(1, Order.FREE, max_workers=1), READ_WORK_WRITE[2])
+    desk = Desk(stages, {CPU_POOL: 4})
+    desk.list_splits(*(split(i) for i in range(4)))
+    for step in desk.at(0):
+        desk.answer(step, blocks=2, more=True)
+    assert len(set(desk.workers_at(1))) == 1
+    assert desk.scheduler.waiting[1] >= 3
+
+
+ROUTED = (
+    stage(0, Order.SOURCE),
+    stage(1, Order.FREE),
+    stage(2, Order.SOURCE, End.SINK),
+    stage(3, Order.SPLIT, End.SINK),
+)
+
+
+def test_splits_are_fused_first_and_spread_at_the_end() -> None:
+    desk = Desk(ROUTED, {CPU_POOL: 2}, routes=((2,), (0, 1, 3)))
+    desk.list_splits(*(split(i) for i in range(6)))
+    opened: list[int] = []
+    while desk.running:
+        step = desk.running[0]
+        if step.stage in (0, 2):
+            opened.append(step.stage)
+        blocks = 1 if step.stage < 2 else 0
+        written = {2: 10, 3: 0}.get(step.stage, 0)
+        if step.stage == 3:
+            written = 10 * len(step.inputs)
+            desk.answer(step, finished=step.end, written=written)  # pyright: ignore[reportAttributeAccessIssue]
+        else:
+            desk.answer(step, blocks=blocks, finished=True, written=written)
+    assert desk.scheduler.finished
+    assert opened == [2, 2, 2, 2, 0, 0]
+
+
+def test_one_split_is_spread_over_all_workers() -> None:
+    desk = Desk(ROUTED, {CPU_POOL: 3}, routes=((2,), (0, 1, 3)))
+    desk.list_splits(split(0))
+    assert [s.stage for s in desk.running] == [0]
+    desk.answer(desk.running[0], blocks=2, more=True)
+    assert sorted(s.stage for s in desk.running) == [0, 1, 1]
+    assert len({s.worker for s in desk.running}) == 3
+
+
+def test_splits_are_asked_for_ahead_and_only_once() -> None:
+    desk = Desk((stage(0, Order.SOURCE, End.SINK),), {CPU_POOL: 2})
+    assert len(asked(desk.commands)) == 1
+    commands = desk.list_splits(*(split(i) for i in range(3)), done=False)
+    assert len(asked(commands)) == 1, "three are not enough for two workers"
+    assert asked(desk.list_splits(*(split(i) for i in range(3, 20)), done=False)) == []
+
+
+def test_past_the_budget_only_the_front_of_the_oldest_split_moves() -> None:
+    desk = Desk(READ_WORK_WRITE, {CPU_POOL: 4}, limits=Limits(budget_bytes=1, block_bytes=100, credit_bytes=100))
+    desk.list_splits(*(split(i) for i in range(4)))
+    assert desk.splits_at(0) == [0], "one lone step may always run"
+    desk.answer(desk.at(0)[0], blocks=1, more=True)
+    assert desk.splits_at(1) == [0]
+    assert desk.at(0) == [], "the front is in work: nothing else may add to the debt"
+    desk.answer(desk.at(1)[0], blocks=1, finished=True)
+    assert desk.splits_at(2) == [0]
+
+
+def test_freed_memory_lets_work_go_on() -> None:
+    limits = Limits(budget_bytes=250, block_bytes=100, credit_bytes=100)
+    desk = Desk(READ_MODEL_WRITE, {CPU_POOL: 2, DEVICE: 1}, limits=limits)
+    desk.list_splits(split(0), split(1))
+    first, second = desk.at(0)
+    desk.answer(first, blocks=1, more=True)
+    desk.answer(second, blocks=1, more=True)
+    assert desk.splits_at(0) != [0, 1]
+    step = desk.at(1)[0]
+    desk.answer(step, bytes=1)
+    while desk.at(2):
+        desk.answer(desk.at(2)[0], written=10)
+    busy = len(desk.at(0))
+    desk.tell(PartsFreed(tuple(p.id for b in step.inputs for p in b.parts)))
+    assert len(desk.at(0)) >= busy
+    assert desk.at(0), "there is room again"
+
+
+def test_a_consumer_that_does_not_take_stops_the_work() -> None:
+    stages = (stage(0, Order.SOURCE), stage(1, Order.FREE, End.DELIVER))
+    desk = Desk(stages, {CPU_POOL: 2}, limits=Limits(budget_bytes=1 << 30, block_bytes=100, deliver_blocks=2))
+    desk.list_splits(*(split(i) for i in range(50)))
+    for _ in range(500):
+        if not desk.running:
+            break
+        step = desk.running[0]
+        if step.stage == 0:
+            desk.answer(step, blocks=1, more=True)
+        else:
+            desk.answer(step, blocks=1, finished=True, written=10)
+    assert desk.running == [], "everything rests"
+    assert not desk.scheduler.finished
+    assert len(of(desk.commands, Deliver)) == 2
+    assert sum(desk.scheduler.waiting.values()) < 30
+    commands = desk.tell(ConsumerTook(2))
+    assert len(of(commands, Deliver)) == 2
+    assert desk.running, "what it takes is made again"
