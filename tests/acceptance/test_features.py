@@ -288,3 +288,38 @@ def test_the_stream_model_contract(data: Path, quiet: Options) -> None:
 
     found = hr.read_parquet(data).predict(Engine, input=["x"], output="y", device="sim").to_arrow(**quiet)
     assert found["y"].to_pylist() == (np.arange(200) * 0.5 + 1).tolist()
+
+
+def test_batches_are_the_callers_own_memory(quiet: Options) -> None:
+    table = pa.table({"x": np.arange(1000)})
+    kept = []
+    for batch in hr.from_arrow(table).iter_batches(batch_size=300, **quiet):
+        batch["x"] += 1
+        kept.append(batch["x"])
+    assert np.concatenate(kept).tolist() == list(range(1, 1001))
+    assert table["x"].to_pylist() == list(range(1000))
+
+
+def test_a_bare_answer_is_called_prediction(data: Path, quiet: Options) -> None:
+    found = hr.read_parquet(data).predict(lambda x: x + 1, input="x").take(1, **quiet)
+    assert found[0]["prediction"] == 1.0
+    many = hr.read_parquet(data).predict(lambda b: {"p": b["x"], "q": -b["x"]}, input=["x"]).take(2, **quiet)
+    assert many[1]["p"] == -many[1]["q"] == 0.5
+
+
+def test_filters_keep_tensor_columns(tmp_path: Path, quiet: Options) -> None:
+    images = pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((20, 2, 2), np.uint8))
+    ds = hr.from_arrow(pa.table({"id": np.arange(20), "image": images}))
+    assert ds.filter(pc.field("id") > 100).count(**quiet) == 0
+    assert ds.map_batches(lambda b: b).filter(pc.field("id") > 17).to_arrow(**quiet)["id"].to_pylist() == [18, 19]
+
+
+def test_several_steps_of_many_rows_share_blocks_without_changing_batches(tmp_path: Path, quiet: Options) -> None:
+    """What "auto" batches are depends on the input alone: on no engine, route or time."""
+    seen = hr.range(5000).map_batches(lambda b: {"id": b["id"], "n": np.full(len(b["id"]), len(b["id"]))})
+    again = seen.predict(lambda x: x, input="id", output="p", device="sim").map_batches(
+        lambda b: {"n": b["n"], "m": np.full(len(b["n"]), len(b["n"]))}
+    )
+    found = again.to_arrow(**quiet).to_pydict()
+    inline = again.to_arrow(engine="inline").to_pydict()
+    assert found == inline

@@ -30,9 +30,18 @@ def iter_batches(
     batches = rebatch(stream(plan, options), rows, drop_last)
     try:
         for batch in batches:
-            yield to_format(batch, batch_format, reader)[0]
+            yield _writable(to_format(batch, batch_format, reader)[0])
     finally:
         batches.close()
+
+
+def _writable(batch: Any) -> Any:
+    """The batch with arrays that may be written to: their memory is the caller's own, though Arrow calls it constant."""
+    from headrace.worker.formats import writable_view
+
+    if isinstance(batch, dict):
+        return {name: writable_view(values) for name, values in batch.items()}
+    return batch
 
 
 def rebatch(blocks: Iterator[pa.RecordBatch], rows: int | None, drop_last: bool) -> Generator[pa.RecordBatch]:
@@ -75,6 +84,9 @@ def take(plan: Plan, rows: int, options: ActionOptions) -> list[dict[str, Any]]:
     return [row for batch in stream(limited, _quiet(options)) for row in to_rows(batch)]
 
 
+CELL_CHARS = 28  # of a value in show(): three wide columns still fit a terminal
+
+
 def show(plan: Plan, rows: int, options: ActionOptions) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -85,7 +97,7 @@ def show(plan: Plan, rows: int, options: ActionOptions) -> None:
         return
     table = Table()
     for name in found[0]:
-        table.add_column(name, overflow="ellipsis", no_wrap=True)
+        table.add_column(name, overflow="ellipsis", no_wrap=True, min_width=min(len(name), 6))
     for row in found:
         table.add_row(*(_cell(row.get(name)) for name in found[0]))
     Console().print(table)
@@ -96,8 +108,10 @@ def _cell(value: Any) -> str:
         return f"<{len(value)} bytes>"
     if hasattr(value, "shape") and hasattr(value, "dtype") and value.shape:
         return f"<{value.dtype} {'x'.join(map(str, value.shape))}>"
+    if isinstance(value, float):
+        return f"{value:.6g}"
     text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= CELL_CHARS else text[: CELL_CHARS - 1] + "…"
 
 
 def count(plan: Plan, options: ActionOptions) -> int:
@@ -123,10 +137,12 @@ def schema(plan: Plan) -> pa.Schema:
 def to_arrow(plan: Plan, options: ActionOptions) -> pa.Table:
     import pyarrow as pa
 
+    from headrace.core.expressions import empty_batch
+
     batches = list(stream(plan, options))
     if not batches:
         static = static_schema(plan.read.source.schema(), resolve(plan).ops)
-        return static.empty_table() if static is not None else pa.table({})
+        return pa.table({}) if static is None else pa.Table.from_batches([empty_batch(static)])
     tables = [pa.Table.from_batches([b]) for b in batches]
     if all(t.schema.equals(tables[0].schema) for t in tables):
         return pa.concat_tables(tables)

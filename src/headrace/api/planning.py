@@ -93,34 +93,28 @@ def resolve(plan: Plan) -> Plan:
         if known is not None and isinstance(op, Reshape):
             op = op.resolve(known)
         elif known is not None and isinstance(op, FilterExpr) and not op.columns:
-            op = replace(op, columns=_expression_columns(op.expression, static_schema(schema, ops), known))
+            op = replace(op, columns=_expression_columns(op.expression, static_schema(schema, ops)))
         ops.append(op)
         known = check_columns(ops, schema.names)[-1]
     return replace(plan, ops=tuple(ops))
 
 
-def _expression_columns(expression: Any, schema: pa.Schema | None, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Which columns an expression reads, found by taking each away: pyarrow does not tell. () when it can't be found."""
+def _expression_columns(expression: Any, schema: pa.Schema | None) -> tuple[str, ...]:
+    """Which columns an expression reads; () when the schema is not known before the run."""
     import pyarrow as pa
+
+    from headrace.core.expressions import columns_of
 
     if schema is None:
         return ()
-    empty = schema.empty_table()
     try:
-        empty.filter(expression)
+        return columns_of(expression, schema)
     except pa.ArrowInvalid as error:
-        raise PlanError(
-            f"the filter {expression} can't be used on this input: {error}", hint="check the column names"
-        ) from None
+        text = f"the filter {expression} can't be used on this input: {error}"
+        raise PlanError(text, hint="check the column names") from None
     except (pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
-        raise PlanError(f"the filter {expression} does not fit the columns' types: {error}", hint="cast one side") from None
-    read: list[str] = []
-    for name in known:
-        try:
-            empty.drop_columns([name]).filter(expression)
-        except pa.ArrowException:
-            read.append(name)
-    return tuple(read)
+        text = f"the filter {expression} does not fit the columns' types: {error}"
+        raise PlanError(text, hint="cast one side") from None
 
 
 def static_schema(schema: pa.Schema, ops: Sequence[Op]) -> pa.Schema | None:

@@ -40,6 +40,9 @@ class Tally:
         return gained == self.written + self.filtered + self.skipped + self.quarantined + self.cut
 
 
+NO_ROWS = Tally()
+
+
 @dataclass(frozen=True, slots=True)
 class OutputFile:
     """A published file. name: relative to the destination. digest: blake2b-128 hex of its bytes ("" if unknown)."""

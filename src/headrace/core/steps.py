@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.core.errors import HeadraceError
-from headrace.core.receipts import Receipt, Tally
+from headrace.core.receipts import NO_ROWS, Receipt, Tally
 from headrace.core.refs import BlockRef
 from headrace.core.splits import Split
 
@@ -86,6 +86,9 @@ class Timing:
     ops: tuple[OpTime, ...] = ()
 
 
+NO_TIME = Timing(0.0, 0.0, 0.0)
+
+
 @dataclass(frozen=True, slots=True)
 class StepDone:
     """The answer to a step.
@@ -104,10 +107,10 @@ class StepDone:
     finished: bool = False
     more: bool = False
     receipt: Receipt | None = None
-    tally: Tally = Tally()
+    tally: Tally = NO_ROWS
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])
     taken: int = 0
-    timing: Timing = Timing(0.0, 0.0, 0.0)
+    timing: Timing = NO_TIME
 
 
 @dataclass(frozen=True, slots=True)

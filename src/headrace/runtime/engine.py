@@ -1,8 +1,8 @@
 """Which substrate runs a plan: threads unless a short probe shows that its Python code holds the interpreter lock.
 
-The probe runs the first rows through the CPU operators while a second thread keeps asking for the interpreter: the share of times
-it is kept waiting is the share of the time in which two such threads would not run at once. Output never depends on the
-answer; user functions may be called once more on the first rows, as after any retry.
+The probe runs the first rows through the CPU operators while a second thread keeps asking for the interpreter: the share of
+times it is kept waiting is the share of the time in which two such threads would not run at once. Output never depends on
+the answer; user functions may be called once more on the first rows, as after any retry.
 """
 
 from __future__ import annotations

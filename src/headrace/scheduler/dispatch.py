@@ -96,6 +96,7 @@ class Dispatcher:
         self.stages = plan.stages
         self.following = {route.name: self._follow(route) for route in plan.routes}
         self.downstream_first = tuple(sorted(plan.stages, key=lambda s: -s.id))  # stage ids grow along every route
+        self.feeders = self._feeders()
         self.workers: dict[int, WorkerState] = {}
         names = dict.fromkeys((CPU_POOL, *plan.pools, *(s.pool for s in plan.stages)))
         self.pools: dict[str, PoolState] = {name: PoolState() for name in names}
@@ -111,12 +112,14 @@ class Dispatcher:
         self.bound: dict[int, list[QueueEntry]] = {s.id: [] for s in plan.stages}  # cursors that have their worker
         self.waiting: dict[int, int] = {s.id: 0 for s in plan.stages} | {DELIVER_STAGE: 0}
         self.producing: dict[int, int] = {s.id: 0 for s in plan.stages}
+        self.cursors: dict[int, int] = {s.id: 0 for s in plan.stages}  # open cursors of each stage
         self.stage_workers: dict[int, set[int]] = {s.id: set() for s in plan.stages if s.max_workers is not None}
         self.measures = {s.id: Measure(self.limits.block_bytes) for s in plan.stages}
         self.steps: dict[int, StepEntry] = {}
         self.in_flight = 0
         self.reserved = 0
         self.passed = {s.id: 0 for s in plan.stages if s.limit is not None}
+        self.global_next = {s.id: 0 for s in plan.stages if s.order is Order.GLOBAL}  # whose turn it is
         self.consumer_waiting = 0
         self.finished = False
         self._next_step = 0
@@ -128,6 +131,9 @@ class Dispatcher:
 
     def _dispatch(self) -> None:
         self._ask_for_splits()
+        for stage, following in self.feeders:
+            if self.bound[stage.id]:
+                self._feed_first(stage, following)
         for stage in self.downstream_first:
             if (self.bound[stage.id] or self.shared[stage.id]) and self.pools[stage.pool].has_room:
                 self._start_stage(stage)
@@ -149,6 +155,17 @@ class Dispatcher:
         elif len(self.pending) < max(ahead, LIST_AHEAD // 2):
             self.listing = True
             self._out.append(ListSplits(max(ahead, LIST_AHEAD)))
+
+    def _feed_first(self, stage: Stage, following: int) -> None:
+        """Let a cursor go on before its worker takes up the blocks that it makes, if others would have nothing to do else.
+
+        A cursor runs in one worker only, its blocks run anywhere: workers that have no cursor of this stage live on them.
+        """
+        dependents = len(self.pools[stage.pool].workers) - self.cursors[stage.id]
+        while self.waiting[following] + self.producing[stage.id] <= dependents and dependents and self._room_for(stage):
+            entry = self._top_bound(stage.id)
+            if entry is None or not self._start_bound(stage, entry):
+                return
 
     def _start_stage(self, stage: Stage) -> None:
         """Start what this stage may start, the oldest first."""
@@ -234,23 +251,41 @@ class Dispatcher:
         split = node.split
         following = split.following[stage.id]
         assert following is not None
-        oldest = split is next(iter(self.open.values()))
-        if not self._room_for(stage):
-            return oldest and self._is_front(node, stage, FRONT_BLOCKS)
-        if self._queues_allow(stage, following):
+        room = self._room_for(stage)
+        if room and self._queues_allow(stage, following):
             return True
-        if oldest:
-            return self._few_before(node, self._target(stage, following))
+        if split is next(iter(self.open.values())):
+            if self._is_front(node, stage, FRONT_BLOCKS):
+                return True
+            return room and self._few_before(node, following, self._target(stage, following))
+        if not room:
+            return False
         return following != DELIVER_STAGE and self.stages[following].order is Order.SPLIT and self._is_front(node, stage, 0)
 
     def _queues_allow(self, stage: Stage, following: int) -> bool:
         waiting, target = self.waiting[following], self._target(stage, following)
-        if following == DELIVER_STAGE or self.stages[following].pool == stage.pool:
+        if following == DELIVER_STAGE or self.stages[following].order is Order.GLOBAL:
+            return waiting < target or self._wanted_ahead(stage, following)
+        if self.stages[following].pool == stage.pool:
             return waiting < target
         pool = self.pools[self.stages[following].pool]
         wanted = producers_wanted(len(pool.workers), self.measures[stage.id].make_s, self.measures[following].take_s)
         producing = self.producing[stage.id]
         return may_produce(waiting=waiting, target=target, producing=producing, wanted=wanted, starving=pool.starving)
+
+    def _wanted_ahead(self, stage: Stage, following: int) -> bool:
+        """Blocks are taken in the order of splits, and the taker waits for the oldest one's: others make theirs meanwhile."""
+        kept = self._target(stage, following) * self.measures[stage.id].made_bytes  # for the oldest split, on all workers
+        if self.in_flight + self.reserved + kept > self.limits.budget_bytes:
+            return False
+        if following == DELIVER_STAGE:
+            return self.consumer_waiting < self.limits.deliver_blocks
+        turn = self.open.get(self.global_next[following])
+        taker = turn.markers.get(following) if turn is not None else None
+        if taker is None or taker.state is not CursorState.IDLE:
+            return False
+        limit = taker.stage.limit
+        return limit is None or self.passed[following] + self.waiting[following] * self.measures[stage.id].made_rows < limit
 
     def _target(self, stage: Stage, following: int) -> int:
         """Blocks of `stage` that may wait for the stage `following`."""
@@ -286,11 +321,11 @@ class Dispatcher:
             before = before.prev
         return True
 
-    def _few_before(self, node: Node, most: int) -> bool:
-        """Fewer than `most` blocks of the split wait before the node."""
+    def _few_before(self, node: Node, following: int, most: int) -> bool:
+        """Of the split's blocks before the node, fewer than `most` wait for the stage `following`."""
         before = node.prev
         while before is not None and before is not node.split.head:
-            if before.block is not None and not before.running:
+            if before.stage == following and before.block is not None and not before.running:
                 most -= 1
                 if most <= 0:
                     return False
@@ -365,6 +400,7 @@ class Dispatcher:
 
     def _new_cursor(self, stage: Stage, split: SplitState) -> CursorEntry:
         self._next_cursor += 1
+        self.cursors[stage.id] += 1
         cursor = CursorEntry(self._next_cursor, stage, split)
         split.cursors[cursor.id] = cursor
         return cursor
@@ -520,3 +556,14 @@ class Dispatcher:
             ends = self.plan.stages[here].end
             following[here] = DELIVER_STAGE if ends is End.DELIVER else there
         return following
+
+    def _feeders(self) -> tuple[tuple[Stage, int], ...]:
+        """(stage, the stage after it): cursors whose blocks any worker of the same pool may take up."""
+        found: dict[tuple[int, int], None] = {}
+        for route in self.plan.routes:
+            for here, there in zip(route.stages, route.stages[1:], strict=False):
+                stage, following = self.stages[here], self.stages[there]
+                makes = stage.order in (Order.SOURCE, Order.FREE) and not stage.model
+                if makes and following.order is Order.FREE and following.pool == stage.pool:
+                    found[here, there] = None
+        return tuple((self.stages[here], there) for here, there in sorted(found, reverse=True))

@@ -162,6 +162,9 @@ def _check_steps(s: Scheduler) -> None:
         else:
             assert len(nodes) == len(step.inputs) > 0
             assert all(node.running for node in nodes)
+    open_cursors = Counter(cursor.stage.id for split in s.open.values() for cursor in split.cursors.values())
+    for stage, count in s.cursors.items():
+        assert count == open_cursors[stage], f"stage {stage}: cursors says {count}, {open_cursors[stage]} are open"
     for stage, count in s.producing.items():
         assert count == producing[stage], f"stage {stage}: producing says {count}, {producing[stage]} steps run"
     assert s.reserved == sum(entry[3] for entry in s.steps.values()), "reserved differs from the sum over running steps"

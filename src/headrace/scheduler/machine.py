@@ -46,7 +46,6 @@ class Scheduler(Dispatcher):
     def __init__(self, plan: SchedulerPlan, limits: Limits | None = None) -> None:
         super().__init__(plan, limits)
         self.alive: dict[int, int] = {}  # part id -> bytes, from its making until PartsFreed
-        self.global_next = {s.id: 0 for s in plan.stages if s.order is Order.GLOBAL}
         self.deliver_next = 0
         self.failed = False
         self.ends_in_sink = any(s.end is End.SINK for s in plan.stages)
@@ -238,6 +237,7 @@ class Scheduler(Dispatcher):
 
     def _close_cursor(self, cursor: CursorEntry) -> None:
         cursor.state = CursorState.DONE
+        self.cursors[cursor.stage.id] -= 1
         cursor.split.unlink(cursor.node)
         cursor.split.cursors.pop(cursor.id, None)
         if cursor.sequential:

@@ -95,9 +95,7 @@ def _answer(runner: ModelRunner, batch: pa.RecordBatch) -> pa.RecordBatch:
     return made
 
 
-def _equal_rows(
-    whole: pa.RecordBatch, parts: Sequence[pa.RecordBatch], how: str, rtol: float, atol: float
-) -> None:
+def _equal_rows(whole: pa.RecordBatch, parts: Sequence[pa.RecordBatch], how: str, rtol: float, atol: float) -> None:
     names = {tuple(p.schema.names) for p in parts}
     assert names == {tuple(whole.schema.names)}, f"{how}: the output columns are {names}, not {whole.schema.names}"
     rows = [row for part in parts for row in to_rows(part)]
@@ -109,9 +107,7 @@ def _equal(whole: pa.RecordBatch, other: pa.RecordBatch, how: str, rtol: float, 
     _equal_rows(whole, [other], how, rtol, atol)
 
 
-def _same_values(
-    expected: list[dict[str, Any]], found: list[dict[str, Any]], how: str, rtol: float, atol: float
-) -> None:
+def _same_values(expected: list[dict[str, Any]], found: list[dict[str, Any]], how: str, rtol: float, atol: float) -> None:
     for i, (a, b) in enumerate(zip(expected, found, strict=True)):
         for name in a:
             assert _close(a[name], b[name], rtol, atol), (

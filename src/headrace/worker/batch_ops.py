@@ -22,9 +22,7 @@ from headrace.worker.user_code import TorchModule, explain
 
 
 class MapBatchesOp(Operator):
-    def __init__(
-        self, fn: Callable[..., Any], op: nodes.MapBatches, index: int, name: str, counts: Counts
-    ) -> None:
+    def __init__(self, fn: Callable[..., Any], op: nodes.MapBatches, index: int, name: str, counts: Counts) -> None:
         super().__init__(index, name, counts)
         self._fn = fn
         self._args = op.fn.args

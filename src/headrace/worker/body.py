@@ -3,8 +3,9 @@
 It owns the cursors under way, the user's functions and models of this worker, and nothing else: blocks belong to the
 store, decisions to the scheduler.
 
-Invariants: `run` answers every step with StepDone or StepFailed and never raises for what user code, data or storage
-did; a step that failed leaves no cursor behind, and the body is fit for the next step; errors name stage, split and rows.
+Invariants: `run` answers every step with StepDone or StepFailed and never raises for what user code, data or storage did
+(only Ctrl-C in the main thread passes); a step that failed leaves no cursor behind, and the body is fit for the next step;
+errors name stage, split and rows.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from headrace.core.stages import End, Order, Stage
 from headrace.core.steps import Advance, Apply, StepDone, StepFailed, Timing
 from headrace.plan.nodes import Evaluate, Predict
 from headrace.worker.batching import Piece, join_origins
-from headrace.worker.cursor import READ, WRITE, BlockOutput, Clock, Cursor, SinkOutput, read_block, read_error
-from headrace.worker.models import model_runner
+from headrace.worker.cursor import READ, WRITE, BlockOutput, Clock, Cursor, SinkOutput, read_block, read_error, slices
+from headrace.worker.models import join_columns, model_runner
 from headrace.worker.operators import Counts, EvaluateOp, Host, make, select
 from headrace.worker.program import Program
 from headrace.worker.readahead import read_ahead
 from headrace.worker.results import with_columns
-from headrace.worker.user_code import Functions, explain, internal_error
+from headrace.worker.user_code import Functions, internal_error
 
 
 class WorkerBody:
@@ -55,8 +56,10 @@ class WorkerBody:
             done = self._advance(stage, step, clock) if isinstance(step, Advance) else self._apply(stage, step, clock)
         except HeadraceError as error:
             return self._failed(stage, step, error)
-        except (KeyboardInterrupt, SystemExit) as exc:  # in user code out of reach of its operator, such as __del__
-            return self._failed(stage, step, explain(exc, stage.name))
+        except KeyboardInterrupt:
+            if isinstance(step, Advance):
+                self.discard(step.cursor)
+            raise
         except Exception as exc:
             return self._failed(stage, step, internal_error(exc, f"stage {stage.name}"))
         timing = Timing(start, time.perf_counter() - start, time.thread_time() - cpu, clock.times())
@@ -147,32 +150,36 @@ class WorkerBody:
         metrics = self._evaluate(stage, step, inputs, made, clock)
         began = time.perf_counter()
         outputs = tuple(
-            BlockRef(block.rows, (self._store.put(part),), block.origin)
-            for block, part in zip(step.inputs, made, strict=True)
+            BlockRef(block.rows, (self._store.put(part),), block.origin) for block, part in zip(step.inputs, made, strict=True)
         )
         clock.add(WRITE, time.perf_counter() - began, rows, rows)
         tally = Tally(written=rows) if stage.end is End.DELIVER else Tally()
         return StepDone(step.id, step.worker, outputs, finished=True, tally=tally, metrics=metrics)
 
-    def _predict(
-        self, stage: Stage, step: Apply, inputs: list[pa.RecordBatch], clock: Clock
-    ) -> list[pa.RecordBatch]:
+    def _predict(self, stage: Stage, step: Apply, inputs: list[pa.RecordBatch], clock: Clock) -> list[pa.RecordBatch]:
         index = stage.first
         op = self._program.ops[index]
         if not isinstance(op, Predict):
             raise InternalError(f"stage {stage.name} is a model stage, but does not start with predict")
         began = time.perf_counter()
         runner = model_runner(op, index, self._host)
-        given = [select(batch, op.inputs or batch.schema.names, op.name) for batch in inputs]
-        made: list[pa.RecordBatch | None] = [None] * len(given)
-        for i, part in runner.run(given, [block.origin for block in step.inputs]):
-            made[i] = part
-        rows = sum(batch.num_rows for batch in given)
-        clock.add(index, time.perf_counter() - began, rows, rows)
-        answers = [m for m in made if m is not None]
-        if len(answers) != len(inputs):
+        pieces: list[Piece] = []
+        owners: list[int] = []  # the block that each piece belongs to
+        for i, (block, batch) in enumerate(zip(step.inputs, inputs, strict=True)):
+            whole = Piece(select(batch, op.inputs or batch.schema.names, op.name), block.origin)
+            # Which pieces share a block depends on when a step ended, and the model's batches must not.
+            parts = list(slices(whole, block.cuts if self._program.deterministic else ()))
+            pieces += parts
+            owners += [i] * len(parts)
+        answers: list[list[pa.RecordBatch]] = [[] for _ in inputs]
+        for k, answer in runner.run([p.batch for p in pieces], [p.origin for p in pieces]):
+            answers[owners[k]].append(answer)
+        if not all(answers):
             raise InternalError(f"{op.name} was given a block without rows")
-        return answers
+        made = [join_columns(a, op.name, block.origin) for a, block in zip(answers, step.inputs, strict=True)]
+        rows = sum(batch.num_rows for batch in made)
+        clock.add(index, time.perf_counter() - began, rows, rows)
+        return made
 
     def _evaluate(
         self, stage: Stage, step: Apply, inputs: list[pa.RecordBatch], made: list[pa.RecordBatch], clock: Clock

@@ -49,9 +49,7 @@ class Given:
 
     __slots__ = ("_columns", "_sources", "_values", "schema")
 
-    def __init__(
-        self, schema: pa.Schema, values: Sequence[np.ndarray] = (), sources: Sequence[pa.Array | None] = ()
-    ) -> None:
+    def __init__(self, schema: pa.Schema, values: Sequence[np.ndarray] = (), sources: Sequence[pa.Array | None] = ()) -> None:
         self.schema = schema
         self._values = values  # kept, so that no other array can have the id of one of them
         self._sources = sources
@@ -170,6 +168,13 @@ class _Writable:
     def __init__(self, values: np.ndarray) -> None:
         self.owner = values
         self.__array_interface__ = {**values.__array_interface__, "data": (values.ctypes.data, False)}
+
+
+def writable_view(values: Any) -> Any:
+    """The same memory without the read-only flag, for those who know that it is nobody else's."""
+    if isinstance(values, np.ndarray) and not values.flags.writeable and values.size and not values.dtype.hasobject:
+        return np.asarray(_Writable(values))
+    return values
 
 
 def to_torch(values: np.ndarray) -> Any:

@@ -130,7 +130,7 @@ class BatchRunner(ModelRunner):
         _free_device_memory()
         half = rows // 2
         answers = [self._predict(piece.slice(0, half)), self._predict(piece.slice(half, rows - half))]
-        return _join_columns(answers, self._op.name, piece.origin)
+        return join_columns(answers, self._op.name, piece.origin)
 
 
 class _Parts:
@@ -153,10 +153,11 @@ class _Parts:
         if complete or (self._part_bytes is not None and self._bytes >= self._part_bytes):
             del self._held[i]
             self._bytes = 0
-            yield i, _join_columns(held, self._op, self._pieces[i].origin)
+            yield i, join_columns(held, self._op, self._pieces[i].origin)
 
 
-def _join_columns(parts: Sequence[pa.RecordBatch], op: str, origin: Origin) -> pa.RecordBatch:
+def join_columns(parts: Sequence[pa.RecordBatch], op: str, origin: Origin) -> pa.RecordBatch:
+    """Answers to consecutive rows as one. Raises UserCodeError when the model named its columns differently."""
     if len(parts) == 1:
         return parts[0]
     names = parts[0].schema.names

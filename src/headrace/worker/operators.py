@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from headrace.core.errors import DataError
+from headrace.core.expressions import passing
 from headrace.core.refs import Origin
 from headrace.plan import nodes
 from headrace.worker.batching import Piece
@@ -146,15 +147,15 @@ class FilterExprOp(Operator):
     def push(self, piece: Piece) -> Iterator[Piece]:
         rows = piece.batch.num_rows
         try:
-            kept = piece.batch.filter(self._expression)
+            kept = passing(piece.batch, self._expression)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, pa.ArrowKeyError) as exc:
             raise DataError(
                 f"filter({self._expression}) can't be computed: {exc}",
                 where=(("stage", self.name), ("rows", piece.origin.label)),
                 hint="check the columns and types that the expression reads",
             ) from exc
-        self.counts.filtered += rows - kept.num_rows
-        yield piece if kept.num_rows == rows else Piece(kept, piece.origin.inexact())
+        self.counts.filtered += rows - len(kept)
+        yield piece if len(kept) == rows else Piece(piece.batch.take(kept), piece.origin.inexact())
 
 
 class LimitOp(Operator):
@@ -219,5 +220,3 @@ class EvaluateOp(Operator):
                 self.states[key] = accumulator.update(self.states[key], given)
             except Exception as exc:
                 raise explain(exc, f"evaluate({key})", origin, columns=accumulator.columns) from None
-
-

@@ -149,5 +149,3 @@ def _no_row(value: Any) -> Refused:
 
 def _named(value: Any) -> str:
     return "None" if value is None else f"a {type(value).__name__}"
-
-

@@ -130,7 +130,10 @@ def explain(
     """The error that says what user code did, in which operator, on which rows.
 
     row: the one to blame, within `origin`. columns: what the code was given. doing: what it was at, if not being called.
+    Raises KeyboardInterrupt again in the main thread: there it is the person at the keyboard who speaks.
     """
+    if isinstance(exc, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+        raise exc
     where = _where(op, origin, row, columns)
     if isinstance(exc, HeadraceError):
         return _placed(exc, origin).at(*where)
@@ -150,9 +153,7 @@ def internal_error(exc: BaseException, what: str) -> InternalError:
     )
 
 
-def _where(
-    op: str, origin: Origin | None, row: int | None, columns: Sequence[str]
-) -> tuple[tuple[str, str], ...]:
+def _where(op: str, origin: Origin | None, row: int | None, columns: Sequence[str]) -> tuple[tuple[str, str], ...]:
     where = [("stage", op)]
     if origin is not None:
         at = None if row is None else origin.locate(row)

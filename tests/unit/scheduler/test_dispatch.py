@@ -178,7 +178,7 @@ def test_splits_are_asked_for_ahead_and_only_once() -> None:
     assert len(asked(desk.commands)) == 1
     commands = desk.list_splits(*(split(i) for i in range(3)), done=False)
     assert len(asked(commands)) == 1, "three are not enough for two workers"
-    assert asked(desk.list_splits(*(split(i) for i in range(3, 20)), done=False)) == []
+    assert asked(desk.list_splits(*(split(i) for i in range(3, 2_000)), done=False)) == []
 
 
 def test_past_the_budget_only_the_front_of_the_oldest_split_moves() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -147,12 +147,8 @@ class Bench:
         self.store = DictStore()
         self.sink = sink
         end = end or (End.NEXT if sink is None else End.SINK)
-        stage = Stage(
-            0, "stage", "cpu", order, end, 0, len(ops), model=model, columns_in=columns_in, transient=transient
-        )
-        program = Program(
-            source or BatchSource([]), ops, (stage,), sink, deterministic=deterministic, out_schema=out_schema
-        )
+        stage = Stage(0, "stage", "cpu", order, end, 0, len(ops), model=model, columns_in=columns_in, transient=transient)
+        program = Program(source or BatchSource([]), ops, (stage,), sink, deterministic=deterministic, out_schema=out_schema)
         self.body = WorkerBody(program, WorkerSpec(0, "cpu", device), self.store)
         self.steps = 0
         self.answers: list[StepDone] = []
@@ -183,10 +179,11 @@ class Bench:
         out = sum(b.rows for b in blocks) if self.sink is None else tally.written
         assert rows_in + tally.expanded == out + tally.filtered + tally.cut
         self.tally = tally
+        self.pieces = [rows for b in blocks for rows in b.cuts or (b.rows,)]
         return [self.batch(b) for b in blocks]
 
-    def apply(self, *batches: pa.RecordBatch) -> StepDone | StepFailed:
-        blocks = tuple(self.block(b, i * 1000) for i, b in enumerate(batches))
+    def apply(self, *batches: pa.RecordBatch, cuts: tuple[int, ...] = ()) -> StepDone | StepFailed:
+        blocks = tuple(replace(self.block(b, i * 1000), cuts=cuts) for i, b in enumerate(batches))
         return self.body.run(Apply(1, 0, 0, blocks, tuple((i, 0) for i in range(len(blocks)))))
 
     def applied(self, *batches: pa.RecordBatch) -> list[pa.RecordBatch]:

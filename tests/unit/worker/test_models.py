@@ -65,6 +65,9 @@ def test_deterministic_batches_do_not_span_blocks():
     model.sizes.clear()
     stage(predict(model), deterministic=True).applied(numbers(300))
     assert model.sizes == [256, 44]
+    model.sizes.clear()
+    assert isinstance(stage(predict(model), deterministic=True).apply(numbers(9), cuts=(4, 5)), StepDone)
+    assert model.sizes == [4, 5]
 
 
 def test_metrics_after_the_model_in_its_stage():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -243,7 +244,19 @@ def test_code_that_ends_the_process_only_fails_its_step(kind):
     def f(batch):
         raise kind
 
-    assert f"raised {kind.__name__}" in str(error(nodes.MapBatches(fn(f))))
+    with ThreadPoolExecutor(1) as worker:
+        failed = worker.submit(error, nodes.MapBatches(fn(f))).result()
+    assert f"raised {kind.__name__}" in str(failed)
+
+
+def test_ctrl_c_in_the_main_thread_belongs_to_the_caller():
+    def f(batch):
+        raise KeyboardInterrupt
+
+    source = BatchSource([numbers(1)])
+    with pytest.raises(KeyboardInterrupt):
+        Bench([nodes.MapBatches(fn(f))], source=source).run()
+    assert source.closed == 1
 
 
 def test_an_exception_that_cannot_be_shown():

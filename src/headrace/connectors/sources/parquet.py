@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
-import numpy as np
 import pyarrow as pa
 
 from headrace.connectors import packing, storage
@@ -21,6 +20,7 @@ from headrace.connectors.listing import Paths
 from headrace.connectors.sources.files import FileSource
 from headrace.connectors.storage import Reader, Stored
 from headrace.core.errors import DataError, PlanError
+from headrace.core.expressions import columns_of, passing
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin, Segment
 from headrace.core.splits import Fragment
@@ -34,7 +34,6 @@ S3_AHEAD_BYTES = 32 << 20
 S3_BUFFER_BYTES = 64 << 20
 S3_BUFFER_LEAST_BYTES = 512 << 10
 
-_INDEX = "__headrace_row"  # a column beside those of a filter
 
 PROBE_ROWS = 64  # rows decoded to learn the width of dictionary-encoded strings, whose stored size says nothing
 PROBE_FROM_ROWS = 256  # row groups below this can't surprise: they are a block at most
@@ -51,6 +50,7 @@ class ParquetSource(FileSource):
     def __init__(self, paths: Paths, columns: tuple[str, ...] | list[str] | None = None) -> None:
         super().__init__(paths)
         self._predicate: Any = None
+        self._predicate_columns: tuple[str, ...] = ()
         if columns is not None:
             self._full_schema()
             self._columns = self.project(tuple(columns))._columns
@@ -58,12 +58,13 @@ class ParquetSource(FileSource):
     def prune(self, predicate: Any) -> tuple[Self, bool]:
         full = self._full_schema()
         try:
-            _passing(pa.RecordBatch.from_arrays([pa.nulls(0, f.type) for f in full], schema=full), predicate)
+            read = columns_of(predicate, full)
         except (pa.ArrowException, KeyError, TypeError, ValueError) as e:
             hint = f"columns are: {', '.join(f'{f.name} ({f.type})' for f in list(full)[:30])}"
             raise PlanError(f"the filter {predicate} can't be applied to the input: {e}", hint=hint) from e
         out = copy.copy(self)
         out._predicate = predicate if self._predicate is None else self._predicate & predicate
+        out._predicate_columns = tuple(dict.fromkeys((*self._predicate_columns, *read)))
         return out, True
 
     def count(self) -> int | None:
@@ -130,7 +131,7 @@ class ParquetSource(FileSource):
         where = (("file", reader.uri), ("row group", str(g)))
         names = list(schema.names)
         if self._predicate is not None:
-            names += _named_in(self._predicate, self._full_schema(), names)
+            names += [n for n in self._predicate_columns if n not in names]
         full = self._full_schema()
         read_schema = pa.schema([full.field(n) for n in names])
         metadata = file.metadata.row_group(g)
@@ -262,28 +263,12 @@ def _counted(uri: str, row: int, rows: int, limits: BlockLimits) -> Iterator[Pie
         yield Piece(no_columns(n), Origin((Segment(uri, row + at, n),)), 1e-9, limits.max_rows)
 
 
-def _named_in(predicate: Any, schema: pa.Schema, already: list[str]) -> list[str]:
-    """Columns that the expression may read. Its text names them; a name that occurs by chance only reads too much."""
-    text = str(predicate)
-    by_position = "FieldPath(" in text
-    return [n for n in schema.names if n not in already and (by_position or n in text)]
-
-
 def _filtered(batch: pa.RecordBatch, predicate: Any, where: tuple[tuple[str, str], ...]) -> pa.RecordBatch:
     try:
-        rows = _passing(batch, predicate)
+        rows = passing(batch, predicate)
         return batch if len(rows) == batch.num_rows else batch.take(rows)
     except (pa.ArrowException, KeyError, TypeError) as e:
         raise DataError(f"the filter {predicate} failed: {e}", where=where) from e
-
-
-def _passing(batch: pa.RecordBatch, predicate: Any) -> pa.Array:
-    """Indexes of the rows that satisfy the expression. Only its own columns are filtered: Arrow can't filter some tensor
-    columns (it fails where no row passes).
-    """
-    named = [n for n in _named_in(predicate, batch.schema, []) if not isinstance(batch.field(n).type, pa.BaseExtensionType)]
-    arrays = [batch.column(n) for n in named] + [pa.array(np.arange(batch.num_rows))]
-    return pa.RecordBatch.from_arrays(arrays, names=[*named, _INDEX]).filter(predicate).column(_INDEX)
 
 
 def _may_match(reader: Reader, file: Any, predicate: Any) -> set[int]:
