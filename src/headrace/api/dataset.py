@@ -213,7 +213,7 @@ class Dataset:
         """
         from headrace.connectors.sinks.parquet import ParquetSink
 
-        more = {} if compression is None else {"compression": compression}
+        more: dict[str, Any] = {} if compression is None else {"compression": compression}
         return session.write(self._plan, ParquetSink(str(path), outputs=outputs, fresh=fresh, **more), options)
 
     def write_csv(
