@@ -1,4 +1,4 @@
-"""What a whole run must achieve, in virtual time: all workers busy, flat memory, bounded debt. No clock: the same every time."""
+"""What a whole run must achieve, in virtual time: all workers busy, flat memory, bounded debt. The same every time."""
 
 from __future__ import annotations
 
@@ -61,9 +61,8 @@ def test_a_slow_device_is_never_idle_between_its_first_and_last_batch() -> None:
 def test_many_devices_are_fed_alike() -> None:
     done = Simulation(make_case(images(1e-3, 1e-3), [1000] * 64, cpus=16, devices=8), checked=False).run()
     assert done.substrate.now_s < 1.08 * 8.0
-    loads = [sum(b.rows for b in s.inputs) for w in range(16, 24) for s in steps_of(done, 1) if s.worker == w]
-    assert sum(loads) == 64_000
     each = [sum(b.rows for s in steps_of(done, 1) if s.worker == w for b in s.inputs) for w in range(16, 24)]
+    assert sum(each) == 64_000
     assert max(each) < 1.15 * min(each)
 
 
@@ -101,7 +100,7 @@ def test_delivery_in_order_keeps_all_workers_busy() -> None:
 
 def test_a_limit_far_away_does_not_hold_up_the_readers() -> None:
     table = Table()
-    table.add(Order.SOURCE, Work(1e-4, 1e-3, block_rows=100, row_bytes=10_000))
+    table.add(Order.SOURCE, Work(1e-4, 1e-3, block_rows=100, row_bytes=40_000))
     table.add(Order.GLOBAL, Work(1e-4, 1e-6), limit=1 << 30)
     table.add(Order.SPLIT, Work(1e-3, 1e-6), end=End.SINK)
     assert took_s(make_case(table, [2_000] * 16, cpus=4)) < 1.10 * 16 * 2_000 * 1e-3 / 4
@@ -117,8 +116,10 @@ def test_a_near_limit_reads_little() -> None:
 
 
 def test_memory_does_not_grow_with_the_input() -> None:
-    peaks = [Simulation(make_case(images(1e-3, 2e-3), [1000] * n, cpus=4, devices=1), checked=False).run().peak for n in (6, 60)]
-    assert peaks[1] <= 1.10 * peaks[0]
+    def peak(splits: int) -> int:
+        return Simulation(make_case(images(1e-3, 2e-3), [1000] * splits, cpus=4, devices=1), checked=False).run().peak
+
+    assert peak(60) <= 1.10 * peak(6)
 
 
 def test_memory_does_not_grow_while_the_consumer_sleeps() -> None:
@@ -144,7 +145,7 @@ def test_debt_past_the_budget_is_a_few_blocks(end: End) -> None:
 def test_a_budget_is_kept_when_sizes_are_as_measured() -> None:
     limits = Limits(budget_bytes=100 * MB, block_bytes=16_050_000)
     done = Simulation(make_case(images(1e-3, 2e-3), [1070] * 20, cpus=8, devices=1, limits=limits), checked=False).run()
-    assert done.peak <= 100 * MB + (FRONT_BLOCKS + 1) * 16_050_000
+    assert done.peak <= 100 * MB + (FRONT_BLOCKS + 2) * 16_050_000
 
 
 def test_expansion_into_two_models_stays_within_memory() -> None:

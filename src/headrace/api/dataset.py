@@ -10,6 +10,7 @@ from headrace.api import actions, session
 from headrace.contracts.accumulator import Accumulator
 from headrace.contracts.transform import Transform
 from headrace.core.errors import PlanError
+from headrace.core.extras import require, require_format
 from headrace.core.options import ActionOptions, Outputs
 from headrace.plan.nodes import (
     Apply,
@@ -118,6 +119,7 @@ class Dataset:
             return self.apply(fn)
         if batch_format not in _FORMATS:
             raise PlanError(f"batch_format is {batch_format!r}", hint=f"use one of {', '.join(_FORMATS)}")
+        require_format(batch_format, "map_batches")
         rows = _rows("batch_size", batch_size)
         user = _function(fn, fn_args, fn_kwargs, fn_constructor_args, fn_constructor_kwargs)
         return self._with(MapBatches(user, rows, batch_format, _rows("concurrency", concurrency)))
@@ -165,6 +167,7 @@ class Dataset:
             raise PlanError(f"predict needs a callable model, not {type(model).__name__}", hint="give a class or a function")
         if batch_format not in _FORMATS:
             raise PlanError(f"batch_format is {batch_format!r}", hint=f"use one of {', '.join(_FORMATS)}")
+        require_format(batch_format, "predict")
         user = _function(model, (), None, constructor_args, constructor_kwargs)
         inputs = (input,) if isinstance(input, str) else tuple(input or ())
         outputs = (output,) if isinstance(output, str) else tuple(output or ())
@@ -252,6 +255,7 @@ class Dataset:
 
         Memory stays bounded however slowly the caller takes them; closing the iterator (or leaving the loop) ends the run.
         """
+        require_format(batch_format, "iter_batches")
         rows = _rows("batch_size", batch_size)
         return actions.iter_batches(self._plan, rows, batch_format, drop_last, options)
 
@@ -268,8 +272,9 @@ class Dataset:
 
         Columns that are no numbers (strings, bytes, ragged) stay NumPy object arrays.
         """
-        for batch in self.iter_batches(batch_size=batch_size, batch_format="torch", drop_last=drop_last, **options):
-            yield actions.to_torch(batch, device, dtypes)
+        require("torch", "iter_torch_batches")
+        batches = self.iter_batches(batch_size=batch_size, batch_format="torch", drop_last=drop_last, **options)
+        return (actions.to_torch(batch, device, dtypes) for batch in batches)
 
     def take(self, rows: int = 20, **options: Unpack[ActionOptions]) -> list[dict[str, Any]]:
         """The first rows as dicts of Python values (tensors as NumPy arrays)."""
@@ -293,6 +298,7 @@ class Dataset:
 
     def to_pandas(self, **options: Unpack[ActionOptions]) -> pd.DataFrame:
         """All rows as a pandas frame, in memory; tensor columns as object columns of arrays."""
+        require("pandas", "to_pandas")
         return actions.to_pandas(self._plan, options)
 
     def explain(self, **options: Unpack[ActionOptions]) -> str:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from headrace.core.tensors import numpy_to_array
+
 _INDEX = "__headrace_row"
 
 
@@ -25,7 +27,7 @@ def empty_batch(schema: pa.Schema) -> pa.RecordBatch:
 def passing(batch: pa.RecordBatch, expression: Any) -> pa.Array:
     """int64 indexes of the rows for which the expression is true. Raises pyarrow's errors."""
     plain = [i for i, field in enumerate(batch.schema) if not isinstance(field.type, pa.BaseExtensionType)]
-    arrays = [*(batch.column(i) for i in plain), pa.array(np.arange(batch.num_rows))]
+    arrays = [*(batch.column(i) for i in plain), numpy_to_array(np.arange(batch.num_rows))]
     names = [*(batch.schema.names[i] for i in plain), _INDEX]
     return pa.RecordBatch.from_arrays(arrays, names=names).filter(expression).column(len(plain))
 

@@ -20,15 +20,19 @@ from headrace.core.options import Engine
 from headrace.core.resources import CPU_POOL, WorkerSpec
 from headrace.core.splits import Split
 from headrace.core.stages import End, Order, Stage
-from headrace.plan.nodes import FilterRows, FlatMap, MapBatches, MapRows, Op, Predict
+from headrace.plan.nodes import FilterRows, FlatMap, MapBatches, MapRows, Predict
 from headrace.worker.program import Program
 
 PROBE_S = 0.03  # enough for about 40 samples of the interpreter lock, too short to be felt
 PROBE_MAX_S = 0.25  # a probe whose last run took this long is not repeated on more rows
 LATE_S = 0.001  # asking for a free interpreter takes about 0.1 ms; one that is held gives way after 5 ms
 HELD_SHARE = 0.35  # above this, two threads do the work of less than 1.5
-WORTH_S = 1.0  # starting processes costs about half a second: not for less work than this
-
+WORTH_S = 0.6  # starting processes costs about 0.25 s: worth it when half of this much locked time is saved
+# What reading and writing holds the lock for, measured on files of 100 rows.
+FRAGMENT_S = 0.0003
+SPLIT_S = 0.0005
+TINY_BYTES = 64 << 10  # inputs smaller than this are read and written faster than Python turns to the next
+LOOK_AHEAD = 4096  # inputs listed to see how much there is; with more, processes have paid for themselves
 
 @dataclass(frozen=True, slots=True)
 class Probe:
@@ -46,26 +50,58 @@ def choose_engine(asked: Engine, program: Program, cores: int) -> tuple[str, str
         raise PlanError("processes need Linux (memfd)", hint='use engine="threads"')
     if asked != "auto":
         return asked, "asked for"
-    ops = _cpu_ops(program)
-    named = [op.name for op in program.ops[:ops] if isinstance(op, FilterRows | MapRows | FlatMap | MapBatches | Predict)]
-    if not named:
-        return "threads", "nothing on the CPUs holds the interpreter lock"
     if sys.platform != "linux":
         return "threads", "processes need Linux"
     if cores == 1:
         return "threads", "one core"
-    probe = _probe(program, ops)
-    if probe is None:
-        return "threads", "too little input to need more"
-    share = f"{', '.join(named)} held the interpreter lock {probe.held:.0%} of {probe.wall_s * 1e3:.0f} ms"
-    if probe.held < HELD_SHARE:
-        return "threads", share
-    total_s = _expected_s(program, probe)
-    if total_s < WORTH_S:
-        return "threads", f"{share}, but all the work is about {total_s:.1f} s"
+    work = _work(program)
+    if work.overhead_s >= WORTH_S and work.bytes < TINY_BYTES * work.fragments and _ships(program):
+        return "processes", f"{work.fragments} tiny inputs: reading and writing them holds the interpreter lock"
+    ops = _cpu_ops(program)
+    named = [op.name for op in program.ops[:ops] if isinstance(op, FilterRows | MapRows | FlatMap | MapBatches | Predict)]
+    probe = _probe(program, ops) if named else None
+    locked_s, total_s = work.overhead_s, work.overhead_s
+    why = f"reading and writing {work.fragments} inputs"
+    if probe is not None:
+        functions_s = probe.wall_s * max(work.bytes / max(1, probe.bytes), work.rows / max(1, probe.rows))
+        locked_s += probe.held * functions_s
+        total_s += functions_s
+        why = f"{', '.join(named)} held the interpreter lock {probe.held:.0%} of {probe.wall_s * 1e3:.0f} ms"
+    if locked_s < WORTH_S:
+        return "threads", f"{why}: too little to need processes"
+    if locked_s < HELD_SHARE * total_s:
+        return "threads", why
     if not _ships(program):
-        return "threads", f"{share}, but the plan can't be sent to processes (it does not pickle)"
-    return "processes", share
+        return "threads", f"{why}, but the plan can't be sent to processes (it does not pickle)"
+    return "processes", why
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How much there is, or at least is: the listing is looked at for LOOK_AHEAD inputs."""
+
+    splits: int
+    fragments: int
+    bytes: int
+    rows: int
+
+    @property
+    def overhead_s(self) -> float:
+        return self.splits * SPLIT_S + self.fragments * FRAGMENT_S
+
+
+def _work(program: Program) -> Work:
+    splits = fragments = size = rows = 0
+    per_input = program.sink is not None and program.sink.per_input
+    most = LOOK_AHEAD // 4 if program.source.remote else LOOK_AHEAD
+    for split in program.source.splits(per_input=per_input):
+        splits += 1
+        fragments += len(split.fragments)
+        size += split.bytes
+        rows += split.rows or 0
+        if fragments >= most:
+            break
+    return Work(splits, fragments, size, rows)
 
 
 def _cpu_ops(program: Program) -> int:
@@ -75,20 +111,21 @@ def _cpu_ops(program: Program) -> int:
 
 
 def _probe(program: Program, ops: int) -> Probe | None:
-    """Run growing samples until one takes PROBE_S. None when the input ends before."""
+    """Run growing samples until one takes PROBE_S. None when there is no input, or the functions raise: the run will say."""
     split, block = _first_block(program)
     if split is None or block is None:
         return None
-    rows, last = 1, None
-    while True:
-        sample = block.slice(0, rows)
-        last = _measure(program.ops[:ops], program, split, sample)
-        if last is None or last.wall_s >= PROBE_S or rows >= block.num_rows:
-            return last
-        if last.wall_s * 8 > PROBE_MAX_S:
-            rows *= 2
-        else:
-            rows *= 8
+    trial = _Trial(program, ops, split)
+    try:
+        rows, found = 1, trial.run(block.slice(0, 1))  # imports libraries, constructs models: not counted
+        while found is not None:
+            found = trial.run(block.slice(0, rows))
+            if found is None or found.wall_s >= PROBE_S or rows >= block.num_rows:
+                return found
+            rows *= 2 if found.wall_s * 8 > PROBE_MAX_S else 8
+        return None
+    finally:
+        trial.close()
 
 
 def _first_block(program: Program) -> tuple[Split | None, Any]:
@@ -106,24 +143,33 @@ def _first_block(program: Program) -> tuple[Split | None, Any]:
     return None, None
 
 
-def _measure(ops: tuple[Op, ...], program: Program, split: Split, sample: Any) -> Probe | None:
-    """Run the operators once over the sample, and watch the interpreter lock. None when they raise: the run itself will say."""
-    from headrace.core.steps import Advance, StepFailed
-    from headrace.substrates.inline import LocalStore
-    from headrace.worker.body import WorkerBody
+class _Trial:
+    """The CPU operators in a worker body of their own, run over one sample after the other."""
 
-    stage = Stage(0, "probe", CPU_POOL, Order.SOURCE, End.DELIVER, 0, len(ops))
-    source: Any = _Sample(program.source, sample)
-    trial = replace(program, source=source, ops=ops, stages=(stage,), sink=None)
-    body = WorkerBody(trial, WorkerSpec(0, CPU_POOL, "cpu"), LocalStore(0, itertools.count().__next__))
-    step = Advance(0, 0, 0, 1, split.index, 1, split=split, end=True, credit_bytes=1 << 62, credit_s=1e9)
-    try:
-        answer, held, wall_s = _watch(lambda: body.run(step))
-    finally:
-        body.close()
-    if isinstance(answer, StepFailed):
-        return None
-    return Probe(held, sample.num_rows, wall_s, sample.nbytes)
+    def __init__(self, program: Program, ops: int, split: Split) -> None:
+        from headrace.substrates.inline import LocalStore
+        from headrace.worker.body import WorkerBody
+
+        stage = Stage(0, "probe", CPU_POOL, Order.SOURCE, End.DELIVER, 0, ops)
+        self._source = _Sample(program.source)
+        source: Any = self._source
+        trial = replace(program, source=source, ops=program.ops[:ops], stages=(stage,), sink=None)
+        self._body = WorkerBody(trial, WorkerSpec(0, CPU_POOL, "cpu"), LocalStore(0, itertools.count().__next__))
+        self._split = split
+        self._runs = 0
+
+    def run(self, sample: Any) -> Probe | None:
+        from headrace.core.steps import Advance, StepFailed
+
+        self._source.block = sample
+        self._runs += 1
+        index = self._split.index
+        step = Advance(0, 0, 0, self._runs, index, 1, split=self._split, end=True, credit_bytes=1 << 62, credit_s=1e9)
+        answer, held, wall_s = _watch(lambda: self._body.run(step))
+        return None if isinstance(answer, StepFailed) else Probe(held, sample.num_rows, wall_s, sample.nbytes)
+
+    def close(self) -> None:
+        self._body.close()
 
 
 def _watch(call: Callable[[], Any]) -> tuple[Any, float, float]:
@@ -156,9 +202,9 @@ class _Sample:
     name = "sample"
     remote = False
 
-    def __init__(self, source: Any, block: Any) -> None:
+    def __init__(self, source: Any) -> None:
         self._source = source
-        self._block = block
+        self.block: Any = None
 
     def schema(self) -> Any:
         return self._source.schema()
@@ -166,20 +212,7 @@ class _Sample:
     def open(self, split: Split, limits: Any) -> Any:
         from headrace.core.refs import Origin
 
-        yield self._block, Origin((), exact=False)
-
-
-def _expected_s(program: Program, probe: Probe) -> float:
-    """Seconds of CPU work in all, by the bytes of the first splits; unknown beyond them counts as much."""
-    seen = rows = 0
-    for i, split in enumerate(program.source.splits(per_input=False)):
-        seen += split.bytes
-        rows += split.rows or 0
-        if i >= 64:
-            return float("inf")
-    by_bytes = probe.wall_s * seen / max(1, probe.bytes)
-    by_rows = probe.wall_s * rows / max(1, probe.rows)
-    return max(by_bytes, by_rows)
+        yield self.block, Origin((), exact=False)
 
 
 def _ships(program: Program) -> bool:

@@ -21,6 +21,7 @@ from headrace.core.resources import CPU_POOL
 from headrace.core.splits import Split
 from headrace.core.stages import End, Order, Route, Stage
 from headrace.core.steps import Advance, Apply, Step
+from headrace.scheduler.measure import Measure
 from headrace.scheduler.messages import Command, Finish, Limits, ListSplits, SchedulerPlan, Submit
 from headrace.scheduler.policy.admission import may_produce, producers_wanted, queue_target, within_budget
 from headrace.scheduler.policy.routing import prefer_fused
@@ -43,45 +44,6 @@ APPLY_BLOCKS = 64
 LIST_AHEAD = 512  # splits known beforehand: share done and time left are exact where there are no more; about 5 kB each
 FRONT_BLOCKS = 4  # past the budget, blocks of the oldest split that may wait before its front makes more
 OPEN_PER_WORKER = 4  # open splits per worker, beyond 16: a bound for splits that wait for others, as behind a limit
-
-
-class Measure:
-    """Moving averages of a stage.
-
-    make_s, take_s: seconds per block made and taken. step_s: seconds per step. made_bytes: bytes made per step.
-    made_rows: rows per block made (0.0: not measured). unfinished: share of steps after which the cursor went on.
-    """
-
-    __slots__ = ("made_bytes", "made_rows", "make_s", "step_s", "take_s", "unfinished")
-
-    def __init__(self, block_bytes: int) -> None:
-        self.make_s = 0.0
-        self.take_s = 0.0
-        self.step_s = 0.0
-        self.made_bytes = float(block_bytes)
-        self.made_rows = 0.0
-        self.unfinished = 1.0
-
-    def update(self, wall_s: float, taken: int, outputs: tuple[BlockRef, ...], finished: bool) -> None:
-        """Take in one step's answer."""
-        self.step_s = _blend(self.step_s, wall_s)
-        self.unfinished += 0.3 * ((not finished) - self.unfinished)
-        if taken:
-            self.take_s = _blend(self.take_s, wall_s / taken)
-        if outputs:
-            made = len(outputs)
-            size = rows = 0
-            for block in outputs:
-                rows += block.rows
-                for part in block.parts:
-                    size += part.bytes
-            self.make_s = _blend(self.make_s, wall_s / made)
-            self.made_bytes = _blend(self.made_bytes, float(size))
-            self.made_rows = _blend(self.made_rows, rows / made)
-
-
-def _blend(old: float, new: float) -> float:
-    return new if old == 0.0 else old * 0.7 + new * 0.3
 
 
 StepEntry = tuple[Step, tuple[Node, ...], CursorEntry | None, int]  # (step, an Apply's nodes, an Advance's cursor, reserved)
@@ -274,18 +236,18 @@ class Dispatcher:
         return may_produce(waiting=waiting, target=target, producing=producing, wanted=wanted, starving=pool.starving)
 
     def _wanted_ahead(self, stage: Stage, following: int) -> bool:
-        """Blocks are taken in the order of splits, and the taker waits for the oldest one's: others make theirs meanwhile."""
+        """Blocks are taken in the order of splits, and the taker could take more: other splits make theirs meanwhile."""
         kept = self._target(stage, following) * self.measures[stage.id].made_bytes  # for the oldest split, on all workers
         if self.in_flight + self.reserved + kept > self.limits.budget_bytes:
             return False
         if following == DELIVER_STAGE:
             return self.consumer_waiting < self.limits.deliver_blocks
-        turn = self.open.get(self.global_next[following])
-        taker = turn.markers.get(following) if turn is not None else None
-        if taker is None or taker.state is not CursorState.IDLE:
+        taker = self.stages[following]
+        rows_known = self.waiting[following] * self.measures[stage.id].made_rows
+        if taker.limit is not None and self.passed[following] + rows_known >= taker.limit:
             return False
-        limit = taker.stage.limit
-        return limit is None or self.passed[following] + self.waiting[following] * self.measures[stage.id].made_rows < limit
+        after = next(f[following] for f in self.following.values() if following in f)
+        return after is None or self.waiting[after] < self._target(taker, after)
 
     def _target(self, stage: Stage, following: int) -> int:
         """Blocks of `stage` that may wait for the stage `following`."""
@@ -375,7 +337,7 @@ class Dispatcher:
             left_bytes=self.pending_bytes - split.bytes,
             left_splits=len(self.pending) - 1,
             listing_done=self.listing_done,
-            workers=len(self.pools[CPU_POOL].workers),
+            workers=max(len(self.pools[CPU_POOL].workers), self.plan.pools.get(CPU_POOL, 0)),  # some may not be up yet
         )
         return routes[0] if fused else routes[-1]
 

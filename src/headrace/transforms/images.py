@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.core.errors import DataError, PlanError
+from headrace.core.extras import require
 from headrace.core.tensors import numpy_to_array, ragged_to_array, ragged_type
 from headrace.transforms.codecs import MAX_PIXELS, ImageRefused, Mode, decode_image
 from headrace.transforms.resampling import Size, geometry, resample
@@ -52,8 +53,9 @@ def decode(
     The column is a fixed-shape tensor column when all outputs have one size (crop, or resize to (height, width)),
     otherwise a ragged one. Use: `ds.apply(hr.images.decode("image", resize=256, crop=224))`.
 
-    Raises PlanError for arguments that make no sense; DataError at run time, with the row and the decoder's reason.
+    Raises PlanError for arguments that make no sense, or without the packages of headrace[images]; DataError at run time, with the row and the decoder's reason.
     """
+    require("images", "images.decode")
     if mode not in ("RGB", "L"):
         raise PlanError(f"images.decode: mode is {mode!r}", hint='use mode="RGB" or mode="L"')
     if layout not in ("HWC", "CHW"):

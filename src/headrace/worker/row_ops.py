@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.core.errors import HeadraceError
+from headrace.core.tensors import numpy_to_array
 from headrace.plan.nodes import UserFunction
 from headrace.worker.batching import Piece
 from headrace.worker.formats import Given, row_chunks, to_rows
@@ -71,7 +72,7 @@ class FilterRowsOp(RowOperator):
             if kept == len(keep):
                 yield part
             elif kept:
-                yield Piece(part.batch.take(pa.array(np.flatnonzero(keep))), part.origin.inexact())
+                yield Piece(part.batch.take(numpy_to_array(np.flatnonzero(keep))), part.origin.inexact())
 
 
 class MapRowsOp(RowOperator):

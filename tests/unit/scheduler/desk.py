@@ -24,7 +24,10 @@ def split(index: int, bytes: int = 100, rows: int = 10) -> Split:
 
 
 class Desk:
-    """running: submitted steps that are not answered yet, oldest first. commands: all that were given so far."""
+    """running: submitted steps that are not answered yet, oldest first. commands: all that were given so far.
+
+    late: no worker is up yet.
+    """
 
     def __init__(
         self,
@@ -33,6 +36,7 @@ class Desk:
         *,
         routes: tuple[tuple[int, ...], ...] = (),
         limits: Limits | None = None,
+        late: bool = False,
     ) -> None:
         used = routes or (tuple(range(len(stages))),)
         plan = SchedulerPlan(stages, tuple(Route(f"r{i}", r) for i, r in enumerate(used)), pools)
@@ -42,7 +46,8 @@ class Desk:
         self._parts = 0
         self.tell(Start())
         for i, pool in enumerate(pool for pool, count in pools.items() for _ in range(count)):
-            self.tell(WorkerUp(i, pool))
+            if not late:
+                self.tell(WorkerUp(i, pool))
 
     def tell(self, event: Any) -> list[Command]:
         """One event; every invariant holds afterwards."""

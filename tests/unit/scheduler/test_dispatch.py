@@ -6,7 +6,7 @@ from tests.unit.scheduler.desk import Desk, asked, of, split, stage
 
 from headrace.core.resources import CPU_POOL
 from headrace.core.stages import End, Order
-from headrace.core.steps import Apply, PartsFreed
+from headrace.core.steps import Apply, PartsFreed, WorkerUp
 from headrace.scheduler.messages import ConsumerTook, Deliver, Limits
 
 DEVICE = "sim"
@@ -171,6 +171,13 @@ def test_one_split_is_spread_over_all_workers() -> None:
     desk.answer(desk.running[0], blocks=2, more=True)
     assert sorted(s.stage for s in desk.running) == [0, 1, 1]
     assert len({s.worker for s in desk.running}) == 3
+
+
+def test_the_only_split_is_spread_though_one_worker_is_up_first() -> None:
+    desk = Desk(ROUTED, {CPU_POOL: 2}, routes=((2,), (0, 1, 3)), late=True)
+    desk.list_splits(split(0))
+    desk.tell(WorkerUp(0, CPU_POOL))
+    assert [s.stage for s in desk.running] == [0], "the other worker will want its share"
 
 
 def test_splits_are_asked_for_ahead_and_only_once() -> None:

@@ -137,14 +137,14 @@ def test_a_worker_that_comes_up_after_the_end_gets_nothing() -> None:
 
 def test_work_waits_for_a_pool_that_is_not_up() -> None:
     stages = (stage(0, Order.SOURCE), stage(1, Order.FREE, End.DELIVER, pool=DEVICE, model=True))
-    desk = Desk(stages, {CPU_POOL: 1})
-    desk.scheduler.plan = type(desk.scheduler.plan)(stages, desk.scheduler.plan.routes, {CPU_POOL: 1, DEVICE: 1})
+    desk = Desk(stages, {CPU_POOL: 1, DEVICE: 1}, late=True)
+    desk.tell(WorkerUp(0, CPU_POOL))
     desk.list_splits(split(0))
     while desk.running:
         desk.answer(desk.running[0], blocks=1, more=True)
     assert not desk.scheduler.failed
     assert desk.scheduler.waiting[1] >= 2
-    assert of(desk.tell(WorkerUp(5, DEVICE)), Submit)
+    assert of(desk.tell(WorkerUp(1, DEVICE)), Submit)
 
 
 @pytest.mark.parametrize(

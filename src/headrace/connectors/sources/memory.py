@@ -14,6 +14,7 @@ from headrace.core.errors import PlanError
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin, Segment
 from headrace.core.splits import Fragment, Split
+from headrace.core.tensors import numpy_to_array
 
 ARROW_SPLIT_BYTES = 16 << 20  # memory needs no reading: small splits balance better, and cost microseconds
 RANGE_SPLIT_ROWS = 1 << 20
@@ -117,7 +118,7 @@ class RangeSource:
         step = max(limits.rows_multiple, limits.max_rows - limits.max_rows % limits.rows_multiple)
         for at in range(f.start, f.stop, step):
             n = min(step, f.stop - at)
-            ids = None if self._empty else pa.array(np.arange(at, at + n, dtype=np.int64))
+            ids = None if self._empty else numpy_to_array(np.arange(at, at + n, dtype=np.int64))
             batch = no_columns(n) if ids is None else pa.record_batch([ids], names=["id"])
             yield Piece(batch, Origin((Segment(f.uri, at, n),)), 8.0)
 
