@@ -1,6 +1,6 @@
 """The image pipeline: JPEGs in Parquet -> decode, resize, crop -> a simulated device -> label beside carry-over columns.
 
-    python benchmarks/images.py [--runs 3] [--files 4] [--rows 1000] [--rate 2000] [--decoder headrace|pillow] [--device sim|auto]
+    python benchmarks/images.py [--runs 3] [--files 4] [--rows 1000] [--rate 2000] [--decoder headrace|pillow]
 
 The device sleeps n/rate seconds for n images. Beside it a hand-written script of two processes that does the same with the same
 decoder, its device being a lock that one process holds at a time. The ideal is max(decode CPU / cores, device time).
@@ -154,12 +154,14 @@ def main() -> None:
         for name, runs in found.items():
             assert all(f"ROWS {rows}" in t.out for t in runs), runs[0].out
             figures[name]["images_per_s_whole_process"] = round(rows / figures[name]["wall_s"])
-        spans = [[float(x) for x in line.split()[1:]] for t in found["headrace"] for line in t.out.splitlines() if "DEVICE" in line]
+        lines = [line for t in found["headrace"] for line in t.out.splitlines() if "DEVICE" in line]
+        spans = [[float(x) for x in line.split()[1:]] for line in lines]
         figures["headrace"]["device_busy_first_to_last"] = round(median([busy / span for busy, span in spans]), 4)
         figures["headrace"]["images_per_s_first_to_last"] = round(median([rows / span for _, span in spans]))
         per_core = decode_rate(data, options.decoder)
         ideal = max(rows / per_core / 2, rows / options.rate)
-        figures["limit"] = {"decode_images_per_s_core": round(per_core), "device_s": rows / options.rate, "ideal_s": round(ideal, 2)}
+        limit = {"decode_images_per_s_core": round(per_core), "device_s": rows / options.rate, "ideal_s": round(ideal, 2)}
+        figures["limit"] = limit
         figures["headrace"]["wall_over_ideal"] = round(figures["headrace"]["wall_s"] / ideal, 3)
         print(found["headrace"][-1].out)
         record(options.name or f"images-{options.decoder}-{options.rate:.0f}", figures)
@@ -169,7 +171,8 @@ def main() -> None:
 
 def photographs(folder: Path, files: int, rows: int) -> Path:
     made = Path(__file__).parents[1] / "examples" / "photos.py"
-    subprocess.run([sys.executable, made, folder, "--files", str(files), "--rows", str(rows)], check=True, stdout=subprocess.DEVNULL)
+    argv = [sys.executable, made, folder, "--files", str(files), "--rows", str(rows)]
+    subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
     return folder
 
 

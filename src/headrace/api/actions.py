@@ -49,7 +49,7 @@ def rebatch(blocks: Iterator[pa.RecordBatch], rows: int | None, drop_last: bool)
     if rows is None:
         yield from (b for b in blocks if b.num_rows)
         return
-    import pyarrow as pa
+    from headrace.worker.casting import concat
 
     held: list[pa.RecordBatch] = []
     have = 0
@@ -59,13 +59,13 @@ def rebatch(blocks: Iterator[pa.RecordBatch], rows: int | None, drop_last: bool)
             while have + block.num_rows - at >= rows:
                 piece = block.slice(at, rows - have)
                 at += rows - have
-                yield pa.concat_batches([*held, piece]) if held else piece
+                yield concat([*held, piece], "the batches of this iterator")
                 held, have = [], 0
             if at < block.num_rows:
                 held.append(block.slice(at))
                 have += block.num_rows - at
         if held and not drop_last:
-            yield pa.concat_batches(held)
+            yield concat(held, "the batches of this iterator")
     finally:
         close = getattr(blocks, "close", None)
         if close is not None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from headrace.core.errors import PlanError
+from headrace.core.extras import is_instance
 from headrace.core.options import ActionOptions, RunOptions
 from headrace.core.resources import CPU_POOL, Machine, WorkerSpec
 from headrace.plan.columns import ALL, Columns, check_columns
@@ -87,6 +88,7 @@ def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
 def resolve(plan: Plan) -> Plan:
     """Fill in what only the input's schema tells: names behind drop and rename, columns that a filter expression reads."""
     schema = plan.read.source.schema()
+    _check_unique(schema.names, plan.read.source.describe())
     known: tuple[str, ...] | None = tuple(schema.names)
     ops: list[Op] = []
     for op in plan.ops:
@@ -97,6 +99,16 @@ def resolve(plan: Plan) -> Plan:
         ops.append(op)
         known = check_columns(ops, schema.names)[-1]
     return replace(plan, ops=tuple(ops))
+
+
+def _check_unique(names: Sequence[str], source: str) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else ()
+    if twice:
+        raise PlanError(
+            f"the input has more than one column {twice[0]!r}",
+            where=(("input", source),),
+            hint="columns are told apart by name: write the input again with a name for each",
+        )
 
 
 def _expression_columns(expression: Any, schema: pa.Schema | None) -> tuple[str, ...]:
@@ -170,8 +182,7 @@ def _takes_device(op: Predict) -> bool:
 
     if op.model.is_class:
         return "device" in inspect.signature(op.model.target).parameters
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(op.model.target, torch.nn.Module)
+    return is_instance(op.model.target, "torch.nn", "Module")
 
 
 def _workers(physical: PhysicalPlan, cores: int, machine: Machine) -> tuple[WorkerSpec, ...]:

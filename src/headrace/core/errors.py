@@ -10,6 +10,8 @@ class HeadraceError(Exception):
     hint: what to do next. frames: the user's own traceback, formatted, without Headrace's frames.
     """
 
+    frames_title = "in your code"
+
     def __init__(
         self, message: str, *, where: tuple[tuple[str, str], ...] = (), hint: str = "", frames: str = ""
     ) -> None:
@@ -23,7 +25,7 @@ class HeadraceError(Exception):
         lines = [self.message]
         lines += [f"  {label}: {value}" for label, value in self.where]
         if self.frames:
-            lines.append("  in your code:")
+            lines.append(f"  {self.frames_title}:")
             lines += [f"    {line}" for line in self.frames.rstrip().splitlines()]
         if self.hint:
             lines.append(f"  next: {self.hint}")
@@ -74,4 +76,6 @@ class WorkerDied(HeadraceError):
 
 
 class InternalError(HeadraceError):
-    """A fault of Headrace itself."""
+    """A fault of Headrace itself; its frames are Headrace's."""
+
+    frames_title = "frames"

@@ -1,11 +1,14 @@
-"""Optional packages: which extra of Headrace brings them, and the error for one that is missing.
+"""Optional packages: which extra of Headrace brings them, the error for one that is missing, and types of those in use.
 
-Looking for a package does not import it, so that a verb can refuse at once what would fail in a worker later.
+Invariant: nothing is imported here. Looking for a package lets a verb refuse at once what would fail in a worker later; and a
+value can only be of a package that somebody has imported already.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
+from typing import Any
 
 from headrace.core.errors import PlanError
 
@@ -30,3 +33,11 @@ def require_format(batch_format: str, what: str) -> None:
     """The same for a batch format: pandas and torch come with the extra of that name."""
     if batch_format in _EXTRAS:
         require(batch_format, f'{what} with batch_format="{batch_format}"')
+
+
+def is_instance(value: Any, module: str, kind: str) -> bool:
+    """Is `value` a `module.kind`, such as ("pandas", "DataFrame")? False while the module is not imported, or only half:
+    another thread may be at it.
+    """
+    found = getattr(sys.modules.get(module), kind, None)
+    return isinstance(found, type) and isinstance(value, found)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.core.wire import travels
 
+
+@travels
 @dataclass(frozen=True, slots=True)
 class Tally:
     """Row counts. The law of conservation, per split and per run:
@@ -43,6 +46,7 @@ class Tally:
 NO_ROWS = Tally()
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class OutputFile:
     """A published file. name: relative to the destination. digest: blake2b-128 hex of its bytes ("" if unknown)."""
@@ -53,6 +57,7 @@ class OutputFile:
     digest: str = ""
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Receipt:
     """What closing a split's output returns, and what a run log will record."""

@@ -10,7 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.core.wire import travels
 
+
+@travels
 @dataclass(frozen=True, slots=True)
 class Segment:
     """`rows` consecutive rows of input object `uri`, from row `row` (0-based) of that object."""
@@ -20,6 +23,7 @@ class Segment:
     rows: int
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Origin:
     """Where a block's rows came from. exact: row i of the block is row i of the concatenated segments."""
@@ -68,6 +72,7 @@ class Origin:
         return f"row {first.row} of {first.uri} to row {last.row + last.rows - 1} of {last.uri} ({len(self.segments)} pieces)"
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class PartRef:
     """One record batch in a substrate's care.
@@ -85,6 +90,7 @@ class PartRef:
     handle: Any = None
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class BlockRef:
     """A block on its way between stages. parts: zipped side by side, all `rows` long.

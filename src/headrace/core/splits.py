@@ -9,7 +9,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
+from headrace.core.wire import travels
 
+
+@travels
 @dataclass(frozen=True, slots=True)
 class Fragment:
     """A range of one input object.
@@ -32,6 +35,7 @@ class Fragment:
     name: str = ""
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Split:
     """An ordered group of fragments that is read, retried and committed as one.

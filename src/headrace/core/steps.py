@@ -14,8 +14,10 @@ from headrace.core.errors import HeadraceError
 from headrace.core.receipts import NO_ROWS, Receipt, Tally
 from headrace.core.refs import BlockRef
 from headrace.core.splits import Split
+from headrace.core.wire import travels
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Advance:
     """Give `inputs` to a cursor (created at its first step) and run it until its credit is used up.
@@ -41,6 +43,7 @@ class Advance:
     limit_left: int | None = None
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Apply:
     """Run a model stage over `inputs`; the answer's `outputs[i]` has as many rows as `inputs[i]`.
@@ -55,6 +58,7 @@ class Apply:
     owners: tuple[tuple[int, int], ...]
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Discard:
     """Close cursor `cursor` and abort what it wrote: its split is cancelled. No answer comes."""
@@ -66,6 +70,7 @@ class Discard:
 Step = Advance | Apply
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class OpTime:
     """What one operator did in one step. op: index of the plan node; -1 reading, -2 writing."""
@@ -76,6 +81,7 @@ class OpTime:
     rows_out: int
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class Timing:
     """wall_s: the step's running time in the worker. cpu_s: CPU time its thread (or process) used meanwhile."""
@@ -89,6 +95,7 @@ class Timing:
 NO_TIME = Timing(0.0, 0.0, 0.0)
 
 
+@travels
 @dataclass(frozen=True, slots=True)
 class StepDone:
     """The answer to a step.

@@ -121,7 +121,7 @@ class _Cutter:
             elif self._joins(last, op, i, spread):
                 last.stop = i + 1
             else:
-                order = Order.FREE if self._free(i) else Order.SPLIT
+                order = Order.FREE if self._free(i, i) else Order.SPLIT
                 cuts.append(_Cut(i, i + 1, order))
         return self._finish(cuts, spread)
 
@@ -136,12 +136,18 @@ class _Cutter:
 
     def _capped_cut(self, i: int, op: Op) -> _Cut:
         assert isinstance(op, MapBatches)
-        return _Cut(i, i + 1, Order.FREE if self._free(i) else Order.SPLIT, max_workers=op.max_workers)
+        return _Cut(i, i + 1, Order.FREE if self._free(i, i) else Order.SPLIT, max_workers=op.max_workers)
 
-    def _free(self, i: int) -> bool:
-        """May operator i work on each block by itself?"""
+    def _free(self, i: int, first: int) -> bool:
+        """May operator i, in a stage that begins with operator `first`, work on each block by itself?"""
         op = self.ops[i]
-        return not isinstance(op, MapBatches) or op.batch_rows is None or i in self.aligned
+        if not isinstance(op, MapBatches) or op.batch_rows is None:
+            return True
+        return i in self.aligned and not any(map(self._recuts, self.ops[:first]))
+
+    def _recuts(self, op: Op) -> bool:
+        """May operator `op` answer a block in pieces, which an earlier stage then gives on as blocks of their own?"""
+        return isinstance(op, MapRows | Apply) or (isinstance(op, Predict) and not self._alone(op))
 
     def _joins(self, last: _Cut, op: Op, i: int, spread: bool) -> bool:
         """May operator i run in the stage that is being built?"""
@@ -152,7 +158,7 @@ class _Cutter:
         if last.order is Order.SOURCE:
             return is_light(op) or not spread
         if last.order is Order.FREE:
-            return self._free(i)
+            return self._free(i, last.first)
         return True  # a sequence can do anything
 
     def _finish(self, cuts: list[_Cut], spread: bool) -> list[_Cut]:

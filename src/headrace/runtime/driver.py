@@ -5,6 +5,7 @@ One thread runs the loop and blocks in `substrate.wait`; other threads speak to 
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -126,12 +127,19 @@ class Driver:
             error = "interrupted"
             raise
         finally:
-            self._lister.close()
-            self._sample_memory(force=True)
-            self.substrate.stop()
-            self._tell(RunFinished(self._now(), self.committer.tally, error, self.metrics))
+            try:
+                self._lister.close()
+                self._sample_memory(force=True)
+            finally:  # also when an observer fails
+                self.substrate.stop()
+                self._close_observers(RunFinished(self._now(), self.committer.tally, error, self.metrics))
+
+    def _close_observers(self, finished: RunFinished) -> None:
+        """Tell all of the end and close them, the others too when one fails."""
+        with contextlib.ExitStack() as closing:
             for observer in self._observers:
-                observer.close()
+                closing.callback(observer.close)
+            self._tell(finished)
 
     def _turn(self) -> None:
         """Wait until something happened; take it in."""

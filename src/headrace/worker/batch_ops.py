@@ -32,7 +32,7 @@ class MapBatchesOp(Operator):
         self._reader = NumpyReader()
 
     def push(self, piece: Piece) -> Iterator[Piece]:
-        for batch in (piece,) if self._batcher is None else self._batcher.push(piece):
+        for batch in _cut(piece, nodes.AUTO_BATCH_ROWS) if self._batcher is None else self._batcher.push(piece):
             yield from self._call(batch)
 
     def finish(self) -> Iterator[Piece]:
@@ -70,6 +70,16 @@ class MapBatchesOp(Operator):
 
     def _blame(self, exc: BaseException, piece: Piece) -> HeadraceError:
         return explain(exc, self.name, piece.origin, columns=piece.batch.schema.names)
+
+
+def _cut(piece: Piece, rows: int) -> Iterator[Piece]:
+    """The piece in slices of at most so many rows."""
+    total = piece.batch.num_rows
+    if total <= rows:
+        yield piece
+        return
+    for start in range(0, total, rows):
+        yield piece.slice(start, min(rows, total - start))
 
 
 class PredictOp(Operator):

@@ -128,11 +128,11 @@ def _converter(type: pa.DataType) -> Callable[[pa.Array], np.ndarray]:
         return lambda c: inner(c.storage)
     if pa.types.is_boolean(type) or numpy_dtype(type) is not None:
         return vector_to_numpy
-    if pa.types.is_list(type) or pa.types.is_large_list(type):
+    if (pa.types.is_list(type) or pa.types.is_large_list(type)) and _only_lists(type):
         return _lists
     if pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_binary(type) or pa.types.is_large_binary(type):
         return _texts
-    return _plain
+    return _objects if _has_dicts(type) and not _only_lists(type) else _plain
 
 
 _PANDAS_PAYS = 1 << 20  # texts; pyarrow's to_numpy first imports pandas (0.2 s), and then takes half the time
@@ -145,6 +145,20 @@ def _texts(column: pa.Array) -> np.ndarray:
     _texts_read += len(column)
     if "pandas" in sys.modules or _texts_read > _PANDAS_PAYS:
         return _plain(column)
+    out = np.empty(len(column), dtype=object)
+    out[:] = column.to_pylist()
+    return out
+
+
+def _only_lists(type: pa.DataType) -> bool:
+    """Lists of lists, however deep, of plain values."""
+    while pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type):
+        type = type.value_type
+    return not _has_dicts(type)
+
+
+def _objects(column: pa.Array) -> np.ndarray:
+    """Structs and maps as Python values. (to_numpy makes floats of the integers in them where a value is missing.)"""
     out = np.empty(len(column), dtype=object)
     out[:] = column.to_pylist()
     return out

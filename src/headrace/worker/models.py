@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from headrace.contracts.model import StreamModel
 from headrace.core.errors import HeadraceError
+from headrace.core.extras import is_instance
 from headrace.core.refs import Origin
 from headrace.plan.nodes import BatchFormat, Predict
 from headrace.worker.batching import FIXED_ROWS, BatchTuner, Piece, is_out_of_memory, join
@@ -171,7 +172,7 @@ def join_columns(parts: Sequence[pa.RecordBatch], op: str, origin: Origin) -> pa
 
 def _free_device_memory() -> None:
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
+    if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
@@ -224,8 +225,7 @@ def _named(op: Predict, result: Any, given: Given, shared: bool) -> dict[str, pa
 def _has_names(result: Any) -> bool:
     if isinstance(result, (Mapping, pa.Table, pa.RecordBatch)):
         return True
-    pandas = sys.modules.get("pandas")
-    return pandas is not None and isinstance(result, pandas.DataFrame)
+    return is_instance(result, "pandas", "DataFrame")
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from headrace.core.extras import is_instance
 from headrace.core.tensors import arrow_type, is_ragged, is_tensor, numpy_to_array, ragged_to_array
 from headrace.worker.casting import cast_array, widens
 from headrace.worker.formats import Given
@@ -99,7 +100,7 @@ def columns_of(result: Any, given: Given, shared: bool) -> dict[str, pa.Array]:
         return {name: _one(column) for name, column in zip(result.column_names, result.columns, strict=True)}
     if isinstance(result, Mapping):
         return _dict_columns(result, given, shared)
-    if _is_pandas(result, "DataFrame"):
+    if is_instance(result, "pandas", "DataFrame"):
         return {str(name): _series(result[name], given.type_of(str(name))) for name in result.columns}
     if result is None:
         raise Refused("returned None", f"return {ACCEPTED}; is a return statement missing?")
@@ -155,7 +156,7 @@ def column_of(value: Any, hint: pa.DataType | None = None) -> pa.Array:
             return numpy_to_array(value)
         except TypeError as exc:
             raise Refused(f"which is {_a(value)}: {exc}", "convert it, for example with .astype()") from exc
-    if _is_torch(value):
+    if is_instance(value, "torch", "Tensor"):
         return column_of(torch_to_numpy(value), hint)
     if isinstance(value, pa.ChunkedArray):
         return _one(value)
@@ -163,7 +164,7 @@ def column_of(value: Any, hint: pa.DataType | None = None) -> pa.Array:
         return value
     if isinstance(value, (list, tuple)):
         return values_column(value, hint)
-    if _is_pandas(value, "Series") or _is_pandas(value, "Index"):
+    if is_instance(value, "pandas", "Series") or is_instance(value, "pandas", "Index"):
         return _series(value, hint)
     if hasattr(value, "__array__") and not np.isscalar(value):
         return column_of(np.array(value), hint)
@@ -239,7 +240,7 @@ def values_column(values: Sequence[Any], hint: pa.DataType | None = None) -> pa.
     present = next((v for v in values if v is not None), None)
     if present is None:
         return pa.nulls(len(values), hint)
-    if _is_torch(present):
+    if is_instance(present, "torch", "Tensor"):
         values = [v if v is None else torch_to_numpy(v) for v in values]
         present = next(v for v in values if v is not None)
     if isinstance(present, np.ndarray) and present.ndim:
@@ -291,16 +292,6 @@ def _kept(made: pa.Array, hint: pa.DataType | None) -> pa.Array:
 
 def _is_list(type: pa.DataType) -> bool:
     return pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
-
-
-def _is_torch(value: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(value, torch.Tensor)
-
-
-def _is_pandas(value: Any, kind: str) -> bool:
-    pandas = sys.modules.get("pandas")
-    return pandas is not None and isinstance(value, getattr(pandas, kind, ()))
 
 
 def _a(value: Any) -> str:

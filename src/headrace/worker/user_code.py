@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-import sys
 import sysconfig
 import threading
 import traceback
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.core.errors import HeadraceError, InternalError, UserCodeError
+from headrace.core.extras import is_instance
 from headrace.core.refs import Origin
 from headrace.plan.nodes import UserFunction
 from headrace.worker.results import Refused
@@ -68,7 +68,7 @@ class Functions:
             except (Exception, KeyboardInterrupt, SystemExit) as exc:
                 raise explain(exc, op, doing=f"constructing {fn.name}") from None
             self._constructed.append(made)
-        return _module_model(made, self.device) if _is_torch_module(made) else made
+        return _module_model(made, self.device) if is_instance(made, "torch.nn", "Module") else made
 
 
 def _wants_device(fn: UserFunction) -> bool:
@@ -78,11 +78,6 @@ def _wants_device(fn: UserFunction) -> bool:
     except (TypeError, ValueError):  # no signature, or arguments that the constructor itself will refuse
         return False
     return "device" in signature.parameters and "device" not in given
-
-
-def _is_torch_module(made: Any) -> bool:
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(made, torch.nn.Module)
 
 
 class TorchModule:
