@@ -53,7 +53,8 @@ def decode(
     The column is a fixed-shape tensor column when all outputs have one size (crop, or resize to (height, width)),
     otherwise a ragged one. Use: `ds.apply(hr.images.decode("image", resize=256, crop=224))`.
 
-    Raises PlanError for arguments that make no sense, or without the packages of headrace[images]; DataError at run time, with the row and the decoder's reason.
+    Raises PlanError for arguments that make no sense, and where the packages of headrace[images] are missing; DataError at
+    run time, with the row and the decoder's reason.
     """
     require("images", "images.decode")
     if mode not in ("RGB", "L"):
