@@ -173,29 +173,50 @@ class _LocalReader:
         self.whole = size <= WHOLE_LOCAL_BYTES
         self._version = version
         self._file: pa.NativeFile | None = None
-        self.check()
+        if not self.whole:
+            self.check()
 
     def native(self, ahead_bytes: int = 0) -> pa.NativeFile:
         try:
             if self.whole:
-                with open(self.uri, "rb") as f:
-                    self._file = pa.BufferReader(f.read())
+                self._file = pa.BufferReader(self._read_whole())
             else:
                 self._file = pa.OSFile(self.uri, "rb")
         except OSError as e:
             raise _unreadable(self.uri, e) from e
         return self._file
 
+    def _read_whole(self) -> bytes:
+        """All bytes, of the planned version: the open file is compared before and after; a rename in between is no matter."""
+        try:
+            fd = os.open(self.uri, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except FileNotFoundError as e:
+            raise changed(self.uri) from e
+        try:
+            self._compare(os.fstat(fd))
+            data = os.read(fd, self.size + 1)
+            while len(data) < self.size and (more := os.read(fd, self.size - len(data))):
+                data += more
+            self._compare(os.fstat(fd))
+            return data
+        finally:
+            os.close(fd)
+
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
         """The kernel's read-ahead does it."""
 
     def check(self) -> None:
+        if self.whole:
+            return  # compared while it was read
         try:
             now = os.stat(self.uri)
         except FileNotFoundError as e:
             raise changed(self.uri) from e
         except OSError as e:
             raise _unreadable(self.uri, e) from e
+        self._compare(now)
+
+    def _compare(self, now: os.stat_result) -> None:
         if self._version and stat_version(now) != self._version:
             raise changed(self.uri)
 

@@ -46,12 +46,21 @@ class Given:
     """What user code was given: its arrays, and the columns that they came from.
 
     An array that comes back as it was given is answered by its column, without conversion and with its very type.
+    batch: what it was all made of.
     """
 
-    __slots__ = ("_columns", "_sources", "_values", "schema")
+    __slots__ = ("_addresses", "_batch", "_columns", "_sources", "_values", "schema")
 
-    def __init__(self, schema: pa.Schema, values: Sequence[np.ndarray] = (), sources: Sequence[pa.Array | None] = ()) -> None:
+    def __init__(
+        self,
+        schema: pa.Schema,
+        values: Sequence[np.ndarray] = (),
+        sources: Sequence[pa.Array | None] = (),
+        batch: pa.RecordBatch | None = None,
+    ) -> None:
         self.schema = schema
+        self._batch = batch
+        self._addresses: frozenset[int] | None = None
         self._values = values  # kept, so that no other array can have the id of one of them
         self._sources = sources
         self._columns: dict[int, pa.Array | None] | None = None
@@ -60,6 +69,13 @@ class Given:
         if self._columns is None:
             self._columns = dict(zip(map(id, self._values), self._sources, strict=True))
         return self._columns.get(id(value))
+
+    def holds(self, addresses: Sequence[int]) -> bool:
+        """Whether the input's own buffers begin at these addresses, all of them."""
+        if self._addresses is None:
+            columns = () if self._batch is None else self._batch.columns
+            self._addresses = frozenset(b.address for c in columns for b in c.buffers() if b is not None)
+        return self._addresses.issuperset(addresses)
 
     def type_of(self, name: str) -> pa.DataType | None:
         """The type that column `name` had, if there was one of that name."""
@@ -95,7 +111,7 @@ class NumpyReader:
             values.append(value)
             if not immutable:
                 columns[i] = None
-        return dict(zip(self._names, values, strict=True)), Given(schema, values, columns)
+        return dict(zip(self._names, values, strict=True)), Given(schema, values, columns, batch)
 
 
 def _how(field: pa.Field) -> _How:
@@ -160,7 +176,8 @@ def _only_lists(type: pa.DataType) -> bool:
 def _objects(column: pa.Array) -> np.ndarray:
     """Structs and maps as Python values. (to_numpy makes floats of the integers in them where a value is missing.)"""
     out = np.empty(len(column), dtype=object)
-    out[:] = column.to_pylist()
+    for i, value in enumerate(column.to_pylist()):  # one by one: lists of one length would be taken for a matrix
+        out[i] = value
     return out
 
 
@@ -186,7 +203,7 @@ def to_format(batch: pa.RecordBatch, format: BatchFormat, reader: NumpyReader) -
     if format == "torch":
         arrays, given = reader.read(batch)
         return {name: to_torch(value) for name, value in arrays.items()}, given
-    given = Given(batch.schema)
+    given = Given(batch.schema, batch=batch)
     if format == "pyarrow":
         return pa.Table.from_batches([batch]), given
     return to_pandas(batch), given

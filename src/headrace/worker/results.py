@@ -89,19 +89,39 @@ def _stable(value: Any, shared: bool) -> Any:
     return value.copy() if shared else value
 
 
+def _own(column: pa.Array, given: Given) -> pa.Array:
+    """The column, or a copy of it if it may be a view of an array that other code writes to (`pa.array(buffer)`).
+
+    Arrow does not tell such memory from its own, so that all that is neither immutable nor of the input is copied.
+    """
+    if pa.types.is_boolean(column.type) or pa.types.is_string(column.type) or pa.types.is_binary(column.type):
+        return column  # never made without a copy
+    views = [b.address for b in column.buffers() if b is not None and b.is_mutable]
+    if not views or given.holds(views):
+        return column
+    return pa.concat_arrays([column, column.slice(0, 0)])  # of one array alone it would be that array
+
+
+def _unique(names: Sequence[str]) -> Sequence[str]:
+    if len(set(names)) < len(names):
+        twice = next(n for i, n in enumerate(names) if n in names[:i])
+        raise Refused(f"returned more than one column {twice!r}", "give each column a name of its own")
+    return names
+
+
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
 def columns_of(result: Any, given: Given, shared: bool) -> dict[str, pa.Array]:
     """The named columns of a batch that user code returned. shared: it may still write to it. Raises Refused."""
-    if isinstance(result, pa.RecordBatch):
-        return dict(zip(result.schema.names, result.columns, strict=True))
-    if isinstance(result, pa.Table):
-        return {name: _one(column) for name, column in zip(result.column_names, result.columns, strict=True)}
+    if isinstance(result, (pa.RecordBatch, pa.Table)):
+        names = _unique(result.schema.names)
+        return {name: _own(_one(column), given) for name, column in zip(names, result.columns, strict=True)}
     if isinstance(result, Mapping):
         return _dict_columns(result, given, shared)
     if is_instance(result, "pandas", "DataFrame"):
-        return {str(name): _series(result[name], given.type_of(str(name))) for name in result.columns}
+        names = _unique([str(name) for name in result.columns])
+        return {n: _series(result.iloc[:, i], given.type_of(n), shared) for i, n in enumerate(names)}
     if result is None:
         raise Refused("returned None", f"return {ACCEPTED}; is a return statement missing?")
     raise Refused(f"returned {_a(result)}", f"return {ACCEPTED}")
@@ -137,7 +157,8 @@ def named_column(name: str, value: Any, given: Given, shared: bool) -> pa.Array:
         return column
     try:
         value = _stable(value, shared)
-        return column_of(value, None if _is_plain(value) else given.type_of(name))
+        made = column_of(value, None if _is_plain(value) else given.type_of(name))
+        return _own(made, given) if isinstance(value, (pa.Array, pa.ChunkedArray)) else made
     except Refused as exc:
         raise Refused(f"returned column {name!r}, {exc}", exc.hint) from exc.__cause__
 
@@ -165,7 +186,7 @@ def column_of(value: Any, hint: pa.DataType | None = None) -> pa.Array:
     if isinstance(value, (list, tuple)):
         return values_column(value, hint)
     if is_instance(value, "pandas", "Series") or is_instance(value, "pandas", "Index"):
-        return _series(value, hint)
+        return _series(value, hint, True)
     if hasattr(value, "__array__") and not np.isscalar(value):
         return column_of(np.array(value), hint)
     raise Refused(f"which is {_a(value)}", "give an array or a list with one value a row")
@@ -191,17 +212,20 @@ def _array_column(values: np.ndarray, hint: pa.DataType | None) -> pa.Array:
     return values_column(values.tolist(), hint)
 
 
-def _one(column: pa.ChunkedArray) -> pa.Array:
+def _one(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    if isinstance(column, pa.Array):
+        return column
     chunk = column.combine_chunks()
     if isinstance(chunk, pa.ChunkedArray):
         return chunk.chunk(0) if chunk.num_chunks else pa.nulls(0, chunk.type)
     return chunk
 
 
-def _series(series: Any, hint: pa.DataType | None) -> pa.Array:
+def _series(series: Any, hint: pa.DataType | None, shared: bool) -> pa.Array:
+    """shared: whoever holds the frame may write to it in place."""
     if series.dtype == object:
         return _array_column(_without_nan(series), hint)
-    made = pa.Array.from_pandas(series)
+    made = pa.Array.from_pandas(series.copy() if shared else series)
     return _one(made) if isinstance(made, pa.ChunkedArray) else _kept(made, hint)
 
 
@@ -246,6 +270,8 @@ def values_column(values: Sequence[Any], hint: pa.DataType | None = None) -> pa.
     if isinstance(present, np.ndarray) and present.ndim:
         return _tensors(values, hint)
     try:
+        if hint is not None and pa.types.is_map(hint):
+            return pa.array(values, hint)  # pairs alone do not tell that they are a map
         return _kept(pa.array(values), hint)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as exc:
         raise Refused(f"whose values don't make a column: {exc}", "give values of one type, or None") from exc

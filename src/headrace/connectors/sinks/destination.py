@@ -61,6 +61,9 @@ def destination(path: str) -> Destination:
     return LocalDestination(path)
 
 
+_made: set[str] = set()  # staging folders that this process has made: one a run
+
+
 class LocalDestination:
     def __init__(self, root: str) -> None:
         self.root = root
@@ -79,7 +82,9 @@ class LocalDestination:
 
     def staging(self, token: str) -> str:
         path = os.path.join(self.root, PRIVATE, "staging", token)
-        os.makedirs(path, exist_ok=True)
+        if path not in _made:
+            os.makedirs(path, exist_ok=True)
+            _made.add(path)
         return path
 
     def publish(self, staged: str, name: str, *, replace: bool) -> bool:
@@ -135,6 +140,7 @@ class LocalDestination:
 
     def clean(self, token: str) -> None:
         private = os.path.join(self.root, PRIVATE)
+        _made.discard(os.path.join(private, "staging", token))
         shutil.rmtree(os.path.join(private, "staging", token), ignore_errors=True)
         for folder in (os.path.join(private, "staging"), private):
             try:

@@ -45,6 +45,7 @@ class ParquetSink(FileSink):
     ) -> None:
         super().__init__(path, outputs=outputs, fresh=fresh)
         self.compression: Compression = compression
+        self._tiny: tuple[pa.Schema, dict[str, Any]] | None = None
 
     def _written_schema(self, path: str) -> pa.Schema:
         from headrace.connectors.sources.parquet import ParquetSource
@@ -52,18 +53,31 @@ class ParquetSink(FileSink):
         return ParquetSource(path).schema()
 
     def _encoder(self, path: str, schema: pa.Schema, sample: pa.RecordBatch | None) -> Encoder:
-        return _ParquetEncoder(path, schema, sample, self.compression)
+        return _ParquetEncoder(path, schema, self._encodings(schema, sample))
+
+    def _encodings(self, schema: pa.Schema, sample: pa.RecordBatch | None) -> dict[str, Any]:
+        """Arguments for the writer. Those of tiny files depend on the schema alone, and are kept for the next one."""
+        tiny = sample is not None and sample.nbytes < TINY_BYTES
+        if tiny and self._tiny is not None and self._tiny[0].equals(schema):
+            return self._tiny[1]
+        made = _encodings(schema, sample, self.compression)
+        if tiny:
+            self._tiny = schema, made
+        return made
 
 
 class _ParquetEncoder:
-    def __init__(self, path: str, schema: pa.Schema, sample: pa.RecordBatch | None, compression: Compression) -> None:
-        import pyarrow.parquet as pq
+    """A file of at most TINY_BYTES is encoded in memory and written at once; a larger one as its row groups fill."""
 
+    def __init__(self, path: str, schema: pa.Schema, arguments: dict[str, Any]) -> None:
         self._schema = schema
+        self._path = path
         self._held: list[pa.RecordBatch] = []
         self._rows = 0
         self._bytes = 0
-        self._writer = pq.ParquetWriter(path, schema, **_encodings(schema, sample, compression))
+        self._memory: pa.BufferOutputStream | None = None
+        self._arguments = arguments
+        self._writer: Any = None
 
     def write(self, batch: pa.RecordBatch) -> None:
         at = 0
@@ -79,12 +93,22 @@ class _ParquetEncoder:
                 self._flush()
 
     def close(self) -> None:
+        if self._writer is None and self._bytes <= TINY_BYTES:
+            self._memory = pa.BufferOutputStream()  # a small file is one write
         try:
             self._flush()
         finally:
-            self._writer.close()
+            if self._writer is not None:
+                self._writer.close()
+        if self._memory is not None:
+            with open(self._path, "wb", buffering=0) as file:
+                file.write(self._memory.getvalue())
 
     def _flush(self) -> None:
+        if self._writer is None:
+            import pyarrow.parquet as pq
+
+            self._writer = pq.ParquetWriter(self._memory or self._path, self._schema, **self._arguments)
         if self._held:
             table = pa.Table.from_batches(self._held, self._schema)
             self._held, self._rows, self._bytes = [], 0, 0
@@ -107,7 +131,7 @@ def _encodings(schema: pa.Schema, sample: pa.RecordBatch | None, compression: Co
         widest = max(widest, width)
         if _worth_dictionary(f.type, column, width, tiny):
             dictionary.append(f.name)
-        elif compression == "auto" and width >= WIDE_BYTES and not _shrinks(column):
+        elif not tiny and compression == "auto" and width >= WIDE_BYTES and not _shrinks(column):
             stubborn.add(f.name)
     out: dict[str, Any] = {"use_dictionary": dictionary or False, "compression": codec, **level}
     if stubborn:
@@ -115,7 +139,7 @@ def _encodings(schema: pa.Schema, sample: pa.RecordBatch | None, compression: Co
         out["compression"] = per_leaf
         if level:
             out["compression_level"] = {leaf: 1 for leaf, c in per_leaf.items() if c == "zstd"}
-    if widest > PAGE_BYTES / 1024:  # pages are closed between write batches of 1,024 values: smaller ones for wide values
+    if not tiny and widest > PAGE_BYTES / 1024:  # pages are closed between write batches of 1,024 values: smaller ones for wide values
         out["write_batch_size"] = max(1, int(PAGE_BYTES / widest))
     return out
 

@@ -35,6 +35,7 @@ S3_BUFFER_BYTES = 64 << 20
 S3_BUFFER_LEAST_BYTES = 512 << 10
 
 
+TINY_BYTES = 1 << 20  # of a row group of fewer than PROBE_FROM_ROWS: its metadata is not worth a look
 PROBE_ROWS = 64  # rows decoded to learn the width of dictionary-encoded strings, whose stored size says nothing
 PROBE_FROM_ROWS = 256  # row groups below this can't surprise: they are a block at most
 
@@ -139,12 +140,15 @@ class ParquetSource(FileSource):
             yield from _counted(reader.uri, row, metadata.num_rows, limits)
             return
         present = [n for n in names if n in file.schema_arrow.names]
-        leaves = _leaves(metadata, set(present))
-        row_bytes = _row_bytes(file, g, metadata, leaves, present, read_schema)
+        if reader.whole and metadata.num_rows < PROBE_FROM_ROWS and metadata.total_byte_size <= TINY_BYTES:
+            row_bytes = metadata.total_byte_size / metadata.num_rows
+        else:
+            leaves = _leaves(metadata, set(present))
+            row_bytes = _row_bytes(file, g, metadata, leaves, present, read_schema)
+            ranges = [_chunk_range(metadata.column(i)) for i in leaves]
+            if sum(b - a for a, b in ranges) <= S3_AHEAD_BYTES:
+                reader.prefetch(ranges)
         batch_rows = rows_per_block(row_bytes, limits)
-        ranges = [_chunk_range(metadata.column(i)) for i in leaves]
-        if sum(b - a for a, b in ranges) <= S3_AHEAD_BYTES:
-            reader.prefetch(ranges)
         with _explained(where):
             batches = file.iter_batches(batch_size=batch_rows, row_groups=[g], columns=present, use_threads=False)
         done = 0
