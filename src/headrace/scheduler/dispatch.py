@@ -37,7 +37,8 @@ from headrace.scheduler.state import (
     WorkerState,
 )
 
-SHORT_STEP_S = 0.005  # below this a round trip (about 0.3 ms) matters, so a second step is queued ahead
+SHORT_STEP_S = 0.005  # steps up to this long are queued ahead, as many as take so long: a round trip is about 0.3 ms
+DEVICE_DEPTH = 2  # steps that a device may hold: one runs, one is queued behind it
 FEED_BLOCKS = 16  # blocks given to a sequential cursor in one step
 APPLY_BYTES = 32 << 20  # a model step gathers blocks up to this much, or the stage's batch_rows
 APPLY_BLOCKS = 64
@@ -308,14 +309,14 @@ class Dispatcher:
 
     def _pick_reader(self, stage: Stage) -> WorkerState | None:
         """A worker that reads no split; where a split is one short step, also one that is about to end its own."""
-        idle, _, busy, busy_reading = self.pools[stage.pool].places
-        for place in (idle, busy):
+        places = self.pools[stage.pool].places
+        for place in places[::2]:
             if place:
                 return next(iter(place.values()))
-        if busy_reading and self.measures[stage.id].unfinished < 0.25:
-            worker = next(iter(busy_reading.values()))
-            if worker.sources < MAX_DEPTH:
-                return worker
+        if self.measures[stage.id].unfinished < 0.25:
+            for place in places[3::2]:
+                for worker in place.values():
+                    return worker if worker.sources < MAX_DEPTH else None
         return None
 
     def _may_open(self, route: Route, stage: Stage) -> bool:
@@ -465,9 +466,10 @@ class Dispatcher:
     def _depth(self, worker: WorkerState) -> int:
         """Steps that the worker may hold: a device's next one waits there, and a short one's successor."""
         if worker.pool != CPU_POOL:
-            return MAX_DEPTH
+            return DEVICE_DEPTH
         for step in worker.running.values():
-            return MAX_DEPTH if 0.0 < self.measures[step.stage].step_s < SHORT_STEP_S else 1
+            step_s = self.measures[step.stage].step_s
+            return min(MAX_DEPTH, 1 + int(SHORT_STEP_S / step_s)) if step_s > 0.0 else 1
         return 1
 
     # ---------------------------------------------------------------- queues

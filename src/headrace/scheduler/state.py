@@ -24,7 +24,7 @@ from headrace.core.stages import Order, Stage
 from headrace.core.steps import Step
 
 DELIVER_STAGE = -1  # the "next stage" of a block that waits for the consumer
-MAX_DEPTH = 2  # steps that a worker may hold: one runs, one is queued behind it
+MAX_DEPTH = 4  # steps that a worker may hold: one runs, the others are queued behind it
 
 
 class CursorState(Enum):
@@ -167,7 +167,7 @@ class PoolState:
     """The live workers of a pool, filed by what they could take on.
 
     places: those with nothing running that read no split, those with nothing running that do, then the same for those
-    with one step running that may have a second one queued. A worker without room is in none.
+    with one step that may have a second one queued, and so on. A worker without room is in none.
     """
 
     __slots__ = ("places", "workers")

@@ -39,6 +39,13 @@ def widens(a: pa.DataType, b: pa.DataType) -> bool:
     return any(same(a) and same(b) for same in (_is_text, _is_binary, _t.is_decimal, _t.is_date, _t.is_time, _t.is_duration))
 
 
+def has_null_type(type: pa.DataType) -> bool:
+    """Whether only Nones or empty lists have been seen where values of some type belong."""
+    if isinstance(type, pa.BaseExtensionType):
+        return False
+    return _t.is_null(type) or (_t.is_nested(type) and any(has_null_type(type.field(i).type) for i in range(type.num_fields)))
+
+
 def cast_array(column: pa.Array, type: pa.DataType) -> pa.Array:
     """The column as `type`. Raises ArrowInvalid or ArrowNotImplementedError when a value does not fit."""
     if column.type.equals(type):

@@ -94,12 +94,16 @@ def _own(column: pa.Array, given: Given) -> pa.Array:
 
     Arrow does not tell such memory from its own, so that all that is neither immutable nor of the input is copied.
     """
-    if pa.types.is_boolean(column.type) or pa.types.is_string(column.type) or pa.types.is_binary(column.type):
+    if pa.types.is_boolean(column.type) or _is_text(column.type):
         return column  # never made without a copy
     views = [b.address for b in column.buffers() if b is not None and b.is_mutable]
     if not views or given.holds(views):
         return column
     return pa.concat_arrays([column, column.slice(0, 0)])  # of one array alone it would be that array
+
+
+def _is_text(t: pa.DataType) -> bool:
+    return pa.types.is_string(t) or pa.types.is_large_string(t) or pa.types.is_binary(t) or pa.types.is_large_binary(t)
 
 
 def _unique(names: Sequence[str]) -> Sequence[str]:
@@ -129,8 +133,6 @@ def columns_of(result: Any, given: Given, shared: bool) -> dict[str, pa.Array]:
 
 def batch_of(result: Any, given: Given, shared: bool) -> pa.RecordBatch:
     """A batch of any number of rows. Raises Refused."""
-    if isinstance(result, pa.RecordBatch):
-        return result
     columns = columns_of(result, given, shared)
     lengths = {len(c) for c in columns.values()}
     if len(lengths) > 1:

@@ -99,7 +99,7 @@ def test_steps_of_ordinary_length_are_not_queued_at_a_cpu_worker() -> None:
     assert len(desk.running) == 1
 
 
-def test_short_steps_are_queued_one_ahead() -> None:
+def test_short_steps_are_queued_ahead() -> None:
     desk = Desk((stage(0, Order.SOURCE, End.SINK),), {CPU_POOL: 1})
     desk.list_splits(*(split(i) for i in range(20)))
     for _ in range(8):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -81,7 +82,8 @@ class LocalDestination:
             raise DestinationError(f"can't write there: {e.strerror}", where=where, hint="check its permissions") from e
 
     def staging(self, token: str) -> str:
-        path = os.path.join(self.root, PRIVATE, "staging", token)
+        # A folder a worker: creating files in one folder from several processes at once is slow on most file systems.
+        path = os.path.join(self.root, PRIVATE, "staging", token, f"{os.getpid()}-{threading.get_ident()}")
         if path not in _made:
             os.makedirs(path, exist_ok=True)
             _made.add(path)
@@ -140,7 +142,8 @@ class LocalDestination:
 
     def clean(self, token: str) -> None:
         private = os.path.join(self.root, PRIVATE)
-        _made.discard(os.path.join(private, "staging", token))
+        folder = os.path.join(private, "staging", token)
+        _made.difference_update([made for made in _made if made.startswith(folder + os.sep)])
         shutil.rmtree(os.path.join(private, "staging", token), ignore_errors=True)
         for folder in (os.path.join(private, "staging"), private):
             try:
