@@ -55,9 +55,12 @@ def _made(path: Path, stamp: bytes) -> bool:
 
 def _sources() -> list[tuple[str, np.ndarray]]:
     """The photographs, read from the packages' own folders: nothing is downloaded."""
-    import cv2
-    import skimage.data
-    from sklearn.datasets import load_sample_images
+    try:
+        import cv2
+        import skimage.data
+        from sklearn.datasets import load_sample_images
+    except ModuleNotFoundError as missing:
+        raise SystemExit(f"photos.py needs {missing.name}: run ./dev setup, or pip install 'headrace[test]'") from None
 
     cv2.setNumThreads(0)  # the pool below has a thread per core
     found = [("china", 0), ("flower", 1)]

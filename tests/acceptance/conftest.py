@@ -51,7 +51,8 @@ def data(tmp_path: Path) -> Path:
 
 def read_back(folder: Path) -> pa.Table:
     """Everything under a destination, in file order."""
-    files = sorted(p for p in folder.rglob("*.parquet") if not any(part.startswith("_") for part in p.relative_to(folder).parts))
+    found = folder.rglob("*.parquet")
+    files = sorted(p for p in found if not any(part.startswith("_") for part in p.relative_to(folder).parts))
     return pa.concat_tables([pq.read_table(f) for f in files])
 
 

@@ -58,7 +58,7 @@ def test_a_missing_input(tmp_path: Path, quiet: Options) -> None:
 def test_a_broken_input_names_the_file(data: Path, quiet: Options) -> None:
     good = (data / "f2.parquet").read_bytes()
     (data / "f2.parquet").write_bytes(good[:200] + b"\0" * 50 + good[250:])
-    with pytest.raises(hr.DataError, match="f2.parquet"):
+    with pytest.raises(hr.DataError, match=r"f2\.parquet"):
         hr.read_parquet(data).run(**quiet)
 
 
@@ -88,7 +88,7 @@ def test_a_worker_that_is_killed(data: Path, tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         return batch
 
-    with pytest.raises(hr.WorkerDied, match="SIGKILL|signal 9"):
+    with pytest.raises(hr.WorkerDied, match=r"SIGKILL|signal 9"):
         hr.read_parquet(data).map_batches(die).write_parquet(tmp_path / "out", engine="processes", progress="quiet", cpus=2)
     assert outputs(tmp_path / "out") == []
 

@@ -23,20 +23,28 @@ def read_parquet(paths: Paths, *, columns: Sequence[str] | None = None) -> Datas
     return dataset if columns is None else dataset.select(list(columns))
 
 
-def read_csv(paths: Paths, *, delimiter: str = ",", newlines_in_values: bool = False) -> Dataset:
+def read_csv(
+    paths: Paths,
+    *,
+    delimiter: str = ",",
+    newlines_in_values: bool = False,
+    column_types: Mapping[str, pa.DataType] | None = None,
+) -> Dataset:
     """Rows of CSV files with a header line, plain or compressed (.gz, .bz2, .zst). Types are inferred from the start of the
-    first file and hold for all.
+    first file and hold for all; column_types fixes those of some columns: {"zip": pa.string()}.
     """
     from headrace.connectors.sources.csv import CsvSource
 
-    return from_source(CsvSource(paths, delimiter=delimiter, newlines_in_values=newlines_in_values))
+    return from_source(CsvSource(paths, delimiter=delimiter, newlines_in_values=newlines_in_values, column_types=column_types))
 
 
-def read_json(paths: Paths) -> Dataset:
-    """Rows of JSON lines files (an object a line), plain or compressed."""
+def read_json(paths: Paths, *, schema: pa.Schema | None = None) -> Dataset:
+    """Rows of JSON lines files (an object a line), plain or compressed. schema: columns and types; otherwise they are inferred
+    from the start of the first file.
+    """
     from headrace.connectors.sources.json import JsonSource
 
-    return from_source(JsonSource(paths))
+    return from_source(JsonSource(paths, schema=schema))
 
 
 def read_text(paths: Paths) -> Dataset:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from headrace.api.planning import Prepared, parse_options, prepare, resolve, static_schema
 from headrace.contracts.observer import Observer
 from headrace.contracts.sink import Sink
-from headrace.core.errors import HeadraceError, InternalError
+from headrace.core.errors import HeadraceError, InternalError, PlanError
 from headrace.core.events import RunStarted
 from headrace.core.options import ActionOptions
 from headrace.plan.columns import ALL, Columns
@@ -85,6 +85,7 @@ def write(plan: Plan, sink: Sink, options: ActionOptions, at_end: Columns = ALL)
 
     parsed = parse_options(options)
     schema = static_schema(plan.read.source.schema(), resolve(plan).ops)
+    _refuse_own_output(plan, sink)
     sink = sink.prepare(schema)
     try:
         ready = prepare(replace(plan, write=Write(sink)), parsed, at_end)
@@ -99,6 +100,18 @@ def write(plan: Plan, sink: Sink, options: ActionOptions, at_end: Columns = ALL)
         sink.abandon()
         raise plain(error) from error.__cause__
     return run
+
+
+def _refuse_own_output(plan: Plan, sink: Sink) -> None:
+    """Raise PlanError if a second run would read what this one writes (or this one, while it goes on listing)."""
+    covers: Callable[[str], bool] | None = getattr(plan.read.source, "covers", None)
+    output: str | None = getattr(sink, "typical_output", None)
+    if covers is not None and output is not None and covers(output):
+        raise PlanError(
+            "the destination lies inside the input: its files would be read as input, too",
+            where=(("input", plan.read.source.describe()), ("output", output)),
+            hint='write beside the input directory, or read by a pattern that leaves the outputs out, such as "data/*.parquet"',
+        )
 
 
 def plain(error: BaseException) -> BaseException:

@@ -81,6 +81,10 @@ class Listing:
             if matcher.broad and len(self.entries) > 1:
                 earlier.append(matcher)
 
+    def covers(self, uri: str) -> bool:
+        """Would `objects` find an object of this path, if there was one?"""
+        return any(_covers(entry, uri) and (bool(_MAGIC.search(entry)) or self._wanted(uri)) for entry in self.entries)
+
     def _expand(self, entry: str) -> Iterator[Stored]:
         if storage.is_remote(entry):
             return self._expand_s3(entry)
@@ -144,6 +148,15 @@ def _normalise(path: str | os.PathLike[str]) -> str:
     elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
         raise DataError(f"can't read {text!r}: unknown scheme", hint="use a local path, file:// or s3://")
     return os.path.abspath(os.path.expanduser(text))
+
+
+def _covers(entry: str, uri: str) -> bool:
+    if not _is_broad(entry) or storage.is_remote(entry) != storage.is_remote(uri):
+        return False
+    if _MAGIC.search(entry) and (storage.is_remote(entry) or not os.path.lexists(entry)):
+        return _glob_pattern(entry).fullmatch(uri) is not None
+    top = entry.rstrip("/") + "/"
+    return uri.startswith(top) and not any(part[:1] in ("_", ".") for part in uri[len(top) :].split("/"))
 
 
 def _is_broad(entry: str) -> bool:

@@ -210,6 +210,8 @@ class Live:
             return min(1.0, ended / arrived * t.rows_in / self._found_rows) if arrived else 0.0
         if not self._found_bytes:
             return self._settled_splits / self._found_splits if self._found_splits else None
+        if not self._settled_splits:
+            return None  # nothing tells yet how much of the bytes the first splits have got through
         done_bytes = float(self._settled_bytes)
         if self._rows_told and self._settled_rows:
             done_bytes = max(done_bytes, self._settled_bytes * t.written / self._settled_rows)

@@ -30,6 +30,7 @@ FIRST_DRAW_S = 0.2  # a run that is over sooner shows its last line only, withou
 LOG_EVERY_S = 10.0
 _CLEAR = "\r\x1b[K"
 _NAME_CELLS = 32
+_STOPPED = ("interrupted", "stopped")  # what ends a run that did not fail
 
 
 def make_observers(progress: Progress, stream: TextIO | None = None) -> list[Observer]:
@@ -233,9 +234,10 @@ def last_line(picture: Picture) -> str:
     name = _title(picture.name)
     rows = f"{words.count(picture.rows)} rows"
     took = words.duration(picture.elapsed_s)
-    if picture.error:
+    stopped = not picture.finished or picture.error in _STOPPED
+    if picture.error and not stopped:
         return f"{name}  failed after {took}, {rows} done"
-    if not picture.finished:
+    if stopped:
         return f"{name}  stopped after {took}, {rows} done"
     return f"{name}  {rows} in {took}  {words.rate(picture.rows_per_s)} rows/s"
 

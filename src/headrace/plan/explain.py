@@ -58,8 +58,9 @@ def _logical(plan: Plan) -> list[str]:
 
 def _details(op: Op) -> str:
     match op:
-        case Project(columns=columns):
-            return "  " + ", ".join(new if new == old else f"{old} as {new}" for new, old in columns)
+        case Project(columns=columns, name=name):
+            names = ", ".join(new if new == old else f"{old} as {new}" for new, old in columns)
+            return f"  keeps {names}" if name == "drop" else f"  {names}"
         case Reshape(drop=drop, rename=rename):
             return "  " + ", ".join((*drop, *(f"{old} as {new}" for old, new in rename)))
         case FilterExpr(expression=expression):

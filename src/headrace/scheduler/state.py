@@ -128,6 +128,7 @@ class SplitState:
         assert node.next is not None
         node.prev.next = node.next
         node.next.prev = node.prev
+        node.prev = node.next = None  # neighbours that point at each other would keep their blocks until a garbage collection
         node.gone = True
 
     def replace(self, old: Node, new: Node) -> None:

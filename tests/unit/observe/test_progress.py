@@ -211,3 +211,8 @@ def test_make_observers() -> None:
     assert [type(o) for o in make_observers("line", io.StringIO())] == [ProgressLine]
     assert [type(o) for o in make_observers("log", Terminal())] == [LogLines]
     assert make_observers("quiet", Terminal()) == []
+
+
+@pytest.mark.parametrize(("error", "said"), [("interrupted", "stopped after"), ("stopped", "stopped"), ("boom", "failed")])
+def test_a_run_that_somebody_ended_did_not_fail(error: str, said: str) -> None:
+    assert said in last_line(replace(PICTURE, finished=True, error=error))

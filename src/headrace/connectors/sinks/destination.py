@@ -9,7 +9,6 @@ to the run log.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from headrace.connectors import storage
+from headrace.connectors.sinks import claims
 from headrace.core.errors import DataError, DestinationError, HeadraceError
 
 PRIVATE = "_headrace"
@@ -27,6 +27,10 @@ class Destination(Protocol):
 
     def check(self) -> None:
         """Raise DestinationError unless outputs can be written here."""
+        ...
+
+    def claim(self, token: str, owner: object) -> None:
+        """Before the first `staging`: hold that directory while `owner` lives, and remove those of processes that are gone."""
         ...
 
     def staging(self, token: str) -> str:
@@ -89,6 +93,11 @@ class LocalDestination:
             _made.add(path)
         return path
 
+    def claim(self, token: str, owner: object) -> None:
+        folder = os.path.join(self.root, PRIVATE, "staging")
+        claims.remove_stale(folder)
+        claims.claim(os.path.join(folder, token), owner)
+
     def publish(self, staged: str, name: str, *, replace: bool) -> bool:
         final = os.path.join(self.root, name)
         if "/" in name:
@@ -144,7 +153,7 @@ class LocalDestination:
         private = os.path.join(self.root, PRIVATE)
         folder = os.path.join(private, "staging", token)
         _made.difference_update([made for made in _made if made.startswith(folder + os.sep)])
-        shutil.rmtree(os.path.join(private, "staging", token), ignore_errors=True)
+        claims.release(os.path.join(private, "staging", token))
         for folder in (os.path.join(private, "staging"), private):
             try:
                 os.rmdir(folder)
@@ -175,7 +184,7 @@ class S3Destination:
             raise DestinationError(f"can't write there: {e.message}", where=where, hint=e.hint) from e
 
     def staging(self, token: str) -> str:
-        path = os.path.join(tempfile.gettempdir(), f"headrace-{token}")
+        path = self._staging(token)
         os.makedirs(path, mode=0o700, exist_ok=True)
         return path
 
@@ -249,7 +258,14 @@ class S3Destination:
                 return
 
     def clean(self, token: str) -> None:
-        shutil.rmtree(self.staging(token), ignore_errors=True)
+        claims.release(self._staging(token))
+
+    def claim(self, token: str, owner: object) -> None:
+        claims.remove_stale(tempfile.gettempdir())
+        claims.claim(self._staging(token), owner)
+
+    def _staging(self, token: str) -> str:
+        return os.path.join(tempfile.gettempdir(), f"headrace-staging-{token}")
 
 
 def quietly(action: object, *args: object) -> None:

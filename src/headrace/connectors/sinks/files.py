@@ -88,6 +88,7 @@ class FileSink(ABC):
         out._generation = max(generations, default=-1) + 1
         out._replaced = _files_of(there.read("_manifest.json"))
         out._hold = self.per_input and finished
+        there.claim(out._token, out)
         for name in list(there.names(_NEXT)):
             there.delete(name)  # a fresh run that never finished
         return out
@@ -135,7 +136,15 @@ class FileSink(ABC):
         name = PurePosixPath(output_stem(given) + self.extension)
         if not given or name.is_absolute() or ".." in name.parts or name.parts[0] == PRIVATE:
             raise DestinationError(f"an output can't be named after the input {given!r}", where=(("split", split.label),))
+        if _is_same(f"{self.path}/{name}", split.fragments[0].uri):
+            where = (("input", split.fragments[0].uri), ("destination", self.path))
+            raise DestinationError("the output would replace its own input", where=where, hint="write to another directory")
         return str(name)
+
+    @property
+    def typical_output(self) -> str:
+        """The path of an output; for telling whether the outputs would be input as well."""
+        return f"{self.path}/part-00-000000{self.extension}"
 
     @abstractmethod
     def _encoder(self, path: str, schema: pa.Schema, sample: pa.RecordBatch | None) -> Encoder:
@@ -271,6 +280,15 @@ def _close_broken(encoder: Encoder) -> None:
 def _unlink(path: str) -> None:
     if os.path.exists(path):
         os.unlink(path)
+
+
+def _is_same(path: str, other: str) -> bool:
+    if path == other:
+        return True
+    try:
+        return not storage.is_remote(path) and os.path.samefile(path, other)
+    except OSError:  # one of them is not there
+        return False
 
 
 def _listed(there: Destination, folder: str) -> list[str]:

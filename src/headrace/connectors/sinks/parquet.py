@@ -139,7 +139,7 @@ def _encodings(schema: pa.Schema, sample: pa.RecordBatch | None, compression: Co
         out["compression"] = per_leaf
         if level:
             out["compression_level"] = {leaf: 1 for leaf, c in per_leaf.items() if c == "zstd"}
-    if not tiny and widest > PAGE_BYTES / 1024:  # pages are closed between write batches of 1,024 values: smaller ones for wide values
+    if not tiny and widest > PAGE_BYTES / 1024:  # pages are closed between write batches of 1,024 values: smaller for wide ones
         out["write_batch_size"] = max(1, int(PAGE_BYTES / widest))
     return out
 

@@ -186,4 +186,8 @@ class _explained:
 
     def __exit__(self, kind: object, e: BaseException | None, trace: object) -> None:
         if isinstance(e, pa.ArrowException | KeyError) and not isinstance(e, DataError):
-            raise DataError(f"the CSV can't be parsed: {e}", where=self._where, hint=_HINT) from e
+            raise DataError(f"the CSV can't be parsed: {e}", where=self._where, hint=_hint(str(e))) from e
+
+
+def _hint(text: str) -> str:
+    return "mend that line, or leave the file out" if "Expected" in text and "columns, got" in text else _HINT

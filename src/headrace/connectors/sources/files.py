@@ -85,6 +85,10 @@ class FileSource(ABC):
     def count(self) -> int | None:
         return None
 
+    def covers(self, uri: str) -> bool:
+        """Would an object of this path be input?"""
+        return self._listing.covers(uri)
+
     def describe(self) -> str:
         columns = "" if self._columns is None else f", columns: {', '.join(self._columns) or 'none'}"
         return f"{self.name} {self._listing.label}{columns}"

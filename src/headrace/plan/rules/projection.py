@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
 from headrace.plan.columns import Columns, needs
-from headrace.plan.nodes import Plan, Project, Read
+from headrace.plan.nodes import Op, Plan, Project, Read
 
 
 def push_projection_down(plan: Plan, at_end: Columns, notes: list[str]) -> Plan:
-    wanted = needs(plan.ops, at_end)[0]
-    if not isinstance(wanted, frozenset):
+    wanted = needs(plan.ops, at_end)
+    plan = replace(plan, ops=_trimmed(plan.ops, wanted))
+    first = wanted[0]
+    if not isinstance(first, frozenset):
         return plan
     names = cast(list[str], plan.read.source.schema().names)  # pyright: ignore[reportUnknownMemberType]
-    columns = tuple(name for name in names if name in wanted)
+    columns = tuple(name for name in names if name in first)
     if len(columns) == len(names):
         return plan
     notes.append(f"reads {len(columns)} of {len(names)} columns")
-    # A projection whose inputs are no longer all read gives only what is still wanted of it.
-    ops = list(plan.ops)
-    for i, after in enumerate(needs(plan.ops, at_end)[1:]):
-        op = ops[i]
+    return replace(plan, read=Read(plan.read.source.project(columns)))
+
+
+def _trimmed(ops: Sequence[Op], wanted: Sequence[Columns]) -> tuple[Op, ...]:
+    """Each projection gives only what is still wanted of it: the rest may not be read, nor carried past a model."""
+    out: list[Op] = []
+    for op, after in zip(ops, wanted[1:], strict=True):
         if isinstance(op, Project) and isinstance(after, frozenset):
-            ops[i] = replace(op, columns=tuple(c for c in op.columns if c[0] in after))
-    return replace(plan, read=Read(plan.read.source.project(columns)), ops=tuple(ops))
+            op = replace(op, columns=tuple(c for c in op.columns if c[0] in after))
+        out.append(op)
+    return tuple(out)

@@ -1,0 +1,72 @@
+"""Runs and their destinations: input is never overwritten or read back, and what a killed run left is removed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import headrace as hr
+from headrace.connectors.listing import Listing
+from headrace.connectors.sinks.parquet import ParquetSink
+
+
+def _fill(folder: Path) -> None:
+    folder.mkdir()
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"id": range(10)}), folder / f"{name}.parquet")
+
+
+def test_per_input_output_never_replaces_its_input(tmp_path: Path) -> None:
+    _fill(tmp_path / "in")
+    (tmp_path / "link").symlink_to("in")
+    for destination in ("in", "link"):
+        with pytest.raises(hr.DestinationError, match="replace its own input"):
+            hr.read_parquet(tmp_path / "in/a.parquet").limit(3).write_parquet(
+                str(tmp_path / destination), outputs="per_input", progress="quiet"
+            )
+        assert pq.read_table(tmp_path / "in/a.parquet").num_rows == 10
+
+
+@pytest.mark.parametrize(("read", "write"), [("in", "in/out"), ("in", "in"), ("in/*.parquet", "in")])
+def test_destination_inside_the_input_is_refused(tmp_path: Path, read: str, write: str) -> None:
+    _fill(tmp_path / "in")
+    with pytest.raises(hr.PlanError, match="inside the input"):
+        hr.read_parquet(tmp_path / read).write_parquet(str(tmp_path / write), progress="quiet")
+    assert sorted(p.name for p in (tmp_path / "in").iterdir()) == ["a.parquet", "b.parquet"]
+
+
+def test_destination_beside_what_is_read_is_fine(tmp_path: Path) -> None:
+    _fill(tmp_path / "in")
+    for _ in range(2):
+        run = hr.read_parquet(tmp_path / "in/*.parquet").write_parquet(str(tmp_path / "in/out"), fresh=True, progress="quiet")
+        assert run.rows == 20
+
+
+def test_covers_s3() -> None:
+    parquet = (".parquet",)
+    assert Listing.of("s3://b/in/", parquet).covers("s3://b/in/out/part.parquet")
+    assert Listing.of("s3://b/in/*", parquet).covers("s3://b/in/part.parquet")
+    assert not Listing.of("s3://b/in/*", parquet).covers("s3://b/in/out/part.parquet")
+    assert not Listing.of("s3://b/in", parquet).covers("s3://b/input/part.parquet")
+    assert not Listing.of("s3://b/in", (".jpg",)).covers("s3://b/in/part.parquet")
+    assert not Listing.of("s3://b/in", parquet).covers("s3://b/in/_out/part.parquet")
+
+
+def test_staging_of_a_process_that_is_gone_is_removed_and_that_of_a_live_one_kept(tmp_path: Path) -> None:
+    staging = tmp_path / "_headrace/staging"
+    dead, strange = staging / "0123456789ab", staging / "mine"
+    for folder in (dead, strange):
+        folder.mkdir(parents=True)
+        (folder / "000000-1.parquet").write_bytes(b"half")
+    first = ParquetSink(str(tmp_path)).prepare(None)
+    assert not dead.exists()
+    assert strange.exists()
+    live = staging / first._token
+    second = ParquetSink(str(tmp_path)).prepare(None)
+    assert live.exists()
+    second.abandon()
+    first.abandon()
+    assert [p.name for p in staging.iterdir()] == ["mine"]
