@@ -34,6 +34,7 @@ from headrace.worker.user_code import internal_error
 
 READ, WRITE = -1, -2  # operator numbers in OpTime
 UNTYPED_BYTES = 16 << 20  # rows held back for the sake of a column that was None so far
+WIDE_ROW_BYTES = 1024  # from here on a column is images, documents or tensors
 SMALL_BYTES = 1 << 20  # smaller outputs of one input block travel together: a block costs the scheduler a step or more
 
 
@@ -98,14 +99,26 @@ class BlockOutput:
         cuts = tuple(p.batch.num_rows for p in self._held) if len(self._held) > 1 else ()
         piece = join(self._held)
         self._held, self._held_bytes = [], 0
-        names = piece.batch.schema.names
-        apart = [n for n in names if n in self._transient]
-        kept = [n for n in names if n not in self._transient]
-        groups = [g for g in (kept, apart) if g] or [[]]
+        groups = self._groups(piece.batch)
         parts = tuple(self._store.put(piece.batch if len(groups) == 1 else piece.batch.select(g)) for g in groups)
         block = BlockRef(piece.batch.num_rows, parts, piece.origin, cuts)
         progress.outputs.append(block)
         progress.output_bytes += block.bytes
+
+    def _groups(self, batch: pa.RecordBatch) -> list[list[str]]:
+        """The columns of each part. What the next stage alone reads, and what is wide, lies apart: a part's memory is free only
+        when nobody holds a view of any of its columns, and a writer holds narrow ones for long. Columns keep their order.
+        """
+        groups: list[list[str]] = []
+        last = ""
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            wide = column.nbytes >= WIDE_ROW_BYTES * batch.num_rows
+            kind = name if wide else "transient" if name in self._transient else "kept"
+            if not groups or kind != last or wide:
+                groups.append([])
+            groups[-1].append(name)
+            last = kind
+        return groups or [[]]
 
     def close(self) -> Receipt | None:
         return None

@@ -110,7 +110,7 @@ def test_transient_columns_are_a_part_of_their_own():
     bench = Bench(source=BatchSource([numbers(3)]), transient=("x",))
     bench.run()
     (block,) = bench.answers[0].outputs
-    assert [p.columns for p in block.parts] == [("name",), ("x",)]
+    assert [p.columns for p in block.parts] == [("x",), ("name",)]
     alone = Bench([nodes.Project((("x", "x"),))], source=BatchSource([numbers(3)]), transient=("x",))
     alone.run()
     assert [p.columns for p in alone.answers[0].outputs[0].parts] == [("x",)]
