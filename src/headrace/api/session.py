@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from headrace.api.planning import Prepared, parse_options, prepare, resolve, static_schema
@@ -94,7 +94,7 @@ def write(plan: Plan, sink: Sink, options: ActionOptions, at_end: Columns = ALL)
         driver = _driver(ready, observers, name=f"{plan.read.name} > {sink.name}")
         driver.run()
         run = recorder.run()
-        files = [asdict(file) for file in driver.committer.files]
+        files = [{"name": f.name, "rows": f.rows, "bytes": f.bytes, "digest": f.digest} for f in driver.committer.files]
         sink.finish({**run.to_dict(), "files": files}, schema)
     except BaseException as error:
         sink.abandon()

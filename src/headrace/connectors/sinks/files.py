@@ -106,7 +106,7 @@ class FileSink(ABC):
             "outputs": "per_input" if self.per_input else "packed",
             "generation": self._generation,
         }
-        there.write("_manifest.json", json.dumps(manifest, indent=1, default=str).encode())
+        there.write("_manifest.json", _readable(manifest))
         there.write("_SUCCESS", b"")
         self._remove_older(there, keep=written)
         there.clean(self._token)
@@ -304,6 +304,18 @@ def _normalise(path: str | os.PathLike[str]) -> str:
     elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
         raise PlanError(f"can't write to {text!r}: unknown scheme", hint="use a local path, file:// or s3://")
     return os.path.abspath(os.path.expanduser(text))
+
+
+def _readable(manifest: Mapping[str, Any]) -> bytes:
+    """JSON with a line for each key, and for each file: json's own indentation is ten times slower on many files."""
+    lines: list[str] = []
+    for key, value in manifest.items():
+        if key == "files" and value:
+            items = ",\n  ".join(json.dumps(item, default=str) for item in value)
+            lines.append(f' "files": [\n  {items}\n ]')
+        else:
+            lines.append(f" {json.dumps(key)}: {json.dumps(value, default=str)}")
+    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
 
 
 def _files_of(manifest: bytes | None) -> tuple[str, ...]:
