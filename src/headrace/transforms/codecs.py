@@ -39,6 +39,7 @@ def decode_image(data: memoryview, mode: Mode, max_pixels: int) -> np.ndarray:
     """The pixels of one image: uint8 (height, width, 3 or 1), C-contiguous."""
     if len(data) == 0:
         raise ImageRefused("it is empty (0 bytes)")
+    data = data.cast("B")  # Arrow's buffers are of signed bytes, which simplejpeg refuses
     head = bytes(data[:32])
     pixels = None
     if head.startswith(b"\xff\xd8\xff"):
