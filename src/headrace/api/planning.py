@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from headrace.core.errors import PlanError
 from headrace.core.extras import is_instance
 from headrace.core.options import ActionOptions, RunOptions
-from headrace.core.resources import CPU_POOL, Machine, WorkerSpec
+from headrace.core.resources import CPU_POOL, WAITING_POOL, Machine, WorkerSpec
 from headrace.plan.columns import ALL, Columns, check_columns
 from headrace.plan.nodes import Apply, Evaluate, FilterExpr, Limit, Op, Plan, Predict, Project, Reshape
 from headrace.plan.physical import PhysicalPlan, make_physical
@@ -69,20 +69,25 @@ def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
     optimised, notes = optimise(resolved, at_end)
     pool_of = _PoolChoice(machine)
     physical = make_physical(optimised, delivers=plan.write is None, pool_of=pool_of, at_end=at_end)
-    budget = options.memory_bytes or block_budget_bytes(machine)
-    sink = optimised.write.sink if optimised.write is not None else None
     program = Program(
         source=optimised.read.source,
         ops=optimised.ops,
         stages=physical.stages,
-        sink=sink,
+        sink=optimised.write.sink if optimised.write is not None else None,
         limits=physical.limits,
         deterministic=options.deterministic,
         sys_path=tuple(sys.path),
     )
+    choice = choose_engine(options.engine, program, cores)
+    notes = (*notes, f"engine {choice.engine}: {choice.why}")
+    if choice.models_wait:
+        pool_of = _PoolChoice(machine, waiting=True)
+        physical = make_physical(optimised, delivers=plan.write is None, pool_of=pool_of, at_end=at_end)
+        program = replace(program, stages=physical.stages)
+        notes = (*notes, "the model mostly waits: it has workers of its own beside the CPU workers")
     workers = _workers(physical, cores, machine)
-    engine, why = choose_engine(options.engine, program, cores)
-    return Prepared(plan, physical, program, workers, engine, budget, (*notes, f"engine {engine}: {why}"))
+    budget = options.memory_bytes or block_budget_bytes(machine)
+    return Prepared(plan, physical, program, workers, choice.engine, budget, notes)
 
 
 def resolve(plan: Plan) -> Plan:
@@ -150,16 +155,22 @@ def static_schema(schema: pa.Schema, ops: Sequence[Op]) -> pa.Schema | None:
 
 
 class _PoolChoice:
-    """Which pool a model runs in. Raises PlanError for a device that is not there."""
+    """Which pool a model runs in. Raises PlanError for a device that is not there.
 
-    def __init__(self, machine: Machine) -> None:
+    waiting: models without a device spend their time waiting, and get a pool of their own.
+    """
+
+    def __init__(self, machine: Machine, *, waiting: bool = False) -> None:
         self.machine = machine
+        self.waiting = waiting
 
     def __call__(self, op: Predict) -> str:
         device = op.device
         has_cuda = any(d.startswith("cuda") for d in self.machine.devices)
         if device == "auto":
-            return "cuda" if has_cuda and _takes_device(op) else CPU_POOL
+            if has_cuda and _takes_device(op):
+                return "cuda"
+            return WAITING_POOL if self.waiting else CPU_POOL
         kind, _, index = device.partition(":")
         if kind == "cpu":
             return CPU_POOL
@@ -192,6 +203,9 @@ def _workers(physical: PhysicalPlan, cores: int, machine: Machine) -> tuple[Work
         replicas = max((s.max_workers or 0 for s in physical.stages if s.pool == pool), default=0)
         if pool == CPU_POOL:
             specs += [WorkerSpec(i, CPU_POOL, "cpu") for i in range(cores, replicas)]
+            continue
+        if pool == WAITING_POOL:
+            specs += [WorkerSpec(len(specs) + i, pool, "cpu") for i in range(replicas or cores)]
             continue
         devices = [pool] if ":" in pool else [d for d in machine.devices if d.partition(":")[0] == pool]
         if pool == "sim" and not devices:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 CPU_POOL = "cpu"
+WAITING_POOL = "waiting"  # models on CPUs that mostly wait (an endpoint, a sleep): as many workers as cores, beside them
 
 
 @dataclass(frozen=True, slots=True)

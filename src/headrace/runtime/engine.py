@@ -34,46 +34,72 @@ SPLIT_S = 0.0005
 TINY_BYTES = 64 << 10  # inputs smaller than this are read and written faster than Python turns to the next
 LOOK_AHEAD = 4096  # inputs listed to see how much there is; with more, processes have paid for themselves
 
+WAITS_SHARE = 0.5  # of a model's time without CPU: it waits for an endpoint, a device, a sleep
+WAITS_LEAST = 0.1  # of the sample's time: less is not worth workers of its own
+
+
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """held: share of the time in which the interpreter lock was held. rows, wall_s, bytes: of the sample that was run."""
+    """held: share of the time in which the interpreter lock was held. rows, wall_s, bytes: of the sample that was run.
+
+    cpu_s: CPU time of its thread. models_s: time inside models.
+    """
 
     held: float
     rows: int
     wall_s: float
     bytes: int
+    cpu_s: float
+    models_s: float
+
+    @property
+    def models_wait(self) -> bool:
+        """The models spend their time waiting, so that they should not hold a CPU worker meanwhile."""
+        waited_s = self.wall_s - self.cpu_s
+        return self.models_s >= WAITS_LEAST * self.wall_s and waited_s >= WAITS_SHARE * self.models_s
 
 
-def choose_engine(asked: Engine, program: Program, cores: int) -> tuple[str, str]:
-    """(engine, why in words). Raises PlanError for processes where there are none."""
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """engine, and why in words. models_wait: see Probe; False where no probe was needed."""
+
+    engine: str
+    why: str
+    models_wait: bool = False
+
+
+def choose_engine(asked: Engine, program: Program, cores: int) -> Choice:
+    """Raises PlanError for processes where there are none."""
     if asked == "processes" and sys.platform != "linux":
         raise PlanError("processes need Linux (memfd)", hint='use engine="threads"')
     if asked != "auto":
-        return asked, "asked for"
-    if sys.platform != "linux":
-        return "threads", "processes need Linux"
-    if cores == 1:
-        return "threads", "one core"
+        return Choice(asked, "asked for")
     work = _work(program)
-    if work.overhead_s >= WORTH_S and work.bytes < TINY_BYTES * work.fragments and _ships(program):
-        return "processes", f"{work.fragments} tiny inputs: reading and writing them holds the interpreter lock"
+    tiny = work.overhead_s >= WORTH_S and work.bytes < TINY_BYTES * work.fragments
+    if tiny and sys.platform == "linux" and cores > 1 and _ships(program):
+        return Choice("processes", f"{work.fragments} tiny inputs: reading and writing them holds the interpreter lock")
     ops = _cpu_ops(program)
     named = [op.name for op in program.ops[:ops] if isinstance(op, FilterRows | MapRows | FlatMap | MapBatches | Predict)]
     probe = _probe(program, ops) if named else None
     locked_s, total_s = work.overhead_s, work.overhead_s
-    why = f"reading and writing {work.fragments} inputs"
+    why, waits = f"reading and writing {work.fragments} inputs", False
     if probe is not None:
         functions_s = probe.wall_s * max(work.bytes / max(1, probe.bytes), work.rows / max(1, probe.rows))
         locked_s += probe.held * functions_s
         total_s += functions_s
         why = f"{', '.join(named)} held the interpreter lock {probe.held:.0%} of {probe.wall_s * 1e3:.0f} ms"
+        waits = probe.models_wait
     if locked_s < WORTH_S:
-        return "threads", f"{why}: too little to need processes"
+        return Choice("threads", f"{why}: too little to need processes", waits)
     if locked_s < HELD_SHARE * total_s:
-        return "threads", why
+        return Choice("threads", why, waits)
+    if sys.platform != "linux":
+        return Choice("threads", f"{why}, but processes need Linux", waits)
+    if cores == 1:
+        return Choice("threads", f"{why}, but there is one core", waits)
     if not _ships(program):
-        return "threads", f"{why}, but the plan can't be sent to processes (it does not pickle)"
-    return "processes", why
+        return Choice("threads", f"{why}, but the plan can't be sent to processes (it does not pickle)", waits)
+    return Choice("processes", why, waits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +182,7 @@ class _Trial:
         trial = replace(program, source=source, ops=program.ops[:ops], stages=(stage,), sink=None)
         self._body = WorkerBody(trial, WorkerSpec(0, CPU_POOL, "cpu"), LocalStore(0, itertools.count().__next__))
         self._split = split
+        self._models = [i for i, op in enumerate(program.ops[:ops]) if isinstance(op, Predict)]
         self._runs = 0
 
     def run(self, sample: Any) -> Probe | None:
@@ -166,7 +193,10 @@ class _Trial:
         index = self._split.index
         step = Advance(0, 0, 0, self._runs, index, 1, split=self._split, end=True, credit_bytes=1 << 62, credit_s=1e9)
         answer, held, wall_s = _watch(lambda: self._body.run(step))
-        return None if isinstance(answer, StepFailed) else Probe(held, sample.num_rows, wall_s, sample.nbytes)
+        if isinstance(answer, StepFailed):
+            return None
+        models_s = sum(t.wall_s for t in answer.timing.ops if t.op in self._models)
+        return Probe(held, sample.num_rows, wall_s, sample.nbytes, answer.timing.cpu_s, models_s)
 
     def close(self) -> None:
         self._body.close()
