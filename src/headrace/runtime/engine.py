@@ -82,7 +82,7 @@ def choose_engine(asked: Engine, program: Program, cores: int) -> Choice:
     named = [op.name for op in program.ops[:ops] if isinstance(op, FilterRows | MapRows | FlatMap | MapBatches | Predict)]
     probe = _probe(program, ops) if named else None
     locked_s, total_s = work.overhead_s, work.overhead_s
-    why, waits = f"reading and writing {work.fragments} inputs", False
+    why, waits = "no function of yours runs on the CPUs", False
     if probe is not None:
         functions_s = probe.wall_s * max(work.bytes / max(1, probe.bytes), work.rows / max(1, probe.rows))
         locked_s += probe.held * functions_s
@@ -90,7 +90,7 @@ def choose_engine(asked: Engine, program: Program, cores: int) -> Choice:
         why = f"{', '.join(named)} held the interpreter lock {probe.held:.0%} of {probe.wall_s * 1e3:.0f} ms"
         waits = probe.models_wait
     if locked_s < WORTH_S:
-        return Choice("threads", f"{why}: too little to need processes", waits)
+        return Choice("threads", why, waits)
     if locked_s < HELD_SHARE * total_s:
         return Choice("threads", why, waits)
     if sys.platform != "linux":
