@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/resnet50.py [--files 4] [--rows 1000] [--device cuda] [--batch 256]
 
-Random weights: speed does not depend on them. Writes results/gpu-resnet50.json. With `--device cpu --files 1 --rows 64` it is only
-tried out.
+Random weights: speed does not depend on them. Writes results/gpu-resnet50.json. `--device cpu --files 1 --rows 64` only tries
+the script out.
 """
 
 from __future__ import annotations
