@@ -265,14 +265,7 @@ def _match_level(folder: str, parts: tuple[str, ...]) -> Iterator[Stored]:
                 yield o
         return
     if not _MAGIC.search(head):
-        path = os.path.join(folder, head)
-        if rest:
-            if os.path.isdir(path):
-                yield from _match_level(path, rest)
-        elif os.path.isfile(path):
-            found = storage.stat(path)
-            if found is not None:
-                yield found
+        yield from _match_entry(os.path.join(folder, head), rest)
         return
     wanted = _glob_pattern(head)
     try:
@@ -280,14 +273,18 @@ def _match_level(folder: str, parts: tuple[str, ...]) -> Iterator[Stored]:
     except OSError:
         return
     for name in names:
-        path = os.path.join(folder, name)
-        if rest:
-            if os.path.isdir(path):
-                yield from _match_level(path, rest)
-        elif os.path.isfile(path):
-            found = storage.stat(path)
-            if found is not None:
-                yield found
+        yield from _match_entry(os.path.join(folder, name), rest)
+
+
+def _match_entry(path: str, rest: tuple[str, ...]) -> Iterator[Stored]:
+    """What an entry that matched one level leads to: a file at the last level, the levels below otherwise."""
+    if rest:
+        if os.path.isdir(path):
+            yield from _match_level(path, rest)
+    elif os.path.isfile(path):
+        found = storage.stat(path)
+        if found is not None:
+            yield found
 
 
 def _glob_pattern(glob: str) -> re.Pattern[str]:
