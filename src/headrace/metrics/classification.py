@@ -56,7 +56,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True, slots=True)
-class LogLoss:
+class LogLoss(sums.MeanState):
     """The mean of -log(probability given to the true class), natural logarithm; NaN of no rows.
 
     probability: a float column (of label 1, labels being 0 and 1) or a tensor or list column with one probability per
@@ -72,9 +72,6 @@ class LogLoss:
     def columns(self) -> tuple[str, ...]:
         return (self.probability, self.label)
 
-    def zero(self) -> dict[str, Any]:
-        return {"rows": 0, "sum": "0"}
-
     def update(self, state: dict[str, Any], batch: pa.RecordBatch) -> dict[str, Any]:
         if batch.num_rows == 0:
             return state
@@ -89,17 +86,7 @@ class LogLoss:
             true = classes_of(batch, self.label, given.shape[1])
             self._check_range(given)
             chosen = self._clip(given[np.arange(len(given)), true])
-        state["sum"] = sums.encode(sums.decode(state["sum"]) - sums.scaled_sum(np.log(chosen)))
-        state["rows"] += len(chosen)
-        return state
-
-    def merge(self, a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-        a["sum"] = sums.encode(sums.decode(a["sum"]) + sums.decode(b["sum"]))
-        a["rows"] += b["rows"]
-        return a
-
-    def result(self, state: dict[str, Any]) -> float:
-        return sums.mean(sums.decode(state["sum"]), state["rows"])
+        return self.add(state, -sums.scaled_sum(np.log(chosen)), len(chosen))
 
     def _clip(self, given: np.ndarray) -> np.ndarray:
         eps = self.eps

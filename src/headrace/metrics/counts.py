@@ -33,7 +33,7 @@ class Count:
 
 
 @dataclass(frozen=True, slots=True)
-class Mean:
+class Mean(sums.MeanState):
     """The mean of a numeric or boolean column, correctly rounded; NaN of no rows.
 
     Raises DataError for nulls, NaN and infinite values.
@@ -45,19 +45,6 @@ class Mean:
     def columns(self) -> tuple[str, ...]:
         return (self.column,)
 
-    def zero(self) -> dict[str, Any]:
-        return {"rows": 0, "sum": "0"}
-
     def update(self, state: dict[str, Any], batch: pa.RecordBatch) -> dict[str, Any]:
         added = numbers(batch, self.column)
-        state["sum"] = sums.encode(sums.decode(state["sum"]) + sums.scaled_sum(added))
-        state["rows"] += len(added)
-        return state
-
-    def merge(self, a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-        a["sum"] = sums.encode(sums.decode(a["sum"]) + sums.decode(b["sum"]))
-        a["rows"] += b["rows"]
-        return a
-
-    def result(self, state: dict[str, Any]) -> float:
-        return sums.mean(sums.decode(state["sum"]), state["rows"])
+        return self.add(state, sums.scaled_sum(added), len(added))

@@ -7,6 +7,8 @@ the superaccumulator (Kulisch, "Computer Arithmetic and Validity", 2008).
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 _SCALE_BITS = 1074 + 52
@@ -49,3 +51,25 @@ def decode(text: str) -> int:
 def mean(total: int, count: int) -> float:
     """total / count, correctly rounded; NaN of nothing."""
     return total / (count << _SCALE_BITS) if count else float("nan")
+
+
+class MeanState:
+    """The part of an accumulator whose result is the exact mean of one number a row. It holds nothing of its own."""
+
+    __slots__ = ()
+
+    def zero(self) -> dict[str, Any]:
+        return {"rows": 0, "sum": "0"}
+
+    @staticmethod
+    def add(state: dict[str, Any], total: int, rows: int) -> dict[str, Any]:
+        """The state with `rows` more numbers; total: their scaled sum."""
+        state["sum"] = encode(decode(state["sum"]) + total)
+        state["rows"] += rows
+        return state
+
+    def merge(self, a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+        return self.add(a, decode(b["sum"]), b["rows"])
+
+    def result(self, state: dict[str, Any]) -> float:
+        return mean(decode(state["sum"]), state["rows"])
