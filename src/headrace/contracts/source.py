@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from headrace.core.errors import DataError
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin
 from headrace.core.splits import Split
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+@dataclass(frozen=True, slots=True)
+class BadRange:
+    """A part of the input that can't be read: a row group, a line, a file. rows: how many rows it holds, 0 when nobody can tell.
+
+    row: the first of them in the object, -1 when unknown. error: says file, and row group or byte offset.
+    """
+
+    uri: str
+    row: int
+    rows: int
+    error: DataError
+
+
+OnBad = Callable[[BadRange], None]
 
 
 @runtime_checkable
@@ -48,8 +66,13 @@ class Source(Protocol):
         """
         ...
 
-    def open(self, split: Split, limits: BlockLimits) -> Iterator[tuple[pa.RecordBatch, Origin]]:
+    def open(
+        self, split: Split, limits: BlockLimits, on_bad: OnBad | None = None
+    ) -> Iterator[tuple[pa.RecordBatch, Origin]]:
         """Blocks of the split, in order. Memory held is bounded by the block, not by the file or row group.
+
+        on_bad: called for each range that can't be read; reading goes on after it. None: the first one is raised.
+        InputChanged and trouble with the storage are raised all the same.
 
         A generator: closing it releases everything. Raises DataError (with file and row group or offset) for broken
         input, InputChanged when an object is not the version that was planned.

@@ -64,6 +64,16 @@ class Substrate(Protocol):
         """A block for the consumer in the driver: the caller's own memory, valid for ever."""
         ...
 
+    def kill(self, worker: int, reason: str) -> bool:
+        """End one worker whose step hangs: WorkerLost(reason, doing, stack) follows. The stack of its threads is taken first.
+        False where workers can't be killed (threads, inline).
+        """
+        ...
+
+    def spill(self, parts: Sequence[PartRef]) -> tuple[PartRef, ...]:
+        """Move parts that no worker reads to disk; those that were moved, with new handles. Their memory is free on return."""
+        ...
+
     def memory_bytes(self) -> int:
         """Anonymous memory of driver and workers plus block memory in use, for display and the budget."""
         ...

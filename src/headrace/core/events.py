@@ -11,7 +11,10 @@ from headrace.core.steps import Timing
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
-    """pools: pool name -> number of workers. stages: stage id -> (name, pool). ops: operator index -> name."""
+    """pools: pool name -> number of workers. stages: stage id -> (name, pool). ops: operator index -> name.
+
+    settled: splits that earlier sessions of the run have settled; tally: their rows.
+    """
 
     at_s: float
     name: str
@@ -21,6 +24,8 @@ class RunStarted:
     ops: dict[int, str]
     budget_bytes: int
     notes: tuple[str, ...] = ()
+    settled: int = 0
+    tally: Tally = field(default_factory=Tally)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,33 @@ class SplitSettled:
 
 
 @dataclass(frozen=True, slots=True)
+class SplitRetried:
+    """A split starts again as `attempt`. why: what befell the one before."""
+
+    at_s: float
+    index: int
+    attempt: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReplaced:
+    at_s: float
+    worker: int
+    pool: str
+    replaces: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """Something that people should know while the run goes on: memory pressure, draining, a lost worker."""
+
+    at_s: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class MemorySampled:
     """in_flight_bytes: blocks between stages. rss_bytes: anonymous memory of driver and workers."""
 
@@ -85,4 +117,15 @@ class RunFinished:
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
-RunEvent = RunStarted | SplitsFound | StepStarted | StepFinished | SplitSettled | MemorySampled | RunFinished
+RunEvent = (
+    RunStarted
+    | SplitsFound
+    | StepStarted
+    | StepFinished
+    | SplitSettled
+    | SplitRetried
+    | WorkerReplaced
+    | Noted
+    | MemorySampled
+    | RunFinished
+)

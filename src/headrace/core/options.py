@@ -8,6 +8,7 @@ from typing import Literal, TypedDict
 Engine = Literal["auto", "inline", "threads", "processes"]
 Progress = Literal["auto", "line", "log", "quiet"]
 Outputs = Literal["packed", "per_input"]
+OnError = Literal["fail", "skip", "quarantine"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,6 +16,10 @@ class RunOptions:
     """engine: where workers live. cpus: CPU workers (None: one per usable core). devices: accelerator names
     ("cuda:0", "sim:0"; None: what the machine has). memory_bytes: budget for blocks in flight (None: from the
     machine or its cgroup). progress: "line" in a terminal, "log" otherwise, "quiet" for nothing.
+    on_error: what becomes of a row that fails: it ends the run, is left out, or is set aside with its reason. max_bad_rows,
+    max_bad_fraction: more bad rows than that (of all rows read) end the run. timeout: seconds that a step may go without an
+    answer before its worker is killed and the step tried again; None: as long as it is alive. take_over: stop another driver
+    that is at work on the destination.
     """
 
     engine: Engine = "auto"
@@ -23,6 +28,11 @@ class RunOptions:
     memory_bytes: int | None = None
     progress: Progress = "auto"
     deterministic: bool = False
+    on_error: OnError = "fail"
+    max_bad_rows: int | None = None
+    max_bad_fraction: float | None = None
+    timeout: float | None = None
+    take_over: bool = False
 
 
 class ActionOptions(TypedDict, total=False):
@@ -34,6 +44,11 @@ class ActionOptions(TypedDict, total=False):
     memory_bytes: int | None
     progress: Progress
     deterministic: bool
+    on_error: OnError
+    max_bad_rows: int | None
+    max_bad_fraction: float | None
+    timeout: float | None
+    take_over: bool
 
 
 @dataclass(frozen=True, slots=True)

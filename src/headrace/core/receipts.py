@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from headrace.core.wire import travels
 
@@ -38,6 +38,11 @@ class Tally:
         )
 
     @property
+    def bad(self) -> int:
+        """Rows set aside because they failed."""
+        return self.skipped + self.quarantined
+
+    @property
     def balanced(self) -> bool:
         gained = self.rows_in + self.expanded
         return gained == self.written + self.filtered + self.skipped + self.quarantined + self.cut
@@ -46,33 +51,61 @@ class Tally:
 NO_ROWS = Tally()
 
 
+FileKind = Literal["output", "quarantine", "lineage"]
+
+
 @travels
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A published file. name: relative to the destination. digest: blake2b-128 hex of its bytes ("" if unknown)."""
+    """A file of a split's output: staged by a worker, published by the committer once the run log says so.
+
+    name: final, relative to the destination. digest: SHA-256 hex of its bytes. staged: where the bytes lie until then, relative
+    to the destination; "" for a file of no bytes that the end of the run makes (no schema was known). bytes: its size.
+    """
 
     name: str
     rows: int
     bytes: int
     digest: str = ""
+    staged: str = ""
+    kind: FileKind = "output"
+
+    def to_json(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"name": self.name, "rows": self.rows, "bytes": self.bytes, "digest": self.digest}
+        if self.staged:
+            out["staged"] = self.staged
+        if self.kind != "output":
+            out["kind"] = self.kind
+        return out
+
+
+@travels
+@dataclass(frozen=True, slots=True)
+class LineageRun:
+    """Output rows [row, row + rows) of a split come from rows [source_row, source_row + source_rows) of input object `uri`.
+
+    rows == source_rows: one to one, in order. source_rows == 1: all from that one row. Otherwise: from among them.
+    """
+
+    row: int
+    rows: int
+    uri: str
+    source_row: int
+    source_rows: int
 
 
 @travels
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What closing a split's output returns, and what a run log will record."""
+    """What closing a split's output returns, and what the run log records. Nothing of it is published yet.
+
+    lineage: where the output's rows came from; () when there are many runs: then a file of kind "lineage" among `outputs`
+    holds them.
+    """
 
     split: int
     split_id: str
     attempt: int
     outputs: tuple[OutputFile, ...] = ()
     rows: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "split": self.split,
-            "split_id": self.split_id,
-            "attempt": self.attempt,
-            "rows": self.rows,
-            "outputs": [{"name": o.name, "rows": o.rows, "bytes": o.bytes, "digest": o.digest} for o in self.outputs],
-        }
+    lineage: tuple[LineageRun, ...] = ()

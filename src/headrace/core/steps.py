@@ -11,10 +11,41 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.core.errors import HeadraceError
-from headrace.core.receipts import NO_ROWS, Receipt, Tally
-from headrace.core.refs import BlockRef
+from headrace.core.receipts import NO_ROWS, OutputFile, Receipt, Tally
+from headrace.core.refs import BlockRef, Segment
 from headrace.core.splits import Split
 from headrace.core.wire import travels
+
+
+@travels
+@dataclass(frozen=True, slots=True)
+class Suspect:
+    """Rows on which a worker died or hung.
+
+    op: index of the plan node at work. segments: where the rows came from: a batch given to `op` whose origin overlaps them is
+    run one row at a time. condemned: (digest of a row's content, reason): such a row is never given to `op` again but set aside.
+    Content identifies a row whatever the route, block or batch that it comes in.
+    """
+
+    op: int
+    segments: tuple[Segment, ...]
+    condemned: tuple[tuple[str, str], ...] = ()
+
+
+@travels
+@dataclass(frozen=True, slots=True)
+class Doing:
+    """What a worker's user code was given when it died: its last breadcrumb.
+
+    op, name: the plan node. segments: the rows. digest: of the row's content, when it was run alone; "" otherwise.
+    sample: that row as an Arrow IPC stream, b"" when too large or not alone.
+    """
+
+    op: int
+    name: str
+    segments: tuple[Segment, ...] = ()
+    digest: str = ""
+    sample: bytes = b""
 
 
 @travels
@@ -27,6 +58,7 @@ class Advance:
     credit_bytes: stop after a block that brings the output to this much. credit_s: stop at the next block
     boundary after this many seconds.
     limit_left: for a stage that starts with `limit`: how many rows may still pass, None elsewhere.
+    suspects: sent with a cursor's first step: what the split's earlier attempts died on.
     """
 
     id: int
@@ -41,14 +73,15 @@ class Advance:
     credit_bytes: int = 0
     credit_s: float = 1.0
     limit_left: int | None = None
+    suspects: tuple[Suspect, ...] = ()
 
 
 @travels
 @dataclass(frozen=True, slots=True)
 class Apply:
-    """Run a model stage over `inputs`; the answer's `outputs[i]` has as many rows as `inputs[i]`.
+    """Run a model stage over `inputs`; the answer's `outputs[i]` has as many rows as `inputs[i]`, unless it is in `whole`.
 
-    owners[i]: (split index, attempt) of inputs[i], for messages.
+    owners[i]: (split index, attempt) of inputs[i]. suspects: of all owners.
     """
 
     id: int
@@ -56,6 +89,7 @@ class Apply:
     stage: int
     inputs: tuple[BlockRef, ...]
     owners: tuple[tuple[int, int], ...]
+    suspects: tuple[Suspect, ...] = ()
 
 
 @travels
@@ -97,6 +131,20 @@ NO_TIME = Timing(0.0, 0.0, 0.0)
 
 @travels
 @dataclass(frozen=True, slots=True)
+class Share:
+    """What an Apply has to say of one of its owners. tally: bad rows (and rows written, if it delivers); metrics: states;
+    aside: quarantine files.
+    """
+
+    split_index: int
+    attempt: int
+    tally: Tally = NO_ROWS
+    metrics: dict[str, Any] = field(default_factory=dict[str, Any])
+    aside: tuple[OutputFile, ...] = ()
+
+
+@travels
+@dataclass(frozen=True, slots=True)
 class StepDone:
     """The answer to a step.
 
@@ -105,7 +153,10 @@ class StepDone:
     more: it stopped because its credit was used up and can go on without further input.
     receipt: what the sink says of the published split; with finished, for stages that end in a sink.
     tally: row counts of this step (a delta). metrics: accumulator states of this step, by name (a delta; set when a
-    cursor finishes or after an Apply). taken: rows that passed a `limit` in this step.
+    cursor finishes). taken: rows that passed a `limit` in this step. aside: staged quarantine files of this step.
+    For an Apply tally, metrics and aside are told per owner, in `shares` (none for an owner with nothing to tell).
+    whole: indexes of an Apply's outputs that lost rows: such an output is the whole block (carried columns included) that takes
+    the input's place, or a block of no rows and no parts when none is left.
     """
 
     step: int
@@ -118,6 +169,9 @@ class StepDone:
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])
     taken: int = 0
     timing: Timing = NO_TIME
+    aside: tuple[OutputFile, ...] = ()
+    shares: tuple[Share, ...] = ()
+    whole: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,10 +191,15 @@ class WorkerUp:
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
-    """The worker died. reason: "killed by signal 9", "exit code 1", ..."""
+    """The worker died. reason: "killed by signal 9", "no answer for 30 s", ... doing: its last breadcrumb, None when no user
+    code was at work. stack: of all its threads, when it hung. started: it had come up before.
+    """
 
     worker: int
     reason: str
+    doing: Doing | None = None
+    stack: str = ""
+    started: bool = True
 
 
 @dataclass(frozen=True, slots=True)

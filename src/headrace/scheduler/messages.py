@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from headrace.core.errors import HeadraceError
-from headrace.core.receipts import Receipt, Tally
+from headrace.core.receipts import NO_ROWS, OutputFile, Receipt, Tally
 from headrace.core.refs import BlockRef, PartRef
 from headrace.core.splits import Split
 from headrace.core.stages import Route, Stage
-from headrace.core.steps import Discard, Step, SubstrateEvent
+from headrace.core.steps import Discard, Doing, Step, SubstrateEvent
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,8 @@ class Limits:
     block, so that a block of ordinary size ends the step). slice_s: how long a step may run before it reports at
     the next block boundary (long enough that messages cost nothing, short enough for a live progress line).
     deliver_blocks: blocks that the consumer may have waiting.
+    fail_on_bad_rows: a row that kills its worker ends the run (on_error="fail"). max_bad_rows, max_bad_fraction: see RunOptions.
+    settled_before: rows of splits that earlier sessions of this run settled.
     """
 
     budget_bytes: int = 1 << 30
@@ -37,6 +39,10 @@ class Limits:
     credit_bytes: int = 8 << 20
     slice_s: float = 0.25
     deliver_blocks: int = 4
+    fail_on_bad_rows: bool = True
+    max_bad_rows: int | None = None
+    max_bad_fraction: float | None = None
+    settled_before: Tally = NO_ROWS
 
 
 # --- told
@@ -44,10 +50,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class SplitsListed:
-    """The answer to ListSplits. done: there are no more."""
+    """The answer to ListSplits. done: there are no more.
+
+    splits: those still to do. settled: those in between that an earlier session settled: (index, rows that passed each limit, by
+    the limit's operator index). Together they are consecutive.
+    """
 
     splits: tuple[Split, ...]
     done: bool
+    settled: tuple[tuple[int, tuple[tuple[int, int], ...]], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +73,28 @@ class Start:
     """The run begins."""
 
 
-Event = SubstrateEvent | SplitsListed | ConsumerTook | Start
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Open no further split; finish when those that are open are settled."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPressure:
+    """How the node's memory stands against its budget. 0: fine. 1: no new work that makes blocks. 2: one step at a time in each
+    pool, and blocks that wait go to disk.
+    """
+
+    level: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartsSpilled:
+    """The answer to Spill, at once: these parts (same ids) are on disk, with new handles, and cost no memory."""
+
+    parts: tuple[PartRef, ...]
+
+
+Event = SubstrateEvent | SplitsListed | ConsumerTook | Start | Drain | MemoryPressure | PartsSpilled
 
 
 # --- answered
@@ -92,26 +124,66 @@ class ListSplits:
 
 @dataclass(frozen=True, slots=True)
 class Deliver:
-    """Hand the block to the consumer. Its parts are released by a command of their own, right after."""
+    """Hand the block to the consumer, without its first `skip` rows: a split that was retried had delivered them before. Its
+    parts are released by a command of their own, right after.
+    """
 
     split: int
     block: BlockRef
+    skip: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """The split is done. receipt: None when its rows were delivered, or all cut by a limit. attempt: the one that counts."""
+    """The split is done. receipt: None when its rows were delivered, or all cut by a limit. attempt: the one that counts.
+
+    aside: its quarantine files. taken: rows that passed each limit, by the limit's operator index.
+    """
 
     split: Split
     attempt: int
     receipt: Receipt | None
     tally: Tally
     cancelled: bool = False
+    aside: tuple[OutputFile, ...] = ()
+    taken: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Split `index` starts again as `attempt`: whatever earlier attempts told counts for nothing. why: for people.
+
+    crash: the breadcrumb of the worker that died on it, None when it was no user code.
+    """
+
+    index: int
+    attempt: int
+    why: str
+    crash: Doing | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AddWorker:
+    """Start a worker in the place of one that died."""
+
+    worker: int
+    pool: str
+    replaces: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Spill:
+    """Move these parts to disk now; answered by PartsSpilled before anything else."""
+
+    parts: tuple[PartRef, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """All splits are settled."""
+    """All splits are settled; drained: those that were open are, the others wait for the next session."""
+
+    drained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,4 +193,4 @@ class Fail:
     error: HeadraceError
 
 
-Command = Submit | Drop | Release | ListSplits | Deliver | Settle | Finish | Fail
+Command = Submit | Drop | Release | ListSplits | Deliver | Settle | Retry | AddWorker | Spill | Finish | Fail

@@ -1,0 +1,60 @@
+"""RunStore: a destination as the commit protocol needs it. Names are relative to the destination's root, with "/"."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+from headrace.core.receipts import OutputFile
+
+
+@runtime_checkable
+class RunStore(Protocol):
+    """Every operation may be called by any thread and again after a lost answer. Errors are DestinationError (full disk, no
+    permission, a name that leaves the root) or TransientError (the storage's trouble outlasted the retries).
+
+    root: for messages, without secrets. conditional: `create` is atomic against other drivers; False: single-writer mode,
+    only one driver may be at work, and nobody checks.
+    """
+
+    root: str
+    conditional: bool
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Make the object if it is absent, durable on return. False: another one is there.
+
+        True also when just these bytes are there already: a lost answer is read back, never guessed. What may conflict
+        must therefore differ: callers put a writer's nonce into it.
+        """
+        ...
+
+    def read(self, name: str) -> bytes | None:
+        """The object's bytes; None when there is none."""
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Atomically over what is there, durable on return. For advice (a heartbeat) and for what comes last (the manifest)."""
+        ...
+
+    def names(self, folder: str) -> Iterator[str]:
+        """All objects below `folder`, sorted; none when there is no such folder."""
+        ...
+
+    def sync(self, files: Sequence[OutputFile]) -> tuple[OutputFile, ...]:
+        """Make staged files durable, as a group. Those that could not be (an fsync error condemns a file) are returned.
+
+        Raises DestinationError for a full disk.
+        """
+        ...
+
+    def publish(self, files: Sequence[OutputFile]) -> None:
+        """Give staged files their final names; durable and visible on return. Redo is harmless: a file whose staged bytes are
+        gone and whose final name is there has been published.
+
+        Raises DestinationError for a final name that holds something else.
+        """
+        ...
+
+    def remove(self, name: str) -> None:
+        """Remove an object, or all below a folder. Nothing to remove is no error."""
+        ...
