@@ -1,0 +1,193 @@
+"""Rows that fail: left out or set aside in any stage, with the others going on; counted always."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import headrace as hr
+from headrace.core.errors import HeadraceError, PlanError, UserCodeError
+
+from .conftest import read_back
+
+Options = dict[str, Any]
+BAD = {3, 41, 42, 43, 120, 199}
+
+
+def per_row(row: dict[str, Any]) -> dict[str, Any]:
+    if row["id"] in BAD:
+        raise ValueError(f"bad id {row['id']}")
+    return {**row, "y": row["x"] + 1}
+
+
+def per_batch(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    if set(batch["id"].tolist()) & BAD:
+        raise ValueError("a bad id is among these")
+    return {**batch, "y": batch["x"] + 1}
+
+
+class Model:
+    def __call__(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        if set(batch["id"].tolist()) & BAD:
+            raise ValueError("a bad id is among these")
+        return batch["x"] + 1
+
+
+def expanding(row: dict[str, Any]) -> Any:
+    yield {"id": row["id"], "y": row["x"] + 1}
+    if row["id"] in BAD:
+        raise ValueError("after the first")
+
+
+def chains() -> dict[str, Any]:
+    return {
+        "map": lambda ds: ds.map(per_row),
+        "map_batches": lambda ds: ds.map_batches(per_batch, batch_size=16),
+        "map_batches auto": lambda ds: ds.map_batches(per_batch),
+        "filter": lambda ds: ds.filter(lambda row: per_row(row) is not None).map(per_row),
+        "flat_map": lambda ds: ds.flat_map(expanding),
+        "predict": lambda ds: ds.predict(Model, input=["id", "x"], output="y"),
+        "predict on a device": lambda ds: ds.predict(Model, input=["id", "x"], output="y", device="sim"),
+        "after a limit": lambda ds: ds.limit(200).map(per_row),
+    }
+
+
+def quarantined(out: Path) -> pa.Table:
+    found = sorted((out / "_headrace").rglob("quarantine/*.parquet"))
+    return pa.concat_tables([pq.read_table(p) for p in found], promote_options="permissive")
+
+
+@pytest.mark.parametrize("name", list(chains()))
+@pytest.mark.parametrize("how", ["skip", "quarantine"])
+def test_the_others_go_on(data: Path, tmp_path: Path, quiet: Options, name: str, how: str) -> None:
+    ds = chains()[name](hr.read_parquet(data))
+    run = ds.write_parquet(tmp_path / "out", on_error=how, **quiet)
+    back = read_back(tmp_path / "out")
+    good = [i for i in range(200) if i not in BAD]
+    assert back["id"].to_pylist() == good
+    assert back["y"].to_pylist() == [i * 0.5 + 1 for i in good]
+    assert run.tally.balanced
+    assert run.tally.bad == len(BAD)
+    assert (run.tally.skipped, run.tally.quarantined) == ((6, 0) if how == "skip" else (0, 6))
+    if how == "quarantine":
+        aside = quarantined(tmp_path / "out").sort_by("id")
+        assert aside["id"].to_pylist() == sorted(BAD)
+        assert all("ValueError" in text for text in aside["_exception"].to_pylist())
+        assert all("raise ValueError" in text for text in aside["_traceback"].to_pylist())
+        assert [row % 40 for row in sorted(BAD)] == aside["_source_row"].to_pylist()
+        assert [Path(uri).name for uri in aside["_source_uri"].to_pylist()] == [f"f{i // 40}.parquet" for i in sorted(BAD)]
+        assert set(aside["_attempt"].to_pylist()) == {1}
+    assert hr.verify(str(tmp_path / "out")).ok
+
+
+def test_carried_columns_are_set_aside_too(data: Path, tmp_path: Path, quiet: Options) -> None:
+    ds = hr.read_parquet(data).predict(Model, input=["id", "x"], output="y", device="sim")
+    ds.write_parquet(tmp_path / "out", on_error="quarantine", **quiet)
+    aside = quarantined(tmp_path / "out").sort_by("id")
+    assert aside["name"].to_pylist() == [f"row {i}" for i in sorted(BAD)]
+    assert read_back(tmp_path / "out")["name"].to_pylist() == [f"row {i}" for i in range(200) if i not in BAD]
+
+
+def test_the_default_fails_and_names_the_row(data: Path, tmp_path: Path, quiet: Options) -> None:
+    with pytest.raises(UserCodeError, match=r"row: 3 of .*f0\.parquet"):
+        hr.read_parquet(data).map(per_row).write_parquet(tmp_path / "out", **quiet)
+
+
+def test_too_many_bad_rows_end_the_run(data: Path, tmp_path: Path, quiet: Options) -> None:
+    ds = hr.read_parquet(data).map(per_row)
+    with pytest.raises(UserCodeError, match="bad rows"):
+        ds.write_parquet(tmp_path / "a", on_error="skip", max_bad_rows=5, **quiet)
+    with pytest.raises(UserCodeError, match="bad rows"):
+        ds.write_parquet(tmp_path / "b", on_error="skip", max_bad_fraction=0.02, **quiet)
+    run = ds.write_parquet(tmp_path / "c", on_error="skip", max_bad_rows=6, max_bad_fraction=0.03, **quiet)
+    assert run.tally.skipped == 6
+
+
+def test_every_row_bad_leaves_an_empty_output(data: Path, tmp_path: Path, quiet: Options) -> None:
+    def never(row: dict[str, Any]) -> dict[str, Any]:
+        raise RuntimeError("never")
+
+    run = hr.read_parquet(data).map(never).write_parquet(tmp_path / "out", on_error="quarantine", **quiet)
+    assert run.tally.quarantined == 200
+    assert run.rows == 0
+    assert (tmp_path / "out" / "_SUCCESS").exists()
+    assert quarantined(tmp_path / "out").num_rows == 200
+
+
+def test_metrics_count_good_rows_only(data: Path, tmp_path: Path, quiet: Options) -> None:
+    ds = hr.read_parquet(data).map(per_row).evaluate(n=hr.metrics.Count(), mean=hr.metrics.Mean("y"))
+    run = ds.write_parquet(tmp_path / "out", on_error="skip", **quiet)
+    good = [i * 0.5 + 1 for i in range(200) if i not in BAD]
+    assert run.metrics["n"] == len(good)
+    assert run.metrics["mean"] == pytest.approx(sum(good) / len(good), rel=1e-12)
+
+
+def test_a_broken_row_group_is_set_aside(tmp_path: Path, quiet: Options) -> None:
+    (tmp_path / "in").mkdir()
+    path = tmp_path / "in" / "a.parquet"
+    pq.write_table(pa.table({"id": np.arange(4000), "x": np.random.default_rng(0).random(4000)}), path, row_group_size=1000)
+    group = pq.ParquetFile(path).metadata.row_group(2).column(1)
+    broken = bytearray(path.read_bytes())
+    broken[group.data_page_offset : group.data_page_offset + 12] = b"\xff" * 12
+    path.write_bytes(broken)
+    with pytest.raises(HeadraceError, match="row group"):
+        hr.read_parquet(tmp_path / "in").write_parquet(tmp_path / "fails", **quiet)
+    run = hr.read_parquet(tmp_path / "in").write_parquet(tmp_path / "out", on_error="quarantine", **quiet)
+    assert run.rows == 3000
+    assert run.tally.quarantined == 1000
+    assert read_back(tmp_path / "out")["id"].to_pylist() == [*range(2000), *range(3000, 4000)]
+    aside = quarantined(tmp_path / "out")
+    assert sum(aside["_rows"].to_pylist()) == 1000
+    assert aside["_source_uri"].to_pylist()[0].endswith("a.parquet")
+
+
+@pytest.mark.parametrize("which", [0, 2])
+def test_a_truncated_file_is_set_aside(data: Path, tmp_path: Path, quiet: Options, which: int) -> None:
+    path = data / f"f{which}.parquet"
+    path.write_bytes(path.read_bytes()[:-200])
+    run = hr.read_parquet(data).write_parquet(tmp_path / "out", on_error="quarantine", **quiet)
+    assert run.rows == 160
+    assert any(uri.endswith(path.name) for uri in quarantined(tmp_path / "out")["_source_uri"].to_pylist())
+    with pytest.raises(HeadraceError, match=path.name):
+        hr.read_parquet(data).write_parquet(tmp_path / "fails", **quiet)
+
+
+def test_bad_json_lines_are_set_aside(tmp_path: Path, quiet: Options) -> None:
+    (tmp_path / "in").mkdir()
+    lines = [f'{{"id": {i}, "x": {i}.5}}' for i in range(100)]
+    lines[7] = '{"id": 7, "x": '
+    lines[60] = "not json"
+    (tmp_path / "in" / "a.jsonl").write_text("\n".join(lines) + "\n")
+    run = hr.read_json(tmp_path / "in").write_parquet(tmp_path / "out", on_error="quarantine", **quiet)
+    assert read_back(tmp_path / "out")["id"].to_pylist() == [i for i in range(100) if i not in (7, 60)]
+    assert run.tally.quarantined == 2
+
+
+def test_a_broken_image_is_set_aside(tmp_path: Path, quiet: Options) -> None:
+    pytest.importorskip("simplejpeg")
+    import simplejpeg
+
+    (tmp_path / "in").mkdir()
+    for i in range(6):
+        picture = np.full((20, 30, 3), i * 10, np.uint8)
+        (tmp_path / "in" / f"{i}.jpg").write_bytes(simplejpeg.encode_jpeg(picture))
+    (tmp_path / "in" / "3.jpg").write_bytes(b"no image at all")
+    ds = hr.read_images(tmp_path / "in").apply(hr.images.decode("bytes", resize=16, crop=16, output="image")).drop("bytes")
+    run = ds.write_parquet(tmp_path / "out", on_error="quarantine", **quiet)
+    assert run.rows == 5
+    aside = quarantined(tmp_path / "out")
+    assert aside["path"].to_pylist()[0].endswith("3.jpg")
+    trace = hr.why(str(next((tmp_path / "out" / "_headrace").rglob("quarantine/*.parquet"))), 0)
+    assert trace.source_uri.endswith("3.jpg")
+
+
+def test_quarantine_needs_a_destination(data: Path, quiet: Options) -> None:
+    with pytest.raises(PlanError, match="destination"):
+        list(hr.read_parquet(data).map(per_row).iter_batches(on_error="quarantine", **quiet))
+    rows = hr.read_parquet(data).map(per_row).to_arrow(on_error="skip", **quiet)
+    assert rows["id"].to_pylist() == [i for i in range(200) if i not in BAD]
