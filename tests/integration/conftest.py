@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from headrace.connectors import retries
+from headrace.testing.s3 import S3Server
+
 _counter = itertools.count()
 
 
@@ -38,3 +41,19 @@ def bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
     name = f"bucket-{next(_counter)}"
     with urllib.request.urlopen(urllib.request.Request(f"{s3_endpoint}/{name}", method="PUT")):
         return name
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """A strict server with a bucket "b"; delays between retries are short."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAEXAMPLEEXAMPLE")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very/secret+key")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setattr(retries, "POLICY", retries.Policy(attempts=10, first_s=0.001, most_s=0.01))
+    monkeypatch.setattr(retries, "budget", retries.Budget())
+    with S3Server() as server:
+        server.make_bucket("b")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        yield server

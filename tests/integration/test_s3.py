@@ -23,7 +23,7 @@ from headrace.connectors.sources.images import ImageSource
 from headrace.connectors.sources.parquet import ParquetSource
 from headrace.core.errors import DataError, DestinationError, InputChanged
 from headrace.core.options import BlockLimits
-from headrace.testing.check_sink import check_per_input, check_sink
+from headrace.testing.check_sink import Session, check_per_input, check_sink
 from headrace.testing.check_source import check_source, read_all
 
 
@@ -114,7 +114,7 @@ def test_missing_bucket(bucket: str) -> None:
     with pytest.raises(DataError):
         ParquetSource("s3://no-such-bucket/x/").schema()
     with pytest.raises(DestinationError):
-        ParquetSink("s3://no-such-bucket/x").prepare(None)
+        ParquetSink("s3://no-such-bucket/x").check(None)
 
 
 @pytest.mark.parametrize("sink", [ParquetSink, CsvSink, JsonSink])
@@ -143,12 +143,10 @@ def test_large_outputs_go_in_parts(bucket: str, monkeypatch: pytest.MonkeyPatch)
     from headrace.core.splits import Fragment, Split
 
     monkeypatch.setattr(storage, "REQUEST_BYTES", 1000)
-    sink = ParquetSink(f"s3://{bucket}/out").prepare(None)
-    split = Split(0, (Fragment("x", 1, "v", name="x"),), 1)
+    session = Session(ParquetSink(f"s3://{bucket}/out"))
     for attempt in range(2):
-        writer = sink.open(split, attempt)
-        for batch in table(0, 1000).to_batches():
-            writer.write(batch)
-        writer.close()
-    sink.finish({}, table(0, 1).schema)
+        receipt = session.stage(Split(0, (Fragment("x", 1, "v", name="x"),), 1), table(0, 1000).to_batches(), attempt)
+    session.settle(receipt)
+    session.schema = table(0, 1).schema
+    session.finish()
     assert read_all(ParquetSource(f"s3://{bucket}/out")).equals(table(0, 1000))

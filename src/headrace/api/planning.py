@@ -5,7 +5,7 @@ and engine. Reads the first input's schema (and, to choose an engine, runs its f
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ class Prepared:
     engine: str
     budget_bytes: int
     notes: tuple[str, ...]
+    options: RunOptions
 
 
 def parse_options(options: ActionOptions) -> RunOptions:
@@ -52,15 +53,35 @@ def parse_options(options: ActionOptions) -> RunOptions:
         raise PlanError(f"engine is {parsed.engine!r}", hint="use auto, inline, threads or processes")
     if parsed.progress not in ("auto", "line", "log", "quiet"):
         raise PlanError(f"progress is {parsed.progress!r}", hint="use auto, line, log or quiet")
-    for name, least in (("cpus", 1), ("memory_bytes", 1 << 20)):
+    if parsed.on_error not in ("fail", "skip", "quarantine"):
+        raise PlanError(f"on_error is {parsed.on_error!r}", hint="use fail, skip or quarantine")
+    for name, least in (("cpus", 1), ("memory_bytes", 1 << 20), ("max_bad_rows", 0)):
         value = getattr(parsed, name)
-        if value is not None and (not isinstance(value, int) or value < least):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
             raise PlanError(f"{name} is {value!r}", hint=f"use a whole number of at least {least}")
+    _check_number("max_bad_fraction", parsed.max_bad_fraction, "a number from 0 to 1", lambda x: 0 <= x <= 1)
+    _check_number("timeout", parsed.timeout, "a number of seconds above 0", lambda x: 0 < x < float("inf"))
+    for name in ("max_bad_rows", "max_bad_fraction"):
+        if parsed.on_error == "fail" and getattr(parsed, name) is not None:
+            raise PlanError(
+                f'{name} says how many bad rows are too many, and with on_error="fail" the first one ends the run',
+                hint='use on_error="quarantine" or "skip" with it',
+            )
     return parsed
 
 
-def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
-    """Everything that is decided before work starts. Raises PlanError for what can never run."""
+def _check_number(name: str, value: object, wanted: str, good: Callable[[float], bool]) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not good(value):
+        raise PlanError(f"{name} is {value!r}", hint=f"use {wanted}")
+
+
+def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL, *, after_crash: bool = False) -> Prepared:
+    """Everything that is decided before work starts. Raises PlanError for what can never run.
+
+    after_crash: an earlier session of this run died at work, maybe of the user's code.
+    """
     machine = detect_machine()
     cores = options.cpus or machine.cores
     if options.devices is not None:
@@ -76,9 +97,10 @@ def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
         sink=optimised.write.sink if optimised.write is not None else None,
         limits=physical.limits,
         deterministic=options.deterministic,
+        on_error=options.on_error,
         sys_path=tuple(sys.path),
     )
-    choice = choose_engine(options.engine, program, cores)
+    choice = choose_engine(options.engine, program, cores, timeout=options.timeout, after_crash=after_crash)
     notes = (*notes, f"engine {choice.engine}: {choice.why}")
     if choice.models_wait:
         pool_of = _PoolChoice(machine, waiting=True)
@@ -87,7 +109,7 @@ def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
         notes = (*notes, "the model mostly waits: it has workers of its own beside the CPU workers")
     workers = _workers(physical, cores, machine)
     budget = options.memory_bytes or block_budget_bytes(machine)
-    return Prepared(plan, physical, program, workers, choice.engine, budget, notes)
+    return Prepared(plan, physical, program, workers, choice.engine, budget, notes, options)
 
 
 def resolve(plan: Plan) -> Plan:

@@ -4,26 +4,37 @@ them all.
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from headrace.api.planning import Prepared, parse_options, prepare, resolve, static_schema
+from headrace.api.reproduce import reproduce
+from headrace.connectors import environment
+from headrace.connectors.storage import is_remote
+from headrace.contracts.accumulator import Accumulator
 from headrace.contracts.observer import Observer
 from headrace.contracts.sink import Sink
 from headrace.core.errors import HeadraceError, InternalError, PlanError
 from headrace.core.events import RunStarted
-from headrace.core.options import ActionOptions
+from headrace.core.options import ActionOptions, RunOptions
 from headrace.plan.columns import ALL, Columns
+from headrace.plan.fingerprint import fingerprint
+from headrace.plan.fingerprint.compare import differences
 from headrace.plan.nodes import Evaluate, Plan, Write
 from headrace.runtime.committer import Committer
 from headrace.runtime.driver import Driver
+from headrace.runtime.ledger import OpenedRun, check_latest, compare_listing, mark_complete, open_run, this_process
+from headrace.runtime.signals import handling_signals
 from headrace.runtime.stream import stream_blocks
 from headrace.scheduler.machine import Scheduler
 from headrace.scheduler.messages import Limits, SchedulerPlan
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from headrace.contracts.substrate import Substrate
     from headrace.observe.run import Run
 
@@ -45,61 +56,164 @@ def _substrate(engine: str) -> Substrate:
 def _driver(
     prepared: Prepared,
     observers: Sequence[Observer],
+    committer: Committer,
+    *,
     deliver: Callable[[Any], None] | None = None,
-    name: str = "",
+    opened: OpenedRun | None = None,
 ) -> Driver:
-    physical = prepared.physical
+    """opened: the run whose log the committer writes, None when nothing is kept."""
+    physical, options = prepared.physical, prepared.options
+    plan = prepared.written
+    private = "" if opened is None else f"{opened.store.root}/_headrace/{opened.run}"
     pools: dict[str, int] = {}
     for worker in prepared.workers:
         pools[worker.pool] = pools.get(worker.pool, 0) + 1
-    accumulators = {n: a for op in prepared.program.ops if isinstance(op, Evaluate) for n, a in op.accumulators.items()}
-    scheduler = Scheduler(SchedulerPlan(physical.stages, physical.routes, pools), Limits(budget_bytes=prepared.budget_bytes))
+    limits = Limits(
+        budget_bytes=prepared.budget_bytes,
+        fail_on_bad_rows=options.on_error == "fail",
+        max_bad_rows=options.max_bad_rows,
+        max_bad_fraction=options.max_bad_fraction,
+        settled_before=committer.tally,
+    )
     sink = prepared.program.sink
     started = RunStarted(
         at_s=time.perf_counter(),
-        name=name,
+        name=f"{plan.read.name} > {plan.write.sink.name}" if plan.write is not None else "",
         engine=prepared.engine,
         pools=pools,
         stages={s.id: (s.name, s.pool) for s in physical.stages},
         ops={i: op.name for i, op in enumerate(prepared.program.ops)},
         budget_bytes=prepared.budget_bytes,
-        notes=prepared.notes,
+        notes=(*(opened.notes if opened is not None else ()), *prepared.notes),
+        settled=committer.splits,
+        tally=committer.tally,
+        run="" if opened is None else opened.run,
+        sessions=1 if opened is None else opened.epoch,
+        quarantine=f"{private}/quarantine" if private else "",
     )
     return Driver(
-        scheduler=scheduler,
+        scheduler=Scheduler(SchedulerPlan(physical.stages, physical.routes, pools), limits),
         substrate=_substrate(prepared.engine),
         program=prepared.program,
         workers=prepared.workers,
         splits=prepared.program.source.splits(per_input=sink is not None and sink.per_input),
-        committer=Committer(accumulators),
+        committer=committer,
         observers=observers,
         started=started,
         deliver=deliver,
+        timeout_s=options.timeout,
+        crash_dir=f"{private}/crashes" if private and not is_remote(private) else None,
     )
 
 
 def write(plan: Plan, sink: Sink, options: ActionOptions, at_end: Columns = ALL) -> Run:
-    """Run a plan into a sink."""
-    from headrace.observe.progress import make_observers
-    from headrace.observe.run import RunRecorder
+    """Run a plan into a sink, or go on with what an earlier session of the same run left undone.
 
+    Raises what the run raises; whatever was settled until then stays settled, and the same call goes on from there.
+    """
     parsed = parse_options(options)
     schema = static_schema(plan.read.source.schema(), resolve(plan).ops)
     _refuse_own_output(plan, sink)
-    sink = sink.prepare(schema)
+    sink.check(schema)
+    written = replace(plan, write=Write(sink))
+    sample = environment.poison_row()
+    if sample is not None:
+        alone = prepare(written, replace(parsed, engine="inline"), at_end)  # by name, so that nothing is probed
+        reproduce(alone.physical.plan, sample, deterministic=parsed.deterministic)
+        raise SystemExit(0)
+    store = sink.store()
+    if store is None:
+        return _run_unlogged(written, parsed, at_end)
+    ready = prepare(written, parsed, at_end)  # all that can be refused is refused before the destination is touched
+    meaning = fingerprint(written, settings={"on_error": parsed.on_error, "deterministic": parsed.deterministic})
+    opened = open_run(
+        store, meaning, fresh=sink.fresh, take_over=parsed.take_over, identity=this_process(), differences=differences
+    )
+    if opened.after_crash:
+        ready = prepare(written, parsed, at_end, after_crash=True)
+    bound = sink.bind(opened.run, opened.epoch, schema)
+    if opened.finished:
+        return _finished_before(ready, bound, opened, schema)
+    return _run_logged(replace(ready, program=replace(ready.program, sink=bound)), bound, opened, schema)
+
+
+def _run_unlogged(plan: Plan, options: RunOptions, at_end: Columns) -> Run:
+    """A run that keeps nothing: nothing to resume."""
+    from headrace.observe.progress import make_observers
+    from headrace.observe.run import RunRecorder
+
+    if options.on_error == "quarantine":
+        raise _no_place_for_bad_rows()
+    ready = prepare(plan, options, at_end)
+    recorder = RunRecorder()
+    committer = Committer(accumulators_of(ready))
+    driver = _driver(ready, [recorder, *make_observers(options.progress)], committer)
     try:
-        ready = prepare(replace(plan, write=Write(sink)), parsed, at_end)
-        recorder = RunRecorder()
-        observers = [recorder, *make_observers(parsed.progress)]
-        driver = _driver(ready, observers, name=f"{plan.read.name} > {sink.name}")
-        driver.run()
-        run = recorder.run()
-        files = [{"name": f.name, "rows": f.rows, "bytes": f.bytes, "digest": f.digest} for f in driver.committer.files]
-        sink.finish({**run.to_dict(), "files": files}, schema)
+        with handling_signals(driver, resumable=False):
+            driver.run()
     except BaseException as error:
-        sink.abandon()
         raise plain(error) from error.__cause__
+    return recorder.run()
+
+
+def _run_logged(ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.Schema | None) -> Run:
+    """A session of a run that may have had others before."""
+    from headrace.observe.progress import make_observers
+    from headrace.observe.run import RunRecorder
+
+    committer = Committer(accumulators_of(ready), opened)
+    recorder = RunRecorder()
+    driver = _driver(ready, [recorder, *make_observers(ready.options.progress)], committer, opened=opened)
+    done = False
+    try:
+        with handling_signals(driver):
+            driver.run()
+            run = recorder.run()
+            committer.finish(run.to_dict())
+            _show(sink, opened, committer, run.to_dict(), schema)
+            done = True
+    except BaseException as error:
+        raise plain(error) from error.__cause__
+    finally:
+        committer.close(released=True)
+        if not done:
+            sink.release()
     return run
+
+
+def _show(
+    sink: Sink, opened: OpenedRun, committer: Committer, summary: Mapping[str, Any], schema: pa.Schema | None
+) -> None:
+    """What is left to do when the log is complete; harmless to do again."""
+    check_latest(opened)
+    sink.finish(committer.files, {**summary, "sessions": opened.epoch}, schema)
+    mark_complete(opened)
+
+
+def _finished_before(ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.Schema | None) -> Run:
+    """The run is finished: there is nothing to do, unless the last session died before all was shown."""
+    from headrace.observe.run import finished_before
+
+    compare_listing(opened, ready.program.source.splits(per_input=sink.per_input))
+    committer = Committer(accumulators_of(ready), opened)
+    assert opened.state.finished is not None
+    summary = opened.state.finished
+    if not opened.complete:
+        _show(sink, opened, committer, summary, schema)
+    run = finished_before(summary, committer.results(), opened.run, committer.tally, committer.splits, committer.files)
+    if ready.options.progress != "quiet":
+        print(f"headrace: {run.name}: nothing to do: finished before ({run.rows:,} rows)", file=sys.stderr)
+    return run
+
+
+def _no_place_for_bad_rows() -> PlanError:
+    return PlanError(
+        'on_error="quarantine" needs a destination to set rows aside in', hint='write the rows, or use on_error="skip"'
+    )
+
+
+def accumulators_of(ready: Prepared) -> dict[str, Accumulator]:
+    return {n: a for op in ready.program.ops if isinstance(op, Evaluate) for n, a in op.accumulators.items()}
 
 
 def _refuse_own_output(plan: Plan, sink: Sink) -> None:
@@ -124,6 +238,12 @@ def stream(plan: Plan, options: ActionOptions) -> Iterator[Any]:
     from headrace.observe.progress import make_observers
 
     parsed = parse_options(options)
+    if parsed.on_error == "quarantine":
+        raise _no_place_for_bad_rows()
     ready = prepare(plan, parsed)
     observers = make_observers(parsed.progress)
-    return stream_blocks(lambda deliver: _driver(ready, observers, deliver), inline=ready.engine == "inline")
+
+    def driver(deliver: Callable[[Any], None]) -> Driver:
+        return _driver(ready, observers, Committer(accumulators_of(ready)), deliver=deliver)
+
+    return stream_blocks(driver, inline=ready.engine == "inline")

@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from headrace.core.errors import DataError
 from headrace.core.options import BlockLimits
-from headrace.core.refs import Origin, Segment
+from headrace.core.origins import join_origins
+from headrace.core.refs import Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +103,10 @@ class _Held:
 
     def take(self) -> tuple[pa.RecordBatch, Origin]:
         batches = [b for b, _ in self.parts]
-        segments: list[Segment] = []
-        for _, o in self.parts:
-            for s in o.segments:
-                last = segments[-1] if segments else None
-                if last is not None and last.uri == s.uri and last.row + last.rows == s.row:
-                    segments[-1] = Segment(s.uri, last.row, last.rows + s.rows)
-                else:
-                    segments.append(s)
-        exact = all(o.exact for _, o in self.parts)
+        origin = join_origins([o for _, o in self.parts])
         batch = concat(batches)
         self.rows, self.bytes, self.parts = 0, 0.0, []
-        return batch, Origin(tuple(segments), exact)
+        return batch, origin
 
 
 def concat(batches: list[pa.RecordBatch]) -> pa.RecordBatch:

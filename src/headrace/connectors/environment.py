@@ -32,6 +32,8 @@ _KEYS = (
     "HOME",
 )
 
+LEAST_SECRET = 8  # characters
+
 DEFAULT_REGION = "us-east-1"  # what S3-compatible servers expect when nobody names a region
 
 
@@ -65,6 +67,15 @@ def s3_config() -> dict[str, Any]:
     return config
 
 
+def secrets() -> tuple[str, ...]:
+    """Values that must never appear in a message: the credentials in force."""
+    found = {os.environ.get(key) for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")}
+    profile = _profile(os.environ.get("AWS_PROFILE") or "default")
+    found |= {profile.get(key) for key in ("aws_access_key_id", "aws_secret_access_key", "aws_session_token")}
+    # Shorter ones are test credentials such as "test", and words of messages.
+    return tuple(sorted((s for s in found if s and len(s) >= LEAST_SECRET), key=len, reverse=True))
+
+
 def _profile(name: str) -> dict[str, str]:
     """Settings of a profile, credentials file over config file; {} when neither has it."""
     out: dict[str, str] = {}
@@ -92,3 +103,8 @@ def _service_endpoint(block: str) -> dict[str, str]:
         if key.strip() == "endpoint_url":
             return {"endpoint_url_s3": value.strip()}
     return {}
+
+
+def poison_row() -> str | None:
+    """HEADRACE_REPRODUCE: the file of a row that killed a worker, to be run alone in this process instead of the run."""
+    return os.environ.get("HEADRACE_REPRODUCE") or None

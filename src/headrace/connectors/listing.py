@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import unquote, urlparse
 
 from headrace.connectors import storage
+from headrace.connectors.redact import redact
 from headrace.connectors.storage import Stored
 from headrace.core.errors import DataError
 
@@ -142,11 +143,12 @@ class Listing:
 def _normalise(path: str | os.PathLike[str]) -> str:
     text = str(os.fspath(path))
     if text.startswith(storage.S3_PREFIX):
+        storage.split_s3(text)  # refuses credentials in it
         return text
     if text.startswith("file://"):
         text = unquote(urlparse(text).path)
     elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
-        raise DataError(f"can't read {text!r}: unknown scheme", hint="use a local path, file:// or s3://")
+        raise DataError(f"can't read {redact(text)!r}: unknown scheme", hint="use a local path, file:// or s3://")
     return os.path.abspath(os.path.expanduser(text))
 
 
@@ -318,16 +320,10 @@ def _glob_pattern(glob: str) -> re.Pattern[str]:
 
 def _list_s3(bucket: str, prefix: str) -> Iterator[Stored]:
     """Keys that begin with `prefix` (a plain string prefix), sorted, a page at a time."""
-    import obstore
-
     folder, _, rest = prefix.rpartition("/")
     uri = f"{storage.S3_PREFIX}{bucket}/"
-    with storage.s3_errors(f"{uri}{prefix}"):
-        # The client lists whole path segments, so the part after the last slash is matched here; keys before it are skipped.
-        stream = obstore.list(storage.s3_store(bucket), folder or None, chunk_size=1000)
-        for page in stream:
-            for meta in page:
-                path = meta["path"]
-                if rest and not path.startswith(prefix):
-                    continue
-                yield Stored(uri + path, meta["size"], storage.meta_version(meta))
+    # The client lists whole path segments, so the part after the last slash is matched here; keys before it are skipped.
+    for meta in storage.list_keys(bucket, folder):
+        path = meta["path"]
+        if not rest or path.startswith(prefix):
+            yield Stored(uri + path, meta["size"], storage.meta_version(meta))

@@ -9,14 +9,16 @@ A uri is an absolute local path or "s3://bucket/key".
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pyarrow as pa
 
-from headrace.connectors import environment
+from headrace.connectors import environment, retries
+from headrace.connectors.redact import redact
 from headrace.core.errors import DataError, HeadraceError, InputChanged, TransientError
 
 if TYPE_CHECKING:
@@ -34,6 +36,13 @@ WHOLE_S3_BYTES = 8 << 20
 REQUEST_BYTES = 8 << 20  # one ranged GET: large enough that the first-byte time is small beside it
 REQUEST_THREADS = 4  # concurrent GETs of one reader; every worker has a reader of its own
 FOOTER_BYTES = 256 << 10  # the tail of a file, fetched once: holds the footer of almost every Parquet file
+
+# No request may hang for ever on a connection that is dead. A request carries at most REQUEST_BYTES, so a minute is long.
+TIMEOUTS = {"connect_timeout": "5s", "read_timeout": "30s", "timeout": "60s"}
+BULK_TIMEOUTS = {"connect_timeout": "5s", "read_timeout": "5m", "timeout": "15m"}  # a server copies about 5 GiB in two minutes
+BULK_RETRIES = 8
+
+T = TypeVar("T")
 
 _stores: dict[tuple[Any, ...], S3Store] = {}
 
@@ -75,20 +84,77 @@ def is_remote(uri: str) -> bool:
 def split_s3(uri: str) -> tuple[str, str]:
     """(bucket, key)."""
     bucket, _, key = uri[len(S3_PREFIX) :].partition("/")
+    if "@" in bucket:
+        hint = "give them by AWS_PROFILE or AWS_ACCESS_KEY_ID, not in a path"
+        raise DataError(f"{redact(uri)!r} holds credentials", hint=hint)
     if not bucket:
         raise DataError(f"{uri!r} names no bucket", hint="write s3://bucket/prefix")
     return bucket, key
 
 
-def s3_store(bucket: str) -> S3Store:
-    """The process's client for a bucket."""
-    key = (os.getpid(), bucket, *environment.fingerprint())
+def s3_store(bucket: str, *, bulk: bool = False) -> S3Store:
+    """The process's client for a bucket. It tries each request once: calls go through `requested`.
+
+    bulk: for transfers of many requests in one call (uploads in parts, large copies): the client itself retries each of them,
+    and has more time for it.
+    """
+    key = (os.getpid(), bulk, bucket, *environment.fingerprint())
     store = _stores.get(key)
     if store is None:
         from obstore.store import S3Store
 
-        store = _stores[key] = S3Store(bucket, **environment.s3_config())
+        config = environment.s3_config()
+        limits = BULK_TIMEOUTS if bulk else TIMEOUTS
+        config["client_options"] = {**config.get("client_options", {}), **limits}
+        config["retry_config"] = {"max_retries": BULK_RETRIES if bulk else 0, "retry_timeout": timedelta(minutes=4)}
+        store = _stores[key] = S3Store(bucket, **config)
     return store
+
+
+def requested(uri: str, action: Callable[[], T]) -> T:
+    """What requests to S3 answer, after retries of what may pass; errors as those of core/errors.py.
+
+    action: one request, or several that may all be made again.
+    """
+    with s3_errors(uri):
+        return retries.call(action)
+
+
+def found(uri: str, action: Callable[[], T]) -> T | None:
+    """As `requested`; None when there is no such object."""
+    with s3_errors(uri):
+        try:
+            return retries.call(action)
+        except FileNotFoundError as e:
+            if "NoSuchBucket" in str(e):
+                raise _no_bucket(uri) from None
+            return None
+
+
+def list_keys(bucket: str, prefix: str, offset: str | None = None) -> Iterator[Any]:
+    """Metadata of the objects under a prefix that ends at a "/" (or is ""), sorted by key; a page in memory.
+
+    A listing that breaks off goes on behind the last key that came.
+    """
+    import obstore
+
+    pages: Any = None
+
+    def page() -> Any:
+        nonlocal pages
+        if pages is None:
+            pages = iter(obstore.list(s3_store(bucket), prefix or None, offset=offset, chunk_size=1000))
+        try:
+            return next(pages, None)
+        except BaseException:
+            pages = None  # a broken stream; the next attempt begins another
+            raise
+
+    uri = f"{S3_PREFIX}{bucket}/{prefix}"
+    while (metas := requested(uri, page)) is not None:
+        if metas:
+            offset = metas[-1]["path"]
+        yield from metas
 
 
 def stat_version(st: os.stat_result) -> str:
@@ -113,12 +179,8 @@ def stat(uri: str) -> Stored | None:
     import obstore
 
     bucket, key = split_s3(uri)
-    with s3_errors(uri):
-        try:
-            meta = obstore.head(s3_store(bucket), key)
-        except FileNotFoundError:
-            return None
-    return Stored(uri, meta["size"], meta_version(meta))
+    meta = found(uri, lambda: obstore.head(s3_store(bucket), key))
+    return None if meta is None else Stored(uri, meta["size"], meta_version(meta))
 
 
 def open_reader(uri: str, size: int, version: str) -> Reader:
@@ -131,7 +193,7 @@ def open_reader(uri: str, size: int, version: str) -> Reader:
 def changed(uri: str) -> InputChanged:
     return InputChanged(
         "an input object changed after it was listed",
-        where=(("file", uri),),
+        where=(("file", redact(uri)),),
         hint="let whatever writes it finish, then run again",
     )
 
@@ -141,26 +203,40 @@ def s3_errors(uri: str) -> Iterator[None]:
     """Translate the client's exceptions by who must act."""
     from obstore import exceptions as oe
 
+    where = (("file", redact(uri)),)
     try:
         yield
     except HeadraceError:
         raise
+    except retries.Exhausted as e:
+        message = f"storage trouble that {e.attempts} attempts did not outlast: {_brief(e.__cause__ or e)}"
+        hint = "look after the storage and the network, then run the same command again"
+        raise TransientError(message, where=where, hint=hint) from None
     except FileNotFoundError as e:
-        raise DataError("no such object or bucket", where=(("file", uri),), hint="check the bucket and the key") from e
+        if "NoSuchBucket" in str(e):
+            raise _no_bucket(uri) from None
+        raise DataError("no such object or bucket", where=where, hint="check the bucket and the key") from e
     except oe.PreconditionError as e:
         raise changed(uri) from e
     except (oe.PermissionDeniedError, oe.UnauthenticatedError) as e:
         hint = "check AWS_PROFILE or AWS_ACCESS_KEY_ID, and the bucket's policy"
-        raise DataError(f"access denied: {_brief(e)}", where=(("file", uri),), hint=hint) from e
-    except oe.BaseError as e:
+        raise DataError(f"access denied: {_brief(e)}", where=where, hint=hint) from None
+    except (oe.BaseError, ConnectionError, TimeoutError) as e:
         # The client has no exception for this; the code is part of S3's protocol.
         if "NoSuchBucket" in str(e):
-            raise DataError("no such bucket", where=(("file", uri),), hint="check the bucket's name and region") from e
-        raise TransientError(f"storage trouble: {_brief(e)}", where=(("file", uri),)) from e
+            raise _no_bucket(uri) from e
+        if retries.transient(e):
+            raise TransientError(f"storage trouble: {_brief(e)}", where=where) from None
+        raise DataError(f"the storage refused a request: {_brief(e)}", where=where) from None
+
+
+def _no_bucket(uri: str) -> DataError:
+    return DataError("no such bucket", where=(("file", redact(uri)),), hint="check the bucket's name and region")
 
 
 def _brief(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
+    """The error's first line. `from None` where it is used: the client's own texts hold whole requests, signatures included."""
+    text = redact(str(error)).strip().splitlines()
     return text[0][:300] if text else type(error).__name__
 
 
@@ -269,11 +345,14 @@ def _fetch(uri: str, version: str, span: tuple[int, int] | None) -> pa.Buffer:
         version = ""  # no etag from this server: sizes are all that can be compared
     if version:
         options["if_match"] = version
-    with s3_errors(uri):
+
+    def get() -> pa.Buffer:
         got = obstore.get(s3_store(bucket), key, options=options)  # type: ignore[arg-type]
         if version and got.meta["e_tag"] not in (None, version):
             raise changed(uri)
         return pa.py_buffer(got.buffer())
+
+    return requested(uri, get)
 
 
 class RangedFile:

@@ -12,14 +12,28 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from headrace.core.refs import BlockRef, PartRef
 from headrace.core.resources import WorkerSpec
-from headrace.core.steps import Discard, Step, SubstrateEvent
+from headrace.core.steps import Discard, Doing, Step, SubstrateEvent
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
+class Crumb(Protocol):
+    """Where a worker says what its user code is about to be given, for whoever finds it dead. Costs about a microsecond."""
+
+    def write(self, doing: Doing) -> None:
+        """Survives the death of the process; replaces what was there."""
+        ...
+
+    def clear(self) -> None:
+        """No user code is at work."""
+        ...
+
+
 class BlockStore(Protocol):
-    """A worker's view of block memory."""
+    """A worker's view of block memory. crumb: None where a worker's death is the driver's own (threads, inline)."""
+
+    crumb: Crumb | None
 
     def put(self, batch: pa.RecordBatch) -> PartRef:
         """Keep a batch where other workers can read it without a copy. Copies at most once."""

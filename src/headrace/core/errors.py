@@ -1,6 +1,8 @@
-"""Errors, by who must act. Each says what happened, where, and what to do next; all of them pickle."""
+"""Errors, by who must act. Each says what happened, where, and what to do next; all of them pickle, and none holds a secret."""
 
 from __future__ import annotations
+
+from headrace.core.redact import redact
 
 
 class HeadraceError(Exception):
@@ -15,11 +17,11 @@ class HeadraceError(Exception):
     def __init__(
         self, message: str, *, where: tuple[tuple[str, str], ...] = (), hint: str = "", frames: str = ""
     ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.where = where
-        self.hint = hint
-        self.frames = frames
+        self.message = redact(message)
+        super().__init__(self.message)
+        self.where = _redacted(where)
+        self.hint = redact(hint)
+        self.frames = redact(frames)
 
     def __str__(self) -> str:
         lines = [self.message]
@@ -37,8 +39,12 @@ class HeadraceError(Exception):
     def at(self, *where: tuple[str, str]) -> HeadraceError:
         """The same error with more places; those it already names are kept."""
         known = {label for label, _ in self.where}
-        self.where = self.where + tuple(pair for pair in where if pair[0] not in known)
+        self.where = self.where + _redacted(tuple(pair for pair in where if pair[0] not in known))
         return self
+
+
+def _redacted(where: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+    return tuple((label, redact(value)) for label, value in where)
 
 
 def _rebuild(

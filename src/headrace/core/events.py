@@ -13,7 +13,8 @@ from headrace.core.steps import Timing
 class RunStarted:
     """pools: pool name -> number of workers. stages: stage id -> (name, pool). ops: operator index -> name.
 
-    settled: splits that earlier sessions of the run have settled; tally: their rows.
+    settled: splits that earlier sessions of the run have settled; tally: their rows. run: its name in the destination, "" when
+    nothing is kept. sessions: this one included. quarantine: where rows that fail are set aside, "" when they are not.
     """
 
     at_s: float
@@ -26,6 +27,9 @@ class RunStarted:
     notes: tuple[str, ...] = ()
     settled: int = 0
     tally: Tally = field(default_factory=Tally)
+    run: str = ""
+    sessions: int = 1
+    quarantine: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +77,13 @@ class SplitSettled:
 
 @dataclass(frozen=True, slots=True)
 class SplitRetried:
-    """A split starts again as `attempt`. why: what befell the one before."""
+    """A split starts again as `attempt`. why: what befell the one before. tally: what its steps told, and no longer counts."""
 
     at_s: float
     index: int
     attempt: int
     why: str
+    tally: Tally = field(default_factory=Tally)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +97,9 @@ class WorkerReplaced:
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """Something that people should know while the run goes on: memory pressure, draining, a lost worker."""
+    """Something that people should know while the run goes on: memory pressure, draining, a lost worker. Lines after the first
+    are details, such as a stack.
+    """
 
     at_s: float
     text: str

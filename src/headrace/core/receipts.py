@@ -84,7 +84,8 @@ class OutputFile:
 class LineageRun:
     """Output rows [row, row + rows) of a split come from rows [source_row, source_row + source_rows) of input object `uri`.
 
-    rows == source_rows: one to one, in order. source_rows == 1: all from that one row. Otherwise: from among them.
+    exact: one to one and in order if rows == source_rows, all from that one row if source_rows == 1. Otherwise from among them;
+    runs that name the same output rows tell of several places that these may come from.
     """
 
     row: int
@@ -92,6 +93,7 @@ class LineageRun:
     uri: str
     source_row: int
     source_rows: int
+    exact: bool = True
 
 
 @travels

@@ -7,7 +7,7 @@ through an index column named by the part. Pure data: no pyarrow here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.core.wire import travels
@@ -26,14 +26,35 @@ class Segment:
 @travels
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a block's rows came from. exact: row i of the block is row i of the concatenated segments."""
+    """Where a block's rows came from. exact: row i of the block is row i of the concatenated segments.
+
+    index: with exact=False, the rows' positions in the concatenated segments, ascending and maybe repeated: an array of
+    integers that never leaves its worker. listed: it left, as a hidden column of the block. With neither, rows come from among
+    the segments.
+    groups: of a block of several pieces of that last kind, how many of the segments belong to each piece.
+    """
 
     segments: tuple[Segment, ...] = ()
     exact: bool = True
+    index: Any = field(default=None, compare=False)
+    listed: bool = False
+    groups: tuple[int, ...] = ()
+
+    @property
+    def known(self) -> bool:
+        """Whether each row's own place can be told here."""
+        return self.exact or self.index is not None
+
+    @property
+    def rows(self) -> int:
+        """Of all segments."""
+        return sum(s.rows for s in self.segments)
 
     def locate(self, row: int) -> tuple[str, int] | None:
-        """(uri, row in that object) of block row `row`, or None when rows were dropped or added on the way."""
-        if not self.exact:
+        """(uri, row in that object) of block row `row`, or None when rows were added or mixed on the way."""
+        if self.index is not None:
+            row = int(self.index[row])
+        elif not self.exact:
             return None
         for s in self.segments:
             if row < s.rows:
@@ -42,12 +63,19 @@ class Origin:
         return None
 
     def inexact(self) -> Origin:
-        return Origin(self.segments, exact=False) if self.exact else self
+        """The same place, for rows that a function may have dropped, added or reordered."""
+        return Origin(self.segments, exact=False) if self.known or self.listed else self
 
     def slice(self, start: int, rows: int) -> Origin:
-        """The origin of block rows [start, start + rows); unchanged when not exact."""
-        if not self.exact:
-            return self
+        """The origin of block rows [start, start + rows); unchanged when rows are not known one by one."""
+        if self.index is not None and rows:
+            positions = self.index[start : start + rows]
+            first = int(positions[0])
+            return Origin(self._cut(first, int(positions[-1]) + 1 - first), exact=False, index=positions - first)
+        return Origin(self._cut(start, rows)) if self.exact else self
+
+    def _cut(self, start: int, rows: int) -> tuple[Segment, ...]:
+        """Positions [start, start + rows) of the concatenated segments."""
         out: list[Segment] = []
         for s in self.segments:
             if rows <= 0:
@@ -59,7 +87,7 @@ class Origin:
             out.append(Segment(s.uri, s.row + start, n))
             rows -= n
             start = 0
-        return Origin(tuple(out))
+        return tuple(out)
 
     @property
     def label(self) -> str:
@@ -80,7 +108,7 @@ class PartRef:
     id: unique in the run. owner: the worker whose memory holds it. bytes: its size.
     columns: those of its columns that belong to the block, in order; a reader selects them by name and ignores the rest.
     handle: the substrate's own address of it (the batch itself for threads, an arena range for processes,
-    an object reference for Ray); nobody else looks inside.
+    an object reference for Ray); nobody else looks inside. The batch may hold columns that are not named (see Origin.listed).
     """
 
     id: int

@@ -3,7 +3,9 @@
 Pure: no clock (the moment is an argument, in the events' own time), no thread, no terminal. Cost per event is constant, and
 memory depends on the number of workers alone.
 
-- Rows count as done when they are written, or delivered to the consumer.
+- Rows count as done when they are written, or delivered to the consumer; those of earlier sessions of the run, too. Rates are
+  of this session alone.
+- What a retried split had told no longer counts.
 - A worker is busy from the start of a step to its end. Steps wait in line at a worker, so that of a finished step the
   worker's own time counts, and of several under way only the foremost.
 """
@@ -18,12 +20,14 @@ from headrace.core.events import (
     RunEvent,
     RunFinished,
     RunStarted,
+    SplitRetried,
     SplitSettled,
     SplitsFound,
     StepFinished,
     StepStarted,
+    WorkerReplaced,
 )
-from headrace.core.receipts import Tally
+from headrace.core.receipts import NO_ROWS, Tally
 
 BUSY_WINDOW_S = 3.0
 RATE_WINDOW_S = 10.0  # rows come in bursts, a split at a time
@@ -32,7 +36,10 @@ ETA_WINDOW_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """One moment. share: of the input that is done, None when it can't be told. busy: pool -> share of its workers."""
+    """One moment. share: of the input that is done, None when it can't be told. busy: pool -> share of its workers.
+
+    earlier_rows: of `rows`, those of earlier sessions. bad_rows: left out, or set aside in `quarantine` where that is named.
+    """
 
     name: str
     elapsed_s: float
@@ -47,6 +54,11 @@ class Picture:
     rss_bytes: int
     finished: bool
     error: str
+    earlier_rows: int = 0
+    bad_rows: int = 0
+    quarantine: str = ""
+    retries: int = 0
+    workers_lost: int = 0
 
 
 @dataclass(slots=True)
@@ -70,7 +82,11 @@ class Live:
     def __init__(self) -> None:
         self.started: RunStarted | None = None
         self.finished: RunFinished | None = None
-        self._tally = Tally()
+        self._tally = Tally()  # of this session
+        self._before = NO_ROWS  # of earlier ones
+        self._settled_before = 0
+        self._retries = 0
+        self._workers_lost = 0
         self._found_splits = 0
         self._found_bytes = 0
         self._found_rows: int | None = None
@@ -106,11 +122,20 @@ class Live:
             case SplitsFound():
                 self._found_splits, self._found_bytes = event.count, event.bytes
                 self._found_rows, self._listed = event.rows, event.complete
+            case SplitRetried():
+                self._retries += 1
+                self._tally = minus(self._tally, event.tally)
+            case WorkerReplaced():
+                self._workers_lost += 1
+                self._workers.pop(event.replaces, None)
             case RunStarted():
                 self.started = event
+                self._before, self._settled_before = event.tally, event.settled
             case RunFinished():
                 self.finished = event
-                self._tally = event.tally
+                self._tally = minus(event.tally, self._before)
+            case _:
+                pass
 
     def picture(self, now_s: float) -> Picture:
         start_s = self.started.at_s if self.started else now_s
@@ -125,17 +150,22 @@ class Live:
         picture = Picture(
             name=self.started.name if self.started else "",
             elapsed_s=elapsed_s,
-            rows=self._tally.written,
+            rows=self._before.written + self._tally.written,
             rows_per_s=self._rows_per_s(now, start_s),
             share=share,
             eta_s=self._eta_s(now, share, start_s),
-            splits_done=self._settled_splits,
+            splits_done=self._settled_before + self._settled_splits,
             splits=self._found_splits,
             busy=self._busy_share(now, start_s),
             in_flight_bytes=self._in_flight_bytes,
             rss_bytes=self._rss_bytes,
             finished=self.finished is not None,
             error=self.finished.error if self.finished else "",
+            earlier_rows=self._before.written,
+            bad_rows=self._before.bad + self._tally.bad,
+            quarantine=self.started.quarantine if self.started else "",
+            retries=self._retries,
+            workers_lost=self._workers_lost,
         )
         if not samples or now_s - samples[-1].at_s >= BUSY_WINDOW_S / 12:
             samples.append(now)
@@ -175,13 +205,13 @@ class Live:
             return now.rows / (now.at_s - start_s) if now.at_s > start_s else 0.0
         since = self._sample_at(now.at_s - RATE_WINDOW_S)
         rows, since_s = (since.rows, since.at_s) if since else (0, start_s)
-        return (now.rows - rows) / (now.at_s - since_s) if now.at_s > since_s else 0.0
+        return max(0, now.rows - rows) / (now.at_s - since_s) if now.at_s > since_s else 0.0
 
     def _eta_s(self, now: _Sample, share: float | None, start_s: float) -> float | None:
         if share is None or not self._listed or self.finished:
             return None
         since = self._sample_at(now.at_s - ETA_WINDOW_S)
-        gained = share - (since.share if since else 0.0)
+        gained = share - (since.share if since else self._of_all(0.0))
         if gained <= 0:
             return None
         return (now.at_s - (since.at_s if since else start_s)) * (1 - share) / gained
@@ -196,23 +226,51 @@ class Live:
         return found
 
     def _share(self) -> float | None:
-        """Of all input, from the best that is known: rows of the listing, else bytes of settled splits, to which open
-        splits are added by the rows that they have given so far.
-        """
+        """Of all input, None while it is not known how much that is."""
         if self.finished and not self.finished.error:
             return 1.0
-        t = self._tally
-        ended = t.written + t.filtered + t.skipped + t.quarantined + t.cut
         if not self._listed:
             return None
+        if self._settled_before and self._found_splits <= self._settled_before:
+            return 1.0
+        here = self._share_here()
+        return None if here is None and not self._settled_before else self._of_all(here or 0.0)
+
+    def _of_all(self, share: float) -> float:
+        """The share of all input, from that of what earlier sessions left to do: a split counts as one of all splits."""
+        if not self._settled_before or not self._found_splits:
+            return share
+        before = min(1.0, self._settled_before / self._found_splits)
+        return before + share * (1.0 - before)
+
+    def _share_here(self) -> float | None:
+        """Of this session's input, from the best that is known: rows of the listing, else bytes of settled splits, to which
+        open splits are added by the rows that they have given so far.
+        """
+        t = self._tally
+        ended = t.written + t.filtered + t.skipped + t.quarantined + t.cut
         if self._found_rows:
             arrived = t.rows_in + t.expanded
             return min(1.0, ended / arrived * t.rows_in / self._found_rows) if arrived else 0.0
         if not self._found_bytes:
-            return self._settled_splits / self._found_splits if self._found_splits else None
+            here = self._found_splits - self._settled_before
+            return self._settled_splits / here if here > 0 else None
         if not self._settled_splits:
             return None  # nothing tells yet how much of the bytes the first splits have got through
         done_bytes = float(self._settled_bytes)
         if self._rows_told and self._settled_rows:
             done_bytes = max(done_bytes, self._settled_bytes * t.written / self._settled_rows)
         return min(1.0, done_bytes / self._found_bytes)
+
+
+def minus(a: Tally, b: Tally) -> Tally:
+    """`a` without `b`."""
+    return Tally(
+        a.rows_in - b.rows_in,
+        a.expanded - b.expanded,
+        a.written - b.written,
+        a.filtered - b.filtered,
+        a.skipped - b.skipped,
+        a.quarantined - b.quarantined,
+        a.cut - b.cut,
+    )

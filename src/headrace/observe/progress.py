@@ -8,6 +8,8 @@ Invariants:
 - Prints of the caller's process go above the line, whole: while it is shown, `sys.stdout` and `sys.stderr` are watched if
   they are terminals too. What a worker process prints by itself may overlay the line until the next redraw.
 - Log lines are plain text: no control characters.
+- What happens on the way (a lost worker, scarce memory, a stop) is told at once, in lines of its own, above the line. After
+  `MOST_TOLD` of them only the counts go on: a run of a million bad splits must not fill a disk with its log.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from collections.abc import Callable
 from typing import Any, TextIO
 
 from headrace.contracts.observer import Observer
-from headrace.core.events import RunEvent, RunStarted
+from headrace.core.events import Noted, RunEvent, RunStarted, SplitRetried, WorkerReplaced
 from headrace.core.options import Progress
 from headrace.observe import words
 from headrace.observe.live import Live, Picture
@@ -29,8 +31,8 @@ REDRAW_S = 0.125
 FIRST_DRAW_S = 0.2  # a run that is over sooner shows its last line only, without a flicker
 LOG_EVERY_S = 10.0
 _CLEAR = "\r\x1b[K"
+MOST_TOLD = 100
 _NAME_CELLS = 32
-_STOPPED = ("interrupted", "stopped")  # what ends a run that did not fail
 
 
 def make_observers(progress: Progress, stream: TextIO | None = None) -> list[Observer]:
@@ -54,6 +56,7 @@ class _Drawn:
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
+        self._told = 0
 
     def on_event(self, event: RunEvent) -> None:
         lag_s = self._clock() - event.at_s
@@ -61,6 +64,8 @@ class _Drawn:
             if self._lag_s is None or lag_s < self._lag_s:
                 self._lag_s = lag_s
             self._live.on_event(event)
+        if isinstance(event, Noted | SplitRetried | WorkerReplaced):
+            self._tell(event)
         if isinstance(event, RunStarted) and self._thread is None:
             self._begin(event)
             self._thread = threading.Thread(target=self._draw_until_over, name="headrace-progress", daemon=True)
@@ -85,6 +90,18 @@ class _Drawn:
         except (OSError, ValueError):
             self._over.set()
 
+    def _tell(self, event: Noted | SplitRetried | WorkerReplaced) -> None:
+        self._told += 1
+        if self._told <= MOST_TOLD:
+            for line in told_lines(event):
+                self._say(line)
+        elif self._told == MOST_TOLD + 1:
+            self._say("and so on: from here on they are only counted")
+
+    def _say(self, line: str) -> None:
+        """Show a line that stays."""
+        raise NotImplementedError
+
     def _begin(self, event: RunStarted) -> None:
         raise NotImplementedError
 
@@ -106,6 +123,8 @@ class ProgressLine(_Drawn):
         self._watched: list[tuple[str, _Watched]] = []
 
     def _begin(self, event: RunStarted) -> None:
+        if event.settled:
+            self._say(resumed(event))
         for name in ("stdout", "stderr"):
             stream = getattr(sys, name)
             if stream is self._stream or _is_terminal(stream):
@@ -134,8 +153,11 @@ class ProgressLine(_Drawn):
         self._watched.clear()
         with self._drawing:
             start = "\n" if self._text_open else _CLEAR if self._shown else ""
-            self._write(start + words.cut(last_line(self.picture()), self._room()) + "\n")
-            self._shown = False
+            picture = self.picture()
+            self._write(start + words.cut(last_line(picture), self._room()) + "\n")
+            self._shown = self._text_open = False
+            if picture.bad_rows and picture.quarantine:
+                self._say(set_aside(picture))
 
     def print_above(self, stream: TextIO, text: str) -> int:
         """Write somebody's text to the terminal, the line out of its way."""
@@ -149,6 +171,12 @@ class ProgressLine(_Drawn):
             if not self._text_open:
                 stream.flush()  # or a buffered line would come out after the next redraw, over it
             return written
+
+    def _say(self, line: str) -> None:
+        with self._drawing:
+            start = "\n" if self._text_open else _CLEAR if self._shown else ""
+            self._write(f"{start}headrace: {line}\n")
+            self._shown = self._text_open = False
 
     def _room(self) -> int:
         """Columns to draw in: one less than there are, or some terminals wrap."""
@@ -174,17 +202,22 @@ class LogLines(_Drawn):
 
     def _begin(self, event: RunStarted) -> None:
         pools = ", ".join(f"{workers} {pool}" for pool, workers in event.pools.items())
-        self._log(f"{_title(event.name)}  started  {event.engine}: {pools}")
+        self._say(f"{_title(event.name)}  started  {event.engine}: {pools}")
+        if event.settled:
+            self._say(resumed(event))
 
     def _draw_until_over(self) -> None:
         while not self._over.wait(self._every_s):
-            self._log(live_line(self.picture()))
+            self._say(live_line(self.picture()))
 
     def _end(self) -> None:
-        self._log(last_line(self.picture()))
+        picture = self.picture()
+        self._say(last_line(picture))
+        if picture.bad_rows and picture.quarantine:
+            self._say(set_aside(picture))
 
-    def _log(self, text: str) -> None:
-        self._write(f"headrace: {text}\n")
+    def _say(self, line: str) -> None:
+        self._write(f"headrace: {line}\n")
 
 
 class _Watched:
@@ -206,7 +239,7 @@ class _Watched:
 
 
 def live_line(picture: Picture, room: int | None = None) -> str:
-    """images → out  62%  18,432 rows  1,020 rows/s  ETA 0:12  cpu 97%  sim 41%  mem 96 MB in flight, 410 MB
+    """images → out  62%  18,432 rows  7 bad  1,020 rows/s  ETA 0:12  cpu 97%  sim 41%  1 retry  mem 96 MB in flight, 410 MB
 
     Pieces that don't fit into `room` columns are left out, the least telling first.
     """
@@ -216,11 +249,15 @@ def live_line(picture: Picture, room: int | None = None) -> str:
     elif picture.splits_done:
         pieces.append((5, f"{words.count(picture.splits_done)} splits"))
     pieces.append((7, f"{words.count(picture.rows)} rows"))
+    if picture.bad_rows:
+        pieces.append((6, f"{words.count(picture.bad_rows)} bad"))
     if picture.rows:
         pieces.append((6, f"{words.rate(picture.rows_per_s)} rows/s"))
     eta_s = picture.eta_s
     pieces.append((5, words.clock(picture.elapsed_s) if eta_s is None else f"ETA {words.clock(eta_s)}"))
     pieces += [(4, f"{pool} {words.share(busy)}") for pool, busy in picture.busy.items()]
+    if picture.retries:
+        pieces.append((3, words.plural(picture.retries, "retry", "retries")))
     if picture.in_flight_bytes or picture.rss_bytes:
         memory = f"{words.size(picture.in_flight_bytes)} in flight, {words.size(picture.rss_bytes)}"
         pieces.append((3, f"mem {memory}"))
@@ -234,12 +271,49 @@ def last_line(picture: Picture) -> str:
     name = _title(picture.name)
     rows = f"{words.count(picture.rows)} rows"
     took = words.duration(picture.elapsed_s)
-    stopped = not picture.finished or picture.error in _STOPPED
-    if picture.error and not stopped:
+    if not picture.finished or stopped(picture.error):
+        splits = f" ({words.count(picture.splits_done)} of {words.plural(picture.splits, 'split')})" if picture.splits else ""
+        return f"{name}  stopped after {took}, {rows} done{splits}"
+    if picture.error:
         return f"{name}  failed after {took}, {rows} done"
-    if stopped:
-        return f"{name}  stopped after {took}, {rows} done"
-    return f"{name}  {rows} in {took}  {words.rate(picture.rows_per_s)} rows/s"
+    if picture.earlier_rows:
+        rows = f"{words.count(picture.rows - picture.earlier_rows)} of {rows}"
+    pieces = [name, f"{rows} in {took}", f"{words.rate(picture.rows_per_s)} rows/s"]
+    if picture.bad_rows:
+        pieces.append(f"{words.count(picture.bad_rows)} bad")
+    if picture.retries:
+        pieces.append(words.plural(picture.retries, "retry", "retries"))
+    return "  ".join(pieces)
+
+
+def set_aside(picture: Picture) -> str:
+    """Where the bad rows are."""
+    are = "is" if picture.bad_rows == 1 else "are"
+    return f"{words.plural(picture.bad_rows, 'bad row')} {are} set aside in {words.one_line(picture.quarantine)}"
+
+
+def stopped(error: str) -> bool:
+    """Somebody ended the run: it did not fail."""
+    return error == "interrupted" or error.split(" ", 1)[0] == "stopped"
+
+
+def resumed(event: RunStarted) -> str:
+    """What earlier sessions leave to do."""
+    done = f"{words.plural(event.settled, 'split')} ({words.plural(event.tally.written, 'row')})"
+    return f"resumed: {done} {'was' if event.settled == 1 else 'were'} done"
+
+
+def told_lines(event: Noted | SplitRetried | WorkerReplaced) -> list[str]:
+    """The event in lines; those after the first are indented."""
+    match event:
+        case SplitRetried(_, index, attempt, why):
+            text = f"split {index} starts again, attempt {attempt}: {why}"
+        case WorkerReplaced(_, worker, pool, replaces, _):
+            text = f"worker {worker} ({pool}) takes the place of worker {replaces}"
+        case Noted(_, text):
+            pass
+    first, *rest = text.splitlines() or [""]
+    return [words.one_line(first), *(f"  {words.one_line(line)}" for line in rest)]
 
 
 def _title(name: str) -> str:

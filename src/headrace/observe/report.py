@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from headrace.observe import words
+from headrace.observe.progress import stopped
 
 if TYPE_CHECKING:
     from headrace.observe.run import Bottleneck, Run, StageTime
@@ -16,6 +17,8 @@ _WORTH_TELLING = 0.02  # shares below this are noise
 
 def text(run: Run) -> str:
     """Several lines: what was done, where time went, what limited it, memory, metrics."""
+    if run.already_done:
+        return _nothing_to_do(run)
     lines = [_headline(run), *(f"  {line}" for line in _facts(run))]
     if run.pools:
         lines += ["", *_pools(run)]
@@ -29,8 +32,24 @@ def text(run: Run) -> str:
     return "\n".join(lines)
 
 
+def _nothing_to_do(run: Run) -> str:
+    """Of a run that an earlier call had finished."""
+    which = f" ({run.run_id})" if run.run_id else ""
+    files = f" in {words.plural(run.output_files, 'file')}" if run.output_files else ""
+    lines = [f"{run.name}  nothing to do: finished before{which}, {words.plural(run.rows, 'row')}{files}"]
+    lines += [f"  {line}" for line in (_rows(run), _set_aside(run)) if line]
+    if run.metrics:
+        lines += ["", "  metrics", *(f"    {line}" for line in _metrics(run.metrics))]
+    return "\n".join([*lines, *(f"  note: {note}" for note in run.notes)])
+
+
 def _headline(run: Run) -> str:
-    took = f"{words.count(run.rows)} rows in {words.duration(run.wall_s)}"
+    rows = words.count(run.rows)
+    if run.resumed_rows:
+        rows = f"{words.count(run.rows - run.resumed_rows)} of {rows}"
+    took = f"{rows} rows in {words.duration(run.wall_s)}"
+    if run.error and stopped(run.error):
+        return f"{run.name}  {run.error}\n  {took} until then; the same call goes on from there"
     if run.error:
         return f"{run.name}  failed: {run.error.splitlines()[0]}\n  {took} until then"
     return f"{run.name}  {took}  ({words.rate(run.rows_per_s)} rows/s)"
@@ -43,12 +62,8 @@ def _facts(run: Run) -> list[str]:
     if run.output_files:
         noun = "file" if run.output_files == 1 else "files"
         facts.append(f"{words.count(run.output_files)} {noun}, {words.size(run.output_bytes)} written")
-    t = run.tally
-    other = {"expanded": t.expanded, "filtered": t.filtered, "skipped": t.skipped, "quarantined": t.quarantined, "cut": t.cut}
-    rows = [f"{words.count(n)} {what}" for what, n in other.items() if n]
     lines = [" · ".join(facts)]
-    if rows:
-        lines.append(f"of {words.count(t.rows_in)} rows read: " + ", ".join(rows))
+    lines += [line for line in (_resumed(run), _rows(run), _set_aside(run), _mishaps(run)) if line]
     if run.peak_rss_bytes or run.peak_in_flight_bytes:
         budget = f" of a budget of {words.size(run.budget_bytes)}" if run.budget_bytes else ""
         peak, in_all = words.size(run.peak_in_flight_bytes), words.size(run.peak_rss_bytes)
@@ -56,10 +71,36 @@ def _facts(run: Run) -> list[str]:
     return lines
 
 
+def _resumed(run: Run) -> str:
+    if not run.resumed_splits:
+        return f"session {run.sessions} of {run.run_id}" if run.sessions > 1 else ""
+    session = f" (session {run.sessions} of {run.run_id})" if run.run_id else ""
+    return f"resumed: {words.count(run.resumed_splits)} of {words.plural(run.splits, 'split')} were done{session}"
+
+
+def _rows(run: Run) -> str:
+    t = run.tally
+    other = {"expanded": t.expanded, "filtered": t.filtered, "skipped": t.skipped, "quarantined": t.quarantined, "cut": t.cut}
+    rows = [f"{words.count(n)} {what}" for what, n in other.items() if n]
+    return f"of {words.count(t.rows_in)} rows read: " + ", ".join(rows) if rows else ""
+
+
+def _set_aside(run: Run) -> str:
+    return f"set aside in {run.quarantine}" if run.quarantine and run.tally.quarantined else ""
+
+
+def _mishaps(run: Run) -> str:
+    """What was mended on the way."""
+    mended: list[str] = []
+    if run.workers_lost:
+        mended.append(f"{words.plural(run.workers_lost, 'worker')} lost and replaced")
+    if run.retries:
+        mended.append(f"{words.plural(run.retries, 'split')} started again")
+    return " · ".join(mended)
+
+
 def _pools(run: Run) -> list[str]:
-    rows = [
-        (p.name, str(p.workers), words.share(p.busy), words.duration(p.busy_s), words.duration(p.cpu_s)) for p in run.pools
-    ]
+    rows = [(p.name, str(p.workers), words.share(p.busy), words.duration(p.busy_s), words.duration(p.cpu_s)) for p in run.pools]
     return _table(("pool", "workers", "busy", "busy time", "cpu time"), rows)
 
 

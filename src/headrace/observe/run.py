@@ -1,7 +1,7 @@
 """Run: what an action returns, and RunRecorder, the observer that collects it from the events.
 
-Invariants: memory depends on the number of stages, operators and workers, never on splits or steps; nothing is estimated but
-`what_if`, which says how.
+Invariants: memory depends on the number of stages, operators and workers (those that died, too), never on splits or steps;
+nothing is estimated but `what_if`, which says how.
 
 Definitions:
 - busy_s of a worker is the time its steps ran, as measured in the worker; a pool's busy share is that, summed, over
@@ -15,20 +15,24 @@ Definitions:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from headrace.core.events import (
     MemorySampled,
+    Noted,
     RunEvent,
     RunFinished,
     RunStarted,
+    SplitRetried,
     SplitSettled,
     StepFinished,
+    WorkerReplaced,
 )
-from headrace.core.receipts import Tally
+from headrace.core.receipts import OutputFile, Tally
 
+MOST_NOTES = 20  # of what happened on the way, in the report
 OP_NAMES = {-1: "read", -2: "write"}  # where core.steps.OpTime has no plan node to name
 
 
@@ -103,8 +107,14 @@ class Bottleneck:
 class Run:
     """One execution of a plan, as measured. Print it for a report; `to_dict` for JSON.
 
-    rows: written, or delivered to the consumer. splits: settled. first_output_s: from the start to the first row written or
-    delivered, None when there was none. peak_rss_bytes: anonymous memory of driver and workers, sampled.
+    rows: written, or delivered to the consumer. splits: settled. Both, the tally and the metrics are of the whole run; times,
+    stages, memory, files and rates are of this session of it.
+    first_output_s: from the start to the first row written or delivered, None when there was none. peak_rss_bytes: anonymous
+    memory of driver and workers, sampled.
+    run_id: the run's name in its destination, "" when nothing is kept. sessions: how many have worked on it, with this one.
+    resumed_splits, resumed_rows: done before this session. retries: splits that were started again. workers_lost: that died or
+    hung, and were replaced. quarantine: where rows that failed (tally.quarantined) are set aside, "" when they are not.
+    finished: False for a run that was stopped, or failed. already_done: an earlier call had finished it, this one did nothing.
     """
 
     name: str
@@ -125,14 +135,30 @@ class Run:
     metrics: Mapping[str, Any] = field(default_factory=dict[str, Any])
     notes: tuple[str, ...] = ()
     error: str = ""
+    run_id: str = ""
+    sessions: int = 1
+    resumed_splits: int = 0
+    resumed_rows: int = 0
+    retries: int = 0
+    workers_lost: int = 0
+    quarantine: str = ""
+    finished: bool = True
+    already_done: bool = False
 
     @property
     def rows_per_s(self) -> float:
-        return self.rows / self.wall_s if self.wall_s > 0 else 0.0
+        """Of this session."""
+        return (self.rows - self.resumed_rows) / self.wall_s if self.wall_s > 0 else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: plain numbers, strings, lists and dicts; NaN and infinities as None."""
+        """JSON-able: plain numbers, strings, lists and dicts; NaN and infinities as None.
+
+        What an undisturbed run has nothing to say of (retries, sessions, ...) is left out.
+        """
         out = _plain(asdict(self))
+        for name, usual in _USUAL.items():
+            if out[name] == usual:
+                del out[name]
         out["rows_per_s"] = _plain(self.rows_per_s)
         return out
 
@@ -145,6 +171,51 @@ class Run:
         from html import escape
 
         return f"<pre>{escape(str(self))}</pre>"
+
+
+def finished_before(
+    summary: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    run: str,
+    tally: Tally,
+    splits: int,
+    files: Sequence[OutputFile],
+) -> Run:
+    """The Run of a call that finds its run finished. summary: what the session that finished it recorded."""
+
+    def text(name: str) -> str:
+        value = summary.get(name)
+        return value if isinstance(value, str) else ""
+
+    outputs = [f for f in files if f.kind == "output"]
+    return Run(
+        name=text("name"),
+        engine=text("engine"),
+        rows=tally.written,
+        tally=tally,
+        splits=splits,
+        output_files=len(outputs),
+        output_bytes=sum(f.bytes for f in outputs),
+        metrics=dict(metrics),
+        run_id=run,
+        resumed_splits=splits,
+        resumed_rows=tally.written,
+        quarantine=text("quarantine"),
+        already_done=True,
+    )
+
+
+_USUAL: dict[str, Any] = {
+    "run_id": "",
+    "sessions": 1,
+    "resumed_splits": 0,
+    "resumed_rows": 0,
+    "retries": 0,
+    "workers_lost": 0,
+    "quarantine": "",
+    "finished": True,
+    "already_done": False,
+}
 
 
 @dataclass(slots=True)
@@ -168,6 +239,9 @@ class RunRecorder:
         self._first_output_s: float | None = None
         self._tally = Tally()
         self._splits = 0
+        self._retries = 0
+        self._place: dict[int, int] = {}  # worker that replaced another -> the first one in its place
+        self._notes: list[str] = []
         self._files = 0
         self._file_bytes = 0
         self._peak_in_flight = 0
@@ -191,13 +265,19 @@ class RunRecorder:
             case MemorySampled():
                 self._peak_in_flight = max(self._peak_in_flight, event.in_flight_bytes)
                 self._peak_rss = max(self._peak_rss, event.rss_bytes)
+            case SplitRetried():
+                self._retries += 1
+            case WorkerReplaced():
+                self._place[event.worker] = self._place.get(event.replaces, event.replaces)
+            case Noted():
+                if len(self._notes) < MOST_NOTES:
+                    self._notes.append(event.text.partition("\n")[0])
             case RunStarted():
                 self._started = event
+                self._tally = event.tally
             case RunFinished():
                 self._finished = event
                 self._tally = event.tally
-            case _:
-                pass
 
     def close(self) -> None:
         """Nothing to restore."""
@@ -213,7 +293,7 @@ class RunRecorder:
             engine=started.engine,
             rows=self._tally.written,
             tally=self._tally,
-            splits=self._splits,
+            splits=started.settled + self._splits,
             wall_s=wall_s,
             first_output_s=None if self._first_output_s is None else self._first_output_s - started.at_s,
             stages=stages,
@@ -225,8 +305,16 @@ class RunRecorder:
             output_files=self._files,
             output_bytes=self._file_bytes,
             metrics=dict(self._finished.metrics) if self._finished else {},
-            notes=started.notes,
+            notes=(*started.notes, *self._notes),
             error=self._finished.error if self._finished else "",
+            run_id=started.run,
+            sessions=started.sessions,
+            resumed_splits=started.settled,
+            resumed_rows=started.tally.written,
+            retries=self._retries,
+            workers_lost=len(self._place),
+            quarantine=started.quarantine,
+            finished=self._finished is not None and not self._finished.error,
         )
 
     def _step(self, event: StepFinished) -> None:
@@ -237,7 +325,7 @@ class RunRecorder:
         stage.cpu_s += timing.cpu_s
         stage.rows += event.rows
         stage.bytes += event.bytes
-        stage.workers.add(event.worker)
+        stage.workers.add(self._place.get(event.worker, event.worker))
         self._stage_pool.setdefault(event.stage, event.pool)
         for op in timing.ops:
             total = stage.ops.setdefault(op.op, [0.0, 0, 0])
@@ -289,9 +377,7 @@ class _Limit:
 
 def find_bottleneck(pools: tuple[PoolTime, ...], stages: tuple[StageTime, ...], wall_s: float) -> Bottleneck | None:
     """The limit that the run came nearest to, by the model in this module's docstring; None when nothing ran."""
-    limits = [
-        _Limit("pool", p.name, p.workers, p.busy_s, tuple(s for s in stages if s.pool == p.name)) for p in pools
-    ]
+    limits = [_Limit("pool", p.name, p.workers, p.busy_s, tuple(s for s in stages if s.pool == p.name)) for p in pools]
     size = {p.name: p.workers for p in pools}
     # A stage counts by itself only where it left workers of its pool out: few splits, or few replicas of a model.
     limits += [_Limit("stage", s.name, s.workers, s.busy_s, (s,)) for s in stages if s.workers < size.get(s.pool, 0)]

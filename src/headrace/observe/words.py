@@ -14,6 +14,11 @@ def count(n: float) -> str:
     return f"{n / 1e9:,.2f} G" if n >= 1e9 else f"{n / 1e6:,.1f} M"
 
 
+def plural(n: int, one: str, many: str = "") -> str:
+    """1 split, 18,432 splits."""
+    return f"{count(n)} {one if n == 1 else many or one + 's'}"
+
+
 def rate(per_s: float) -> str:
     """Rows a second: three significant figures below one hundred."""
     if per_s >= 100:

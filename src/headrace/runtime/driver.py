@@ -1,6 +1,11 @@
 """Driver: carries the scheduler's commands to the substrate and its events back. No decisions, no polling.
 
-One thread runs the loop and blocks in `substrate.wait`; other threads speak to it through `post`, which wakes it.
+One thread runs the loop and blocks in `substrate.wait`; other threads and signal handlers speak to it through `post`, which
+wakes it. What depends on time wakes it too, and only that: the memory sample, a step's time limit, the end of a drain.
+
+Invariants:
+- Answers of an attempt that no longer counts reach neither the committer nor the counts that observers sum up.
+- Whatever the end, no worker and no block outlives `run`.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from headrace.contracts.observer import Observer
@@ -16,44 +22,77 @@ from headrace.contracts.substrate import Substrate
 from headrace.core.errors import HeadraceError
 from headrace.core.events import (
     MemorySampled,
+    Noted,
     RunEvent,
     RunFinished,
     RunStarted,
+    SplitRetried,
     SplitSettled,
     SplitsFound,
     StepFinished,
     StepStarted,
+    WorkerReplaced,
 )
+from headrace.core.receipts import NO_ROWS, Tally
 from headrace.core.resources import WorkerSpec
-from headrace.core.steps import Advance, Step, StepDone
+from headrace.core.steps import NO_TIME, Advance, Step, StepDone, StepFailed, WorkerLost
 from headrace.runtime.committer import Committer
+from headrace.runtime.crashes import CrashSamples
+from headrace.runtime.governor import Governor
 from headrace.runtime.listing import Lister
+from headrace.runtime.signals import GRACE_S, Stopped
+from headrace.runtime.watch import StepWatch
 from headrace.scheduler.machine import Scheduler
 from headrace.scheduler.messages import (
+    AddWorker,
     Command,
     ConsumerTook,
     Deliver,
+    Drain,
     Drop,
     Event,
     Fail,
     Finish,
     ListSplits,
+    MemoryPressure,
+    PartsSpilled,
     Release,
+    Retry,
     Settle,
+    Spill,
     SplitsListed,
     Start,
     Submit,
 )
 
-MEMORY_SAMPLE_S = 0.5  # reading the resident size of a few processes costs about a millisecond
+STACK_LINES = 40  # of a hung worker's stack: the rest is threads that wait
 
 
-class Stopped(Exception):
-    """The run was stopped from outside."""
+@dataclass(frozen=True, slots=True)
+class _Drained:
+    """Posted by `drain`. by_s: when patience ends."""
+
+    why: str
+    note: str
+    by_s: float
+
+
+@dataclass(slots=True)
+class _Open:
+    """A split under way: its attempt, and what its steps told so far."""
+
+    attempt: int
+    tally: Tally = NO_ROWS
 
 
 class Driver:
-    """One run. deliver: called with (block as the consumer's own record batch) in order, for plans that end in the consumer."""
+    """One run, or one session of it.
+
+    deliver: called with (block as the consumer's own record batch) in order, for plans that end in the consumer.
+    timeout_s: a step that gives no answer for so long has its worker killed. That includes loading a model, which happens in a
+    worker's first step; a long step answers at least four times a second between batches, so only one batch can use it up.
+    crash_dir: where rows that killed a worker are kept; None: a temporary directory. governor: None: of this machine.
+    """
 
     def __init__(
         self,
@@ -67,42 +106,70 @@ class Driver:
         observers: Sequence[Observer],
         started: RunStarted,
         deliver: Callable[[Any], None] | None = None,
+        timeout_s: float | None = None,
+        crash_dir: str | None = None,
+        governor: Governor | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.substrate = substrate
         self.committer = committer
+        self.metrics: dict[str, Any] = {}
+        self.drained = False
+        self.interruptible = False  # see signals.Stoppable
+        self.over = False
         self._program = program
-        self._workers = workers
+        self._workers = {w.id: w for w in workers}
         self._pools: Mapping[int, str] = {w.id: w.pool for w in workers}
         self._observers = observers
         self._started = started
         self._deliver = deliver
-        self._posted: deque[Event | HeadraceError | Stopped] = deque()
-        inline = substrate.name == "inline"
-        self._lister = Lister(splits, self.post, inline=inline)
+        self._posted: deque[Event | HeadraceError | Stopped | _Drained] = deque()
+        self._inline = substrate.name == "inline"
+        self._lister = Lister(splits, self.post, admit=committer.admit, inline=self._inline)
         self._steps: dict[int, Step] = {}
+        self._open: dict[int, _Open] = {}
         self._found = SplitsFound(0.0, 0, 0, complete=False, rows=0)
-        self._sampled_s = 0.0
+        self._watch = StepWatch(timeout_s)
+        self._crashes = CrashSamples(crash_dir)
+        self._governor = governor or Governor()
+        self._draining: _Drained | None = None
         self._done = False
-        self.metrics: dict[str, Any] = {}
+        self._stopping = False
 
-    # ---------------------------------------------------------------- from other threads
+    # ---------------------------------------------------------------- from other threads and signal handlers
 
-    def post(self, event: Event | HeadraceError | Stopped) -> None:
+    def post(self, event: Event | HeadraceError | Stopped | _Drained) -> None:
         """Give the loop an event; safe from any thread."""
         self._posted.append(event)
-        self.substrate.wake()
+        if not self._stopping:
+            self.substrate.wake()
 
-    def stop(self) -> None:
+    def stop(self, why: str = "stopped") -> None:
         """Make `run` raise Stopped soon; safe from any thread."""
-        self.post(Stopped())
+        self.post(Stopped(why))
+
+    def drain(self, why: str, note: str, grace_s: float = GRACE_S) -> None:
+        """Finish the open splits, for `grace_s` at most, then make `run` raise Stopped(why). note: for people, now."""
+        self.post(_Drained(why, note, self._now() + grace_s))
+
+    def took(self, blocks: int) -> None:
+        """The consumer has taken delivered blocks; safe from any thread."""
+        self.post(ConsumerTook(blocks))
+
+    def progress(self) -> str:
+        """How far the run is, in words."""
+        done = self.committer.splits
+        if self._found.complete:
+            return f"{done:,} of {self._found.count:,} splits are committed"
+        return f"{done:,} splits are committed"
 
     # ---------------------------------------------------------------- the loop
 
     def run(self) -> dict[str, Any]:
-        """Run to the end. Returns the metrics' results.
+        """Run to the end. Returns the metrics' results; everything settled is then logged and published.
 
-        Raises the run's error, Stopped, or KeyboardInterrupt; whatever the end, no worker and no block outlives it.
+        Raises the run's error, Stopped (also after a drain that left splits for the next session), or KeyboardInterrupt;
+        whatever the end, no worker and no block outlives it.
         """
         for _ in self.turns():
             pass
@@ -113,13 +180,23 @@ class Driver:
         error = "stopped"
         try:
             self._tell(self._started)
-            self.substrate.start(self._program, self._workers)
+            self.committer.start(self.post)
+            self.substrate.start(self._program, list(self._workers.values()))
             self._carry(self.scheduler.handle(Start(), self._now()))
             while not self._done:
                 self._turn()
                 yield
+            self._flush()
+            if self.drained:
+                raise Stopped(self._draining.why if self._draining else "stopped")
             self.metrics = self.committer.results()
             error = ""
+        except Stopped as stopped:
+            error = str(stopped)
+            if self._draining is not None and not self.drained:  # the workers' time is over; what is settled is kept
+                self._end_work()
+                self._flush()
+            raise
         except HeadraceError as failure:
             error = str(failure)
             raise
@@ -128,11 +205,33 @@ class Driver:
             raise
         finally:
             try:
-                self._lister.close()
-                self._sample_memory(force=True)
+                self._end_work()
             finally:  # also when an observer fails
-                self.substrate.stop()
+                self.over = self.interruptible = True
                 self._close_observers(RunFinished(self._now(), self.committer.tally, error, self.metrics))
+
+    def _end_work(self) -> None:
+        """End the listing and the workers. Idempotent."""
+        if self._stopping:
+            return
+        self._stopping = True  # from now on a signal handler leaves the substrate alone
+        try:
+            self._lister.close()
+            self._sample_memory(last=True)
+        finally:
+            try:
+                self.interruptible = self.substrate.name == "threads"  # which waits for user code that can't be ended
+                self.substrate.stop()
+            finally:
+                self.interruptible = False
+                self.substrate.stop()  # an interrupt may have come before the first one began
+
+    def _flush(self) -> None:
+        self.interruptible = True
+        try:
+            self.committer.flush()
+        finally:
+            self.interruptible = False
 
     def _close_observers(self, finished: RunFinished) -> None:
         """Tell all of the end and close them, the others too when one fails."""
@@ -143,88 +242,212 @@ class Driver:
 
     def _turn(self) -> None:
         """Wait until something happened; take it in."""
-        for event in self.substrate.wait(0.0 if self._posted else None):
-            if isinstance(event, StepDone):
-                self._note_done(event)
-            self._carry(self.scheduler.handle(event, self._now()))
-        while self._posted:
+        for event in self._wait():
+            self._take(event)
+        while self._posted and not self._done:
             posted = self._posted.popleft()
             if isinstance(posted, HeadraceError | Stopped):
                 raise posted
+            if isinstance(posted, _Drained):
+                self._begin_drain(posted)
+                continue
             if isinstance(posted, SplitsListed):
                 self._note_found(posted)
             self._carry(self.scheduler.handle(posted, self._now()))
-        self._sample_memory()
+        if not self._done:
+            self._keep_time()
 
-    def _carry(self, commands: Sequence[Command]) -> None:
-        for command in commands:
+    def _wait(self) -> Sequence[Any]:
+        timeout_s = 0.0 if self._posted else max(0.0, self._next_deadline() - self._now())
+        if not self._inline:
+            return self.substrate.wait(timeout_s)
+        self.interruptible = True
+        try:
+            return self.substrate.wait(timeout_s)
+        finally:
+            self.interruptible = False
+
+    def _take(self, event: Any) -> None:
+        """A substrate's event."""
+        path = ""
+        match event:
+            case StepDone():
+                self._watch.answered(event.worker, self._now())
+                self._note_done(event)
+            case StepFailed():
+                self._watch.answered(event.worker, self._now())
+                self._note_failed(event)
+            case WorkerLost():
+                path = self._note_lost(event)
+            case _:
+                pass
+        self._carry(self.scheduler.handle(event, self._now()), path)
+
+    def _next_deadline(self) -> float:
+        by_s = min(self._governor.due_s, self._watch.next_deadline_s)
+        return by_s if self._draining is None else min(by_s, self._draining.by_s)
+
+    def _keep_time(self) -> None:
+        """What is due by now."""
+        now = self._now()
+        for worker, reason in self._watch.overdue(now):
+            self.substrate.kill(worker, reason)
+        if now >= self._governor.due_s:
+            self._sample_memory()
+        if self._draining is not None and now >= self._draining.by_s:
+            raise Stopped(self._draining.why)
+
+    def _begin_drain(self, drained: _Drained) -> None:
+        if self._draining is None:
+            self._draining = drained
+            self._tell(Noted(self._now(), drained.note))
+            self._carry(self.scheduler.handle(Drain(), self._now()))
+
+    def _carry(self, commands: Sequence[Command], sample: str = "") -> None:
+        """Carry out commands in order. sample: file of the row that has just killed a worker, "" for none."""
+        waiting = deque(commands)
+        while waiting:
+            command = waiting.popleft()
             match command:
                 case Submit(step):
-                    self._steps[step.id] = step
-                    self._tell(StepStarted(self._now(), step.worker, self._pools.get(step.worker, ""), step.stage))
-                    self.substrate.submit(step)
+                    self._submit(step)
                 case Release(parts):
                     self.substrate.release(parts)
                 case Settle():
+                    self._open.pop(command.split.index, None)
                     self.committer.settle(command)
                     self._tell(SplitSettled(self._now(), command.split.index, command.split.bytes, command.receipt))
-                case Deliver(_, block):
-                    batch = self.substrate.fetch(block)
-                    if self._deliver is not None:
-                        self._deliver(batch)
+                case Deliver(_, block, skip):
+                    self._hand_over(self.substrate.fetch(block), skip)
                 case ListSplits(count):
                     self._lister.ask(count)
                 case Drop(discard):
                     self.substrate.submit(discard)
+                case Retry():
+                    self._retry(command)
+                case AddWorker():
+                    self._add_worker(command)
+                case Spill(parts):
+                    moved = PartsSpilled(self.substrate.spill(parts))
+                    waiting.extend(self.scheduler.handle(moved, self._now()))
                 case Fail(error):
-                    raise error
-                case Finish():
+                    raise self._crashes.point_out(error, sample)
+                case Finish(drained):
                     self._done = True
+                    self.drained = drained
 
-    def took(self, blocks: int) -> None:
-        """The consumer has taken delivered blocks; safe from any thread."""
-        self.post(ConsumerTook(blocks))
+    def _submit(self, step: Step) -> None:
+        now = self._now()
+        self._steps[step.id] = step
+        self._watch.submitted(step.worker, now)
+        if isinstance(step, Advance):
+            known = self._open.get(step.split_index)
+            if known is None or known.attempt < step.attempt:
+                self._open[step.split_index] = _Open(step.attempt)
+        self._tell(StepStarted(now, step.worker, self._pools.get(step.worker, ""), step.stage))
+        self.substrate.submit(step)
+
+    def _hand_over(self, batch: Any, skip: int) -> None:
+        if skip:
+            batch = batch.slice(skip)
+        if self._deliver is not None:
+            self._deliver(batch)
+
+    def _retry(self, command: Retry) -> None:
+        before = self._open.get(command.index)
+        self._open[command.index] = _Open(command.attempt)
+        self.committer.retry(command.index, command.attempt)
+        tally = before.tally if before is not None else NO_ROWS
+        self._tell(SplitRetried(self._now(), command.index, command.attempt, command.why, tally))
+
+    def _add_worker(self, command: AddWorker) -> None:
+        spec = WorkerSpec(command.worker, command.pool, self._workers[command.replaces].device)
+        self._workers[spec.id] = spec
+        self._pools = {**self._pools, spec.id: spec.pool}
+        self._tell(WorkerReplaced(self._now(), spec.id, spec.pool, command.replaces, command.why))
+        self.substrate.add_worker(spec)
 
     # ---------------------------------------------------------------- what observers hear
+
+    def _counts(self, split: int, attempt: int) -> _Open | None:
+        """The split, if it is still under way in just this attempt."""
+        known = self._open.get(split)
+        return known if known is not None and known.attempt == attempt else None
 
     def _note_done(self, event: StepDone) -> None:
         step = self._steps.pop(event.step, None)
         if step is None:
             return
-        if isinstance(step, Advance):
-            self.committer.add(step.split_index, event.metrics)
+        tally = self._add(step, event)
         made = sum(b.rows for b in event.outputs)
         size = sum(b.bytes for b in event.outputs)
-        self._tell(
-            StepFinished(
-                self._now(),
-                event.worker,
-                self._pools.get(event.worker, ""),
-                step.stage,
-                made or event.tally.written,
-                size,
-                event.timing,
-                event.tally,
-            )
-        )
+        pool = self._pools.get(event.worker, "")
+        rows = made or tally.written
+        self._tell(StepFinished(self._now(), event.worker, pool, step.stage, rows, size, event.timing, tally))
+
+    def _note_failed(self, event: StepFailed) -> None:
+        step = self._steps.pop(event.step, None)
+        if step is not None:
+            pool = self._pools.get(event.worker, "")
+            self._tell(StepFinished(self._now(), event.worker, pool, step.stage, 0, 0, NO_TIME, NO_ROWS))
+
+    def _add(self, step: Step, event: StepDone) -> Tally:
+        """Give the committer what the answer says of attempts that count; their rows."""
+        if isinstance(step, Advance):
+            told = [(step.split_index, step.attempt, event.tally, event.metrics)]
+        else:
+            told = [(s.split_index, s.attempt, s.tally, s.metrics) for s in event.shares]
+        total = NO_ROWS
+        for split, attempt, tally, metrics in told:
+            known = self._counts(split, attempt)
+            if known is not None:
+                known.tally += tally
+                total += tally
+                if metrics:
+                    self.committer.add(split, attempt, metrics)
+        return total
+
+    def _note_lost(self, event: WorkerLost) -> str:
+        """Tell people. Returns the file of the row that it died on, "" when that is not known or could not be kept."""
+        self._watch.lost(event.worker)
+        self._steps = {id: step for id, step in self._steps.items() if step.worker != event.worker}
+        text = f"worker {event.worker} ({self._pools.get(event.worker, '?')}) is lost: {event.reason}"
+        doing = event.doing
+        path = ""
+        if doing is not None:
+            text += f", in {doing.name}"
+            path = self._crashes.keep(doing)
+        if path:
+            text += f"\nthe row is in {path}; see it again with\n{self._crashes.command(path)}"
+        if event.stack:
+            lines = event.stack.rstrip().splitlines()
+            text += "\n" + "\n".join(lines[:STACK_LINES])
+            if len(lines) > STACK_LINES:
+                text += f"\n... and {len(lines) - STACK_LINES} lines more"
+        self._tell(Noted(self._now(), text))
+        return path
 
     def _note_found(self, listed: SplitsListed) -> None:
         rows = [s.rows for s in listed.splits]
         known = self._found.rows is not None and None not in rows
         self._found = SplitsFound(
             self._now(),
-            self._found.count + len(listed.splits),
+            self._found.count + len(listed.splits) + len(listed.settled),
             self._found.bytes + sum(s.bytes for s in listed.splits),
             listed.done,
             (self._found.rows or 0) + sum(r or 0 for r in rows) if known else None,
         )
         self._tell(self._found)
 
-    def _sample_memory(self, force: bool = False) -> None:
+    def _sample_memory(self, last: bool = False) -> None:
+        """Tell of the memory in use; tell the scheduler when it becomes scarce, or no longer is."""
         now = self._now()
-        if self._observers and (force or now - self._sampled_s >= MEMORY_SAMPLE_S):
-            self._sampled_s = now
-            self._tell(MemorySampled(now, self.scheduler.in_flight, self.substrate.memory_bytes()))
+        own_bytes, changed, note = self._governor.sample(self.substrate.memory_bytes, now)
+        self._tell(MemorySampled(now, self.scheduler.in_flight, own_bytes))
+        if changed and not last:
+            if note:
+                self._tell(Noted(now, note))
+            self._carry(self.scheduler.handle(MemoryPressure(self._governor.level), now))
 
     def _tell(self, event: RunEvent) -> None:
         for observer in self._observers:

@@ -68,18 +68,28 @@ class Choice:
     models_wait: bool = False
 
 
-def choose_engine(asked: Engine, program: Program, cores: int) -> Choice:
-    """Raises PlanError for processes where there are none."""
+def choose_engine(
+    asked: Engine, program: Program, cores: int, timeout: float | None = None, after_crash: bool = False
+) -> Choice:
+    """timeout: see RunOptions. after_crash: an earlier session of the run died at work, maybe of the user's functions: they are
+    not run in the driver's own process again, nor probed there.
+
+    Raises PlanError for processes where there are none, and for a timeout that nothing could enforce.
+    """
     if asked == "processes" and sys.platform != "linux":
         raise PlanError("processes need Linux (memfd)", hint='use engine="threads"')
+    if timeout is not None:
+        return _killable(asked, program, timeout)
     if asked != "auto":
         return Choice(asked, "asked for")
+    ops = _cpu_ops(program)
+    named = [op.name for op in program.ops[:ops] if isinstance(op, FilterRows | MapRows | FlatMap | MapBatches | Predict)]
+    if after_crash and named and sys.platform == "linux" and _ships(program):
+        return Choice("processes", f"the session before died at work; {', '.join(named)} may die in a process of its own")
     work = _work(program)
     tiny = work.overhead_s >= WORTH_S and work.bytes < TINY_BYTES * work.fragments
     if tiny and sys.platform == "linux" and cores > 1 and _ships(program):
         return Choice("processes", f"{work.fragments} tiny inputs: reading and writing them holds the interpreter lock")
-    ops = _cpu_ops(program)
-    named = [op.name for op in program.ops[:ops] if isinstance(op, FilterRows | MapRows | FlatMap | MapBatches | Predict)]
     probe = _probe(program, ops) if named else None
     locked_s, total_s = work.overhead_s, work.overhead_s
     why, waits = "no function of yours runs on the CPUs", False
@@ -100,6 +110,24 @@ def choose_engine(asked: Engine, program: Program, cores: int) -> Choice:
     if not _ships(program):
         return Choice("threads", f"{why}, but the plan can't be sent to processes (it does not pickle)", waits)
     return Choice("processes", why, waits)
+
+
+def _killable(asked: Engine, program: Program, timeout: float) -> Choice:
+    """Processes: the only workers that can be ended. No probe: the function that hangs may hang there."""
+    why = f"timeout={timeout:g}"
+    if asked in ("inline", "threads"):
+        raise PlanError(
+            f"{why} can't be kept with engine=\"{asked}\": a thread that hangs can't be ended",
+            hint='use engine="processes" or "auto", or leave timeout out',
+        )
+    if sys.platform != "linux":
+        raise PlanError(f"{why} can't be kept here: it needs worker processes, and those need Linux", hint="leave timeout out")
+    if asked == "auto" and not _ships(program):
+        raise PlanError(
+            f"{why} can't be kept: it needs worker processes, and the plan can't be sent to them (it does not pickle)",
+            hint="build what does not pickle in a class's __init__, which runs in the worker, or leave timeout out",
+        )
+    return Choice("processes", "asked for" if asked == "processes" else f"with {why} a worker that hangs must be ended")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Lister: pulls splits from a source's lazy listing when the scheduler asks, off the driver's thread.
 
-A slow store must not hold up steps that are ready. Inline runs list in the caller's thread.
+A slow store must not hold up steps that are ready. Inline runs list in the caller's thread. What is found goes through the
+committer, which logs it or compares it with what the run listed before.
 """
 
 from __future__ import annotations
@@ -14,13 +15,24 @@ from headrace.core.errors import HeadraceError, InternalError
 from headrace.core.splits import Split
 from headrace.scheduler.messages import SplitsListed
 
+Admit = Callable[[tuple[Split, ...], bool, Iterator[Split]], SplitsListed]
+"""(splits found, no more, the rest of the listing) -> the answer; Committer.admit."""
+
 
 class Lister:
     """post: called with each answer, from the listing thread unless `inline`."""
 
-    def __init__(self, splits: Iterator[Split], post: Callable[[SplitsListed | HeadraceError], None], *, inline: bool) -> None:
+    def __init__(
+        self,
+        splits: Iterator[Split],
+        post: Callable[[SplitsListed | HeadraceError], None],
+        *,
+        admit: Admit,
+        inline: bool,
+    ) -> None:
         self._splits = splits
         self._post = post
+        self._admit = admit
         self._wanted: SimpleQueue[int] | None = None
         self._thread: threading.Thread | None = None
         if not inline:
@@ -49,9 +61,10 @@ class Lister:
     def _answer(self, count: int) -> None:
         try:
             found = tuple(islice(self._splits, count))
+            listed = self._admit(found, len(found) < count, self._splits)
         except HeadraceError as error:
             self._post(error)
         except Exception as error:
             self._post(InternalError(f"listing the input failed: {type(error).__name__}: {error}"))
         else:
-            self._post(SplitsListed(found, done=len(found) < count))
+            self._post(listed)

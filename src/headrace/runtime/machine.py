@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.core.resources import Machine
@@ -31,15 +33,71 @@ def usable_cores() -> int:
 
 
 def usable_memory_bytes() -> int:
-    """Memory that is free for us now, cut by a cgroup's limit."""
+    """Memory that is free for us now, cut by the limits of our cgroup and of those around it."""
+    return max(256 << 20, min([available_bytes(), *(group.limit() - group.used() for group in memory_cgroups())]))
+
+
+def available_bytes() -> int:
+    """Memory of the machine that processes could still get without swapping: free, or cache that can go."""
+    for line in _read("/proc/meminfo").splitlines():
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            return int(rest.split()[0]) << 10
     import psutil
 
-    available = psutil.virtual_memory().available
-    limit = _read("/sys/fs/cgroup/memory.max").strip()
-    if limit.isdigit():
-        used = _read("/sys/fs/cgroup/memory.current").strip()
-        available = min(available, int(limit) - (int(used) if used.isdigit() else 0))
-    return max(256 << 20, available)
+    return psutil.virtual_memory().available
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryCgroup:
+    """A control group with a memory limit. The files' names differ between versions 1 and 2 of the kernel interface."""
+
+    folder: Path
+    limit_file: str
+    used_file: str
+    cache_keys: tuple[str, ...]
+
+    def limit(self) -> int:
+        """In bytes; no limit is a number beyond any memory."""
+        text = _read(self.folder / self.limit_file).strip()
+        return int(text) if text.isdigit() else 1 << 62
+
+    def used(self) -> int:
+        """In bytes, without cached file pages: the kernel takes those back before it kills."""
+        text = _read(self.folder / self.used_file).strip()
+        cached = 0
+        for line in _read(self.folder / "memory.stat").splitlines():
+            key, _, value = line.partition(" ")
+            if key in self.cache_keys:
+                cached += int(value)
+        return max(0, int(text) - cached) if text.isdigit() else 0
+
+
+def memory_cgroups(root: Path = Path("/sys/fs/cgroup"), own: str | None = None) -> tuple[MemoryCgroup, ...]:
+    """The groups around this process that limit its memory, innermost first. own: the text of /proc/self/cgroup."""
+    found: list[MemoryCgroup] = []
+    for line in (_read("/proc/self/cgroup") if own is None else own).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, names = root, ("memory.max", "memory.current", ("active_file", "inactive_file"))
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+            base = root / "memory"
+        else:
+            continue
+        groups = (MemoryCgroup(folder, *names) for folder in _upwards(base, path))
+        found += [group for group in groups if 0 < group.limit() < 1 << 50]
+    return tuple(found)
+
+
+def _upwards(base: Path, path: str) -> Iterator[Path]:
+    """The folder of a cgroup and those that hold it, as far as they are mounted here."""
+    folder = base / path.strip("/")
+    while folder != base:
+        if folder.is_dir():
+            yield folder
+        folder = folder.parent
+    yield base
 
 
 def cuda_devices() -> tuple[str, ...]:
@@ -57,7 +115,7 @@ def cuda_devices() -> tuple[str, ...]:
         return ()
 
 
-def _read(path: str) -> str:
+def _read(path: str | Path) -> str:
     try:
         return Path(path).read_text()
     except OSError:

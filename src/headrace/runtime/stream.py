@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
-from headrace.runtime.driver import Driver, Stopped
+from headrace.runtime.driver import Driver
+from headrace.runtime.signals import Stopped
 
 
 class _End:

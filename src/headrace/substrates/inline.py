@@ -15,19 +15,23 @@ from typing import Any
 
 import pyarrow as pa
 
+from headrace.contracts.substrate import Crumb
 from headrace.core.refs import BlockRef, PartRef
 from headrace.core.resources import WorkerSpec
 from headrace.core.steps import Discard, PartsFreed, Step, SubstrateEvent, WorkerUp
 from headrace.substrates.blocks import anonymous_bytes, own_copy, zip_parts
 from headrace.substrates.bodies import Body, BodyFactory, default_body, run_guarded
+from headrace.substrates.spill import LocalSpill, SpilledBatch
 
 
 class LocalStore:
-    """Block memory shared by all workers of one process: a part's handle is the batch itself.
+    """Block memory shared by all workers of one process: a part's handle is the batch itself, or where it is on disk.
 
     A part is "freed" as soon as the run releases it: what views still hold of it is ordinary memory of this process,
     counted where all of that is.
     """
+
+    crumb: Crumb | None = None  # whoever would read it dies with the worker
 
     def __init__(self, owner: int, next_id: Callable[[], int]) -> None:
         self._owner = owner
@@ -37,12 +41,18 @@ class LocalStore:
         return PartRef(self._next_id(), self._owner, batch.nbytes, tuple(batch.schema.names), batch)
 
     def get(self, part: PartRef) -> pa.RecordBatch:
-        return part.handle
+        return local_batch(part)
+
+
+def local_batch(part: PartRef) -> pa.RecordBatch:
+    """A local part's batch, zero-copy."""
+    handle = part.handle
+    return handle.read() if isinstance(handle, SpilledBatch) else handle
 
 
 def fetch_local(block: BlockRef) -> pa.RecordBatch:
     """A block of local parts, copied: user code elsewhere may still hold writable views of the original."""
-    return own_copy(zip_parts(tuple((p.columns, p.handle) for p in block.parts), block.rows))
+    return own_copy(zip_parts(tuple((p.columns, local_batch(p)) for p in block.parts), block.rows))
 
 
 class InlineSubstrate:
@@ -58,6 +68,8 @@ class InlineSubstrate:
         self._events: deque[SubstrateEvent] = deque()
         self._steps: deque[Step | Discard] = deque()
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()  # its put() is safe in a signal handler
+        self._spill = LocalSpill()
+        self.spill_dir: str | None = None  # where spilled parts go; None: a temporary directory
         self._stopped = False
 
     def start(self, program: Any, workers: Sequence[WorkerSpec]) -> None:
@@ -75,6 +87,7 @@ class InlineSubstrate:
         self._steps.append(step)
 
     def release(self, parts: Sequence[PartRef]) -> None:
+        self._spill.collect()
         if parts:
             self._events.append(PartsFreed(tuple(p.id for p in parts)))
 
@@ -104,6 +117,13 @@ class InlineSubstrate:
     def fetch(self, block: BlockRef) -> pa.RecordBatch:
         return fetch_local(block)
 
+    def kill(self, worker: int, reason: str) -> bool:
+        """The worker is the caller."""
+        return False
+
+    def spill(self, parts: Sequence[PartRef]) -> tuple[PartRef, ...]:
+        return self._spill.spill(parts, self.spill_dir)
+
     def memory_bytes(self) -> int:
         return anonymous_bytes()
 
@@ -114,8 +134,11 @@ class InlineSubstrate:
         self._steps.clear()
         self._events.clear()
         bodies, self._bodies, self._program = self._bodies, {}, None
-        for body in bodies.values():
-            body.close()
+        try:
+            for body in bodies.values():
+                body.close()
+        finally:
+            self._spill.close()
 
     def _take_events(self) -> list[SubstrateEvent]:
         events = list(self._events)

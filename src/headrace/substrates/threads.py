@@ -26,6 +26,7 @@ from headrace.core.steps import Discard, PartsFreed, Step, SubstrateEvent, Worke
 from headrace.substrates.blocks import anonymous_bytes
 from headrace.substrates.bodies import BodyFactory, default_body, describe_exception, run_guarded, usable_cores
 from headrace.substrates.inline import LocalStore, fetch_local
+from headrace.substrates.spill import LocalSpill
 
 STOP_WAIT_S = 30.0  # a step is about a second (Advance.credit_s); a model's batch may take many
 
@@ -44,6 +45,8 @@ class ThreadsSubstrate:
         self._outbox: queue.SimpleQueue[SubstrateEvent | None] = queue.SimpleQueue()  # None: a wake
         self._construction = threading.Lock()
         self._limits: NativeLimits | None = None
+        self._spill = LocalSpill()
+        self.spill_dir: str | None = None  # where spilled parts go; None: a temporary directory
         self._stopped = False
 
     def start(self, program: Any, workers: Sequence[WorkerSpec]) -> None:
@@ -71,6 +74,7 @@ class ThreadsSubstrate:
             self._threads[step.worker].inbox.put(step)
 
     def release(self, parts: Sequence[PartRef]) -> None:
+        self._spill.collect()
         if parts:
             self._outbox.put(PartsFreed(tuple(p.id for p in parts)))
 
@@ -95,6 +99,13 @@ class ThreadsSubstrate:
     def fetch(self, block: BlockRef) -> pa.RecordBatch:
         return fetch_local(block)
 
+    def kill(self, worker: int, reason: str) -> bool:
+        """A thread can't be killed."""
+        return False
+
+    def spill(self, parts: Sequence[PartRef]) -> tuple[PartRef, ...]:
+        return self._spill.spill(parts, self.spill_dir)
+
     def memory_bytes(self) -> int:
         return anonymous_bytes()
 
@@ -112,6 +123,7 @@ class ThreadsSubstrate:
             self._threads.clear()
             self._outbox = queue.SimpleQueue()
             self._program = None
+            self._spill.close()
             if self._limits is not None:
                 self._limits.restore()
                 self._limits = None
@@ -138,6 +150,7 @@ class _WorkerThread(threading.Thread):
         self._construction = construction
         self._limits = limits
         self._finishing = False
+        self._up = False
 
     def finish(self) -> None:
         """Let the running step end; what is queued behind it is dropped."""
@@ -149,13 +162,15 @@ class _WorkerThread(threading.Thread):
             self._serve()
         except BaseException as exc:  # also SystemExit from a constructor: the driver must hear of a lost worker
             if not self._finishing:
-                self._outbox.put(WorkerLost(self._spec.id, f"its thread ended: {describe_exception(exc)}"))
+                reason = f"its thread ended: {describe_exception(exc)}"
+                self._outbox.put(WorkerLost(self._spec.id, reason, started=self._up))
 
     def _serve(self) -> None:
         if self._limits is not None:
             self._limits.apply_to_thread()
         with self._construction:
             body = self._make_body(self._store)
+        self._up = True
         self._outbox.put(WorkerUp(self._spec.id, self._spec.pool))
         try:
             while (step := self.inbox.get()) is not None and not self._finishing:

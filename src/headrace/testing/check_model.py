@@ -90,7 +90,9 @@ class _Worker:
 
 def _answer(runner: ModelRunner, batch: pa.RecordBatch) -> pa.RecordBatch:
     """The model's answer; that it has a row for each row is checked on the way."""
-    ((_, made),) = runner.run([batch], [Origin((Segment("sample", 0, batch.num_rows),))])
+    (answer,) = runner.run([batch], [Origin((Segment("sample", 0, batch.num_rows),))])
+    made = answer.made
+    assert made is not None, "the model lost rows"
     assert made.num_columns, "the model made no output column"
     return made
 

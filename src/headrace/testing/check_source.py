@@ -19,7 +19,7 @@ import cloudpickle
 import pyarrow as pa
 
 from headrace.connectors.blocks import concat
-from headrace.contracts.source import Source
+from headrace.contracts.source import BadRange, Source
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin
 from headrace.core.splits import Split
@@ -47,6 +47,7 @@ def check_source(
     _check_projection(source, splits, table)
     _check_pickle(source, table)
     _check_close(source, splits)
+    _check_tolerance(source, splits)
     if predicate is not None:
         _check_prune(source, table, predicate)
     counted = source.count()
@@ -181,6 +182,16 @@ def _check_close(source: Source, splits: list[Split]) -> None:
         close()
     assert open_descriptors() <= before[0], "a closed read left files open"
     assert _threads() <= before[1], "a closed read left threads running"
+
+
+def _check_tolerance(source: Source, splits: list[Split]) -> None:
+    """Someone who wants to be told of bad input is told of none in good input, and gets the same blocks."""
+    bad: list[BadRange] = []
+    for split in splits:
+        plain = [(b.num_rows, o) for b, o in source.open(split, BlockLimits())]
+        told = [(b.num_rows, o) for b, o in source.open(split, BlockLimits(), bad.append)]
+        assert plain == told, "on_bad changes the blocks of good input"
+    assert not bad, f"good input is told to be bad: {bad[0]}"
 
 
 def _check_prune(source: Source, table: pa.Table, predicate: Any) -> None:

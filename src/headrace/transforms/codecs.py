@@ -55,7 +55,7 @@ def _jpeg(data: memoryview, mode: Mode, max_pixels: int) -> np.ndarray | None:
 
     try:
         rows, columns, space, _ = simplejpeg.decode_jpeg_header(data)
-        _check_size(int(rows), int(columns), max_pixels)
+        check_size(int(rows), int(columns), max_pixels)
         if space in ("CMYK", "YCCK"):
             return None
         return simplejpeg.decode_jpeg(data, colorspace="RGB" if mode == "RGB" else "GRAY", fastdct=False)
@@ -69,7 +69,7 @@ def _png(data: memoryview, head: bytes, mode: Mode, max_pixels: int) -> np.ndarr
     if len(head) < 26 or head[12:16] != b"IHDR":
         return None
     width, height = int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
-    _check_size(height, width, max_pixels)
+    check_size(height, width, max_pixels)
     # OpenCV gives a cut-off PNG back half empty without a word; Pillow refuses it. The last chunk tells.
     if head[24] == 16 or bytes(data[-8:-4]) != b"IEND":
         return None
@@ -93,7 +93,7 @@ def _pillow(data: memoryview, mode: Mode, max_pixels: int) -> np.ndarray:
 
     try:
         with Image.open(io.BytesIO(data)) as image:
-            _check_size(image.height, image.width, max_pixels)
+            check_size(image.height, image.width, max_pixels)
             if image.mode.startswith("I;16"):
                 # Pillow clips 16-bit greys at 255; their high byte is the picture.
                 pixels = (np.asarray(image) >> 8).astype(np.uint8)
@@ -108,6 +108,7 @@ def _pillow(data: memoryview, mode: Mode, max_pixels: int) -> np.ndarray:
     return np.ascontiguousarray(pixels if pixels.ndim == 3 else pixels[:, :, None])
 
 
-def _check_size(height: int, width: int, max_pixels: int) -> None:
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    """Raise ImageRefused for more pixels than that."""
     if height * width > max_pixels:
         raise ImageRefused(f"it is {width} x {height} = {width * height:,} pixels, more than max_pixels={max_pixels:,}")

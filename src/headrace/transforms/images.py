@@ -18,7 +18,7 @@ import pyarrow as pa
 from headrace.core.errors import DataError, PlanError
 from headrace.core.extras import require
 from headrace.core.tensors import numpy_to_array, ragged_to_array, ragged_type
-from headrace.transforms.codecs import MAX_PIXELS, ImageRefused, Mode, decode_image
+from headrace.transforms.codecs import MAX_PIXELS, ImageRefused, Mode, check_size, decode_image
 from headrace.transforms.resampling import Size, geometry, resample
 
 if TYPE_CHECKING:
@@ -147,13 +147,14 @@ class DecodeImages:
             if not value.is_valid:
                 raise ImageRefused("it is null")
             image = decode_image(memoryview(value.as_buffer()), self.mode, self.max_pixels)
+            geo = geometry(image.shape[0], image.shape[1], self.resize, self.crop)
+            check_size(*geo.out, self.max_pixels)  # a sliver of an image grows without bounds when its shorter side is resized
         except ImageRefused as error:
             raise DataError(
                 f"an image in column {self.column!r} can't be decoded: {error}",
                 where=(("column", self.column), ("row", str(row))),
                 hint="mend or remove that row, for example with ds.filter(...) before the decoding",
             ) from error
-        geo = geometry(image.shape[0], image.shape[1], self.resize, self.crop)
         if self.layout == "HWC":
             target = np.empty((*geo.out, self._channels), np.uint8) if out is None else out
             resample(image, geo, target)

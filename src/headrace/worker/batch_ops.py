@@ -13,15 +13,20 @@ import pyarrow as pa
 
 from headrace.core.errors import HeadraceError
 from headrace.plan import nodes
+from headrace.worker.bad_rows import Lost, RowError
 from headrace.worker.batching import Batcher, Piece
-from headrace.worker.formats import NumpyReader, to_format
+from headrace.worker.formats import Given, NumpyReader, to_format
 from headrace.worker.models import ModelRunner, model_runner
-from headrace.worker.operators import TARGET_BYTES, Counts, Host, Operator, select
+from headrace.worker.operators import TARGET_BYTES, BatchOperator, Counts, Host, Operator, rejoined, select
 from headrace.worker.results import batch_of, call, with_columns
 from headrace.worker.user_code import TorchModule, explain
 
 
-class MapBatchesOp(Operator):
+class MapBatchesOp(BatchOperator):
+    """map_batches. What a generator yields leaves as it comes, except where bad rows are set aside or a batch is under
+    suspicion: there the results of a call are held until it has ended, because a later failure takes them back.
+    """
+
     def __init__(self, fn: Callable[..., Any], op: nodes.MapBatches, index: int, name: str, counts: Counts) -> None:
         super().__init__(index, name, counts)
         self._fn = fn
@@ -40,6 +45,11 @@ class MapBatchesOp(Operator):
             yield from self._call(batch)
 
     def _call(self, piece: Piece) -> Iterator[Piece]:
+        suspected = self.watch.doubts(self.index, piece.origin)
+        if self.bad is not None or suspected:
+            yield from self._call_held(piece, suspected)
+            return
+        self.watch.enter(self.index, self.name, piece.origin)
         origin = piece.origin.inexact()  # the function may drop, add or reorder rows
         made = 0
         for batch in self._results(piece):
@@ -47,14 +57,23 @@ class MapBatchesOp(Operator):
             yield Piece(batch, origin)
         self.counts.change(piece.batch.num_rows, made)
 
+    def _call_held(self, piece: Piece, suspected: bool) -> Iterator[Piece]:
+        lost: list[Lost] = []
+        made: list[Piece] = []
+        for _, part, batches in self._attempt(piece, lost):
+            self.counts.change(part.batch.num_rows, sum(b.num_rows for b in batches))
+            made += [Piece(b, part.origin.inexact()) for b in batches]
+        self.lose(piece, lost)
+        yield from rejoined(made) if suspected else made
+
     def _results(self, piece: Piece) -> Iterator[pa.RecordBatch]:
         """The batches that the function makes of one; a generator's one by one, as it yields them."""
-        batch, given = to_format(piece.batch, self._format, self._reader)
+        batch, given = self._prepare(piece)
         try:
             result, shared = call(self._fn, (batch, *self._args), self._kwargs)
             many = hasattr(result, "__next__")
             made = None if many else batch_of(result, given, shared)
-        except (Exception, KeyboardInterrupt, SystemExit) as exc:
+        except RowError as exc:
             raise self._blame(exc, piece) from None
         while many:
             try:
@@ -62,11 +81,27 @@ class MapBatchesOp(Operator):
                 if item is result:  # next's default: the generator has ended
                     return
                 made = batch_of(item, given, shared)
-            except (Exception, KeyboardInterrupt, SystemExit) as exc:
+            except RowError as exc:
                 raise self._blame(exc, piece) from None
             yield made
         if made is not None:
             yield made
+
+    def _prepare(self, piece: Piece) -> tuple[Any, Given]:
+        return to_format(piece.batch, self._format, self._reader)
+
+    def _work(self, piece: Piece, given: tuple[Any, Given]) -> list[pa.RecordBatch]:
+        """All batches that the function makes of one."""
+        batch, source = given
+        result, shared = call(self._fn, (batch, *self._args), self._kwargs)
+        if not hasattr(result, "__next__"):
+            return [batch_of(result, source, shared)]
+        made: list[pa.RecordBatch] = []
+        while True:
+            item, shared = call(next, (result, result), {})
+            if item is result:
+                return made
+            made.append(batch_of(item, source, shared))
 
     def _blame(self, exc: BaseException, piece: Piece) -> HeadraceError:
         return explain(exc, self.name, piece.origin, columns=piece.batch.schema.names)
@@ -104,10 +139,13 @@ class PredictOp(Operator):
         if not held:
             return
         inputs = [select(p.batch, self._op.inputs or p.batch.schema.names, self.name) for p in held]
-        outputs = self._runner.run(inputs, [p.origin for p in held], part_bytes=TARGET_BYTES)
+        outputs = self._runner.run(inputs, [p.origin for p in held], part_bytes=TARGET_BYTES, watch=self.watch)
         starts = [0] * len(held)
-        for i, made in outputs:
-            piece, start = held[i], starts[i]
-            starts[i] += made.num_rows
-            part = piece if made.num_rows == piece.batch.num_rows else piece.slice(start, made.num_rows)
-            yield Piece(with_columns(part.batch, made), part.origin)
+        for answer in outputs:
+            piece, start = held[answer.input], starts[answer.input]
+            starts[answer.input] += answer.rows
+            part = piece if answer.rows == piece.batch.num_rows else piece.slice(start, answer.rows)
+            self.lose(part, answer.lost)
+            left = part.without([at for at, _ in answer.lost])
+            if left is not None and answer.made is not None:
+                yield Piece(with_columns(left.batch, answer.made), left.origin)

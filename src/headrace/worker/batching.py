@@ -6,12 +6,15 @@ Invariant: what `Batcher` cuts depends on the rows alone, never on how they were
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
 
-from headrace.core.refs import Origin, Segment
+from headrace.core.origins import chosen, join_origins
+from headrace.core.refs import Origin
+from headrace.core.tensors import numpy_to_array
 from headrace.worker.casting import concat
 
 FIRST_ROWS = 32  # small enough to answer at once, large enough to say something about speed
@@ -32,22 +35,16 @@ class Piece:
     def slice(self, start: int, rows: int) -> Piece:
         return Piece(self.batch.slice(start, rows), self.origin.slice(start, rows))
 
+    def take(self, rows: np.ndarray) -> Piece:
+        """These rows, copied. rows: ascending, at least one."""
+        return Piece(self.batch.take(numpy_to_array(rows)), chosen(self.origin, rows))
 
-def join_origins(origins: Sequence[Origin]) -> Origin:
-    """Where the rows of several batches, one after the other, came from."""
-    if len(origins) == 1:
-        return origins[0]
-    out: list[Segment] = []
-    for origin in origins:
-        for segment in origin.segments:
-            last = out[-1] if out else None
-            if last is None or last.uri != segment.uri or segment.row > last.row + last.rows or segment.row < last.row:
-                out.append(segment)
-            elif segment.row == last.row + last.rows:
-                out[-1] = Segment(last.uri, last.row, last.rows + segment.rows)
-            elif segment.row + segment.rows > last.row + last.rows:  # overlap: only rows of inexact origin repeat
-                out[-1] = Segment(last.uri, last.row, segment.row + segment.rows - last.row)
-    return Origin(tuple(out), all(o.exact for o in origins))
+    def without(self, lost: Collection[int]) -> Piece | None:
+        """All but these rows; None when none is left."""
+        if not lost:
+            return self
+        kept = np.delete(np.arange(self.batch.num_rows), list(lost))
+        return self.take(kept) if len(kept) else None
 
 
 def join(pieces: Sequence[Piece]) -> Piece:

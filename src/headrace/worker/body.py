@@ -14,25 +14,24 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-import pyarrow as pa
-
 from headrace.contracts.substrate import BlockStore
 from headrace.core.errors import HeadraceError, InternalError, UserCodeError
-from headrace.core.receipts import Tally
-from headrace.core.refs import BlockRef
+from headrace.core.origins import join_origins
 from headrace.core.resources import WorkerSpec
 from headrace.core.splits import Split
 from headrace.core.stages import End, Order, Stage
 from headrace.core.steps import Advance, Apply, StepDone, StepFailed, Timing
-from headrace.plan.nodes import Evaluate, Predict
-from headrace.worker.batching import Piece, join_origins
-from headrace.worker.cursor import READ, WRITE, BlockOutput, Clock, Cursor, SinkOutput, read_block, read_error, slices
-from headrace.worker.models import join_columns, model_runner
-from headrace.worker.operators import Counts, EvaluateOp, Host, make, select
+from headrace.worker.bad_rows import BadRows
+from headrace.worker.batching import Piece
+from headrace.worker.blocks import BlockOutput
+from headrace.worker.cursor import Clock, Cursor, read_error
+from headrace.worker.model_step import ModelStep
+from headrace.worker.operators import Counts, Host, make
 from headrace.worker.program import Program
 from headrace.worker.readahead import read_ahead
-from headrace.worker.results import with_columns
+from headrace.worker.sink_output import SinkOutput
 from headrace.worker.user_code import Functions, internal_error
+from headrace.worker.watch import Watch
 
 
 class WorkerBody:
@@ -62,6 +61,9 @@ class WorkerBody:
             raise
         except Exception as exc:
             return self._failed(stage, step, internal_error(exc, f"stage {stage.name}"))
+        finally:
+            if self._store.crumb is not None:
+                self._store.crumb.clear()
         timing = Timing(start, time.perf_counter() - start, time.thread_time() - cpu, clock.times())
         return replace(done, timing=timing)
 
@@ -99,13 +101,26 @@ class WorkerBody:
             tally=progress.tally,
             metrics=progress.metrics,
             taken=progress.taken,
+            aside=progress.aside,
         )
+
+    def _apply(self, stage: Stage, step: Apply, clock: Clock) -> StepDone:
+        return ModelStep(self._program, self._host, self._store, stage, step, clock, self._bad_rows).run()
+
+    def _bad_rows(self, split_index: int, attempt: int) -> BadRows | None:
+        """Where the bad rows of a split go; None: they end the run."""
+        program = self._program
+        if program.on_error == "fail":
+            return None
+        return BadRows(program.on_error == "quarantine", program.sink, split_index, attempt)
 
     def _open(self, stage: Stage, step: Advance) -> Cursor:
         program = self._program
         counts = Counts()
-        operators = [make(program.ops[i], i, self._host, counts) for i in range(stage.first, stage.stop)]
-        feed = self._feed(_split_of(step, stage)) if stage.order is Order.SOURCE else None
+        bad = self._bad_rows(step.split_index, step.attempt)
+        watch = Watch(self._store.crumb, step.suspects, bad is not None)
+        operators = [make(program.ops[i], i, self._host, counts, bad, watch) for i in range(stage.first, stage.stop)]
+        feed = self._feed(_split_of(step, stage), bad) if stage.order is Order.SOURCE else None
         return Cursor(
             operators,
             counts,
@@ -113,6 +128,7 @@ class WorkerBody:
             self._store,
             feed,
             step.split.label if step.split is not None else f"split {step.split_index}",
+            bad,
         )
 
     def _output(self, stage: Stage, step: Advance) -> BlockOutput | SinkOutput:
@@ -123,10 +139,10 @@ class WorkerBody:
             raise InternalError(f"stage {stage.name} ends in a sink, but the program has none")
         return SinkOutput(sink.open(_split_of(step, stage), step.attempt), self._program.out_schema)
 
-    def _feed(self, split: Split) -> Iterator[Piece]:
-        source = self._program.source
+    def _feed(self, split: Split, bad: BadRows | None) -> Iterator[Piece]:
+        source, limits = self._program.source, self._program.limits
         try:
-            blocks = source.open(split, self._program.limits)
+            blocks = source.open(split, limits) if bad is None else source.open(split, limits, bad.found.append)
         except Exception as exc:
             raise read_error(exc) from exc
         if source.remote:
@@ -138,66 +154,6 @@ class WorkerBody:
             close = getattr(blocks, "close", None)
             if close is not None:
                 close()
-
-    # --- models ------------------------------------------------------------------------------------------------------
-
-    def _apply(self, stage: Stage, step: Apply, clock: Clock) -> StepDone:
-        began = time.perf_counter()
-        inputs = [read_block(self._store, block, stage.columns_in) for block in step.inputs]
-        rows = sum(block.rows for block in step.inputs)
-        clock.add(READ, time.perf_counter() - began, rows, rows)
-        made = self._predict(stage, step, inputs, clock)
-        metrics = self._evaluate(stage, step, inputs, made, clock)
-        began = time.perf_counter()
-        outputs = tuple(
-            BlockRef(block.rows, (self._store.put(part),), block.origin) for block, part in zip(step.inputs, made, strict=True)
-        )
-        clock.add(WRITE, time.perf_counter() - began, rows, rows)
-        tally = Tally(written=rows) if stage.end is End.DELIVER else Tally()
-        return StepDone(step.id, step.worker, outputs, finished=True, tally=tally, metrics=metrics)
-
-    def _predict(self, stage: Stage, step: Apply, inputs: list[pa.RecordBatch], clock: Clock) -> list[pa.RecordBatch]:
-        index = stage.first
-        op = self._program.ops[index]
-        if not isinstance(op, Predict):
-            raise InternalError(f"stage {stage.name} is a model stage, but does not start with predict")
-        began = time.perf_counter()
-        runner = model_runner(op, index, self._host)
-        pieces: list[Piece] = []
-        owners: list[int] = []  # the block that each piece belongs to
-        for i, (block, batch) in enumerate(zip(step.inputs, inputs, strict=True)):
-            whole = Piece(select(batch, op.inputs or batch.schema.names, op.name), block.origin)
-            # Which pieces share a block depends on when a step ended, and the model's batches must not.
-            parts = list(slices(whole, block.cuts if self._program.deterministic else ()))
-            pieces += parts
-            owners += [i] * len(parts)
-        answers: list[list[pa.RecordBatch]] = [[] for _ in inputs]
-        for k, answer in runner.run([p.batch for p in pieces], [p.origin for p in pieces]):
-            answers[owners[k]].append(answer)
-        if not all(answers):
-            raise InternalError(f"{op.name} was given a block without rows")
-        made = [join_columns(a, op.name, block.origin) for a, block in zip(answers, step.inputs, strict=True)]
-        rows = sum(batch.num_rows for batch in made)
-        clock.add(index, time.perf_counter() - began, rows, rows)
-        return made
-
-    def _evaluate(
-        self, stage: Stage, step: Apply, inputs: list[pa.RecordBatch], made: list[pa.RecordBatch], clock: Clock
-    ) -> dict[str, object]:
-        """Metrics that follow the model in its stage."""
-        metrics: dict[str, object] = {}
-        for index in range(stage.first + 1, stage.stop):
-            op = self._program.ops[index]
-            if not isinstance(op, Evaluate):
-                raise InternalError(f"stage {stage.name} holds {op.name} after its model")
-            began = time.perf_counter()
-            evaluate = EvaluateOp(op, index, op.name, Counts())
-            for block, batch, answer in zip(step.inputs, inputs, made, strict=True):
-                evaluate.update(with_columns(batch, answer), block.origin)
-            metrics.update(evaluate.states)
-            rows = sum(batch.num_rows for batch in inputs)
-            clock.add(index, time.perf_counter() - began, rows, rows)
-        return metrics
 
     # --- failure -----------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """Running a row-wise model over the rows at hand.
 
 Batches may span the inputs; the answers are scattered back, so that input i gets exactly its own rows. Out of memory
-halves the batch and tries again: rows are independent, so their answers do not change.
+halves the batch and tries again: rows are independent, so their answers do not change. Where bad rows are set aside (a tolerant
+watch), so does any other failure, down to the rows that fail alone.
 
 Invariant: a model that does not answer one row for one row is refused before any of its answers is used.
 """
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -19,17 +21,32 @@ import pyarrow as pa
 from headrace.contracts.model import StreamModel
 from headrace.core.errors import HeadraceError
 from headrace.core.extras import is_instance
+from headrace.core.origins import join_origins
 from headrace.core.refs import Origin
 from headrace.plan.nodes import BatchFormat, Predict
+from headrace.worker.bad_rows import Failure, Lost, RowError, blames_rows, failure_of
 from headrace.worker.batching import FIXED_ROWS, BatchTuner, Piece, is_out_of_memory, join
 from headrace.worker.casting import concat_arrays
 from headrace.worker.formats import Given, NumpyReader, to_format, to_rows
 from headrace.worker.operators import Host
-from headrace.worker.results import Refused, call, columns_of, make_batch, named_column, rows_batch
+from headrace.worker.results import Refused, call, columns_of, fitting_rows, make_batch, named_column, rows_batch
 from headrace.worker.user_code import TorchModule, explain
+from headrace.worker.watch import NOBODY, Watch
 
 DEFAULT_OUTPUT = "prediction"  # the column of a bare array, when the user gave no name
-Answer = tuple[int, pa.RecordBatch]  # the index of an input, and the next of its rows' output columns
+
+
+@dataclass(slots=True)
+class Answer:
+    """The output columns of the next `rows` rows of an input. lost: those of them that failed, by position; `made` lacks them.
+
+    input: its index. made: None when all are lost.
+    """
+
+    input: int
+    rows: int
+    made: pa.RecordBatch | None
+    lost: list[Lost] = field(default_factory=list[Lost])
 
 
 def model_runner(op: Predict, index: int, host: Host) -> ModelRunner:
@@ -37,7 +54,7 @@ def model_runner(op: Predict, index: int, host: Host) -> ModelRunner:
     runner = host.models.get(index)
     if runner is None:
         model = host.functions.get(index, op.model, op.name)
-        runner = StreamRunner(model, op, host) if _is_stream(model) else BatchRunner(model, op, host)
+        runner = StreamRunner(model, op, index) if _is_stream(model) else BatchRunner(model, op, index, host)
         host.models[index] = runner
     return runner
 
@@ -52,7 +69,11 @@ class ModelRunner:
     wanted_rows: int
 
     def run(
-        self, inputs: Sequence[pa.RecordBatch], origins: Sequence[Origin], part_bytes: int | None = None
+        self,
+        inputs: Sequence[pa.RecordBatch],
+        origins: Sequence[Origin],
+        part_bytes: int | None = None,
+        watch: Watch = NOBODY,
     ) -> Iterator[Answer]:
         """The outputs of all inputs in order. part_bytes: an input's outputs come in parts of about this size, rather
         than whole. inputs: only what the model reads, at least one row each.
@@ -65,9 +86,10 @@ class ModelRunner:
 class BatchRunner(ModelRunner):
     """A model that is a function of a batch."""
 
-    def __init__(self, model: Any, op: Predict, host: Host) -> None:
+    def __init__(self, model: Any, op: Predict, index: int, host: Host) -> None:
         self._model = model
         self._op = op
+        self._index = index
         self._format: BatchFormat = "torch" if isinstance(model, TorchModule) else op.batch_format
         self._reader = NumpyReader()
         self._deterministic = host.deterministic
@@ -78,14 +100,20 @@ class BatchRunner(ModelRunner):
         return self._tuner.rows
 
     def run(
-        self, inputs: Sequence[pa.RecordBatch], origins: Sequence[Origin], part_bytes: int | None = None
+        self,
+        inputs: Sequence[pa.RecordBatch],
+        origins: Sequence[Origin],
+        part_bytes: int | None = None,
+        watch: Watch = NOBODY,
     ) -> Iterator[Answer]:
         pieces = [Piece(b, o) for b, o in zip(inputs, origins, strict=True)]
         groups = [[i] for i in range(len(pieces))] if self._deterministic else [list(range(len(pieces)))]
         for group in groups:
-            yield from self._run_group(pieces, group, part_bytes)
+            yield from self._run_group(pieces, group, part_bytes, watch)
 
-    def _run_group(self, pieces: Sequence[Piece], group: Sequence[int], part_bytes: int | None) -> Iterator[Answer]:
+    def _run_group(
+        self, pieces: Sequence[Piece], group: Sequence[int], part_bytes: int | None, watch: Watch
+    ) -> Iterator[Answer]:
         """One batch after the other over the rows of these pieces, put together again by piece."""
         parts = _Parts(pieces, part_bytes, self._op.name)
         queue = [(i, 0) for i in group if pieces[i].batch.num_rows]
@@ -104,14 +132,29 @@ class BatchRunner(ModelRunner):
                 rows -= n
                 if start + n < piece.batch.num_rows:
                     queue.append((i, start + n))
+            done = self._predict(join([p for _, p in span]), watch)
+            if len(span) == 1:
+                yield from parts.add(span[0][0], done)
+                continue
             start = 0
-            made = self._predict(join([p for _, p in span]))
             for i, part in span:
-                yield from parts.add(i, made.slice(start, part.batch.num_rows) if len(span) > 1 else made)
+                yield from parts.add(i, done.slice(start, part.batch.num_rows))
                 start += part.batch.num_rows
 
-    def _predict(self, piece: Piece) -> pa.RecordBatch:
-        """The answer to one batch. Out of memory: in halves."""
+    def _predict(self, piece: Piece, watch: Watch) -> _Outcome:
+        """The answer to one batch; row by row if a worker has died on it before."""
+        if not watch.doubts(self._index, piece.origin):
+            watch.enter(self._index, self._op.name, piece.origin)
+            return self._halves(piece, watch)
+        outcomes: list[_Outcome] = []
+        for at in range(piece.batch.num_rows):
+            row = piece.slice(at, 1)
+            failure = watch.condemned(self._index, self._op.name, row)
+            outcomes.append(self._halves(row, watch) if failure is None else _Outcome(1, None, [(0, failure)]))
+        return _joined(outcomes, self._op.name, piece.origin)
+
+    def _halves(self, piece: Piece, watch: Watch) -> _Outcome:
+        """The answer to one batch. Out of memory, or with rows that fail: in halves."""
         rows = piece.batch.num_rows
         batch, given = to_format(piece.batch, self._format, self._reader)
         argument = batch
@@ -122,16 +165,57 @@ class BatchRunner(ModelRunner):
         try:
             result, shared = call(self._model, (argument, *self._op.model.args), self._op.model.kwargs)
             made = name_outputs(self._op, result, rows, given, shared)
-        except (Exception, KeyboardInterrupt, SystemExit) as exc:
-            if self._deterministic or not is_out_of_memory(exc) or not self._tuner.shrink(rows):
+        except RowError as exc:
+            memory = is_out_of_memory(exc)
+            if not self._may_halve(exc, memory, rows, watch):
                 raise _blame(exc, self._op, piece) from None
+            if rows == 1:
+                return _Outcome(1, None, [(0, failure_of(exc, self._op.name))])
         else:
             self._tuner.record(rows, time.perf_counter() - began)
-            return made
-        _free_device_memory()
+            return _Outcome(rows, made)
+        if memory:
+            _free_device_memory()
         half = rows // 2
-        answers = [self._predict(piece.slice(0, half)), self._predict(piece.slice(half, rows - half))]
-        return join_columns(answers, self._op.name, piece.origin)
+        outcomes = [self._halves(piece.slice(0, half), watch), self._halves(piece.slice(half, rows - half), watch)]
+        return _joined(outcomes, self._op.name, piece.origin)
+
+    def _may_halve(self, exc: BaseException, memory: bool, rows: int, watch: Watch) -> bool:
+        """Or set the row aside, if it is one."""
+        if memory and rows > 1:
+            return not self._deterministic and self._tuner.shrink(rows)
+        return watch.tolerant and blames_rows(exc)
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What became of consecutive rows. made: the answers to all but the lost ones; None when there are none."""
+
+    rows: int
+    made: pa.RecordBatch | None
+    lost: list[Lost] = field(default_factory=list[Lost])
+
+    def slice(self, start: int, rows: int) -> _Outcome:
+        if not self.lost or self.made is None:
+            lost = [(at - start, f) for at, f in self.lost if start <= at < start + rows]
+            return _Outcome(rows, None if self.made is None else self.made.slice(start, rows), lost)
+        before = sum(at < start for at, _ in self.lost)
+        lost = [(at - start, f) for at, f in self.lost if start <= at < start + rows]
+        left = rows - len(lost)
+        return _Outcome(rows, self.made.slice(start - before, left) if left else None, lost)
+
+
+def _joined(outcomes: Sequence[_Outcome], op: str, origin: Origin) -> _Outcome:
+    """Consecutive outcomes as one."""
+    if len(outcomes) == 1:
+        return outcomes[0]
+    made = [o.made for o in outcomes if o.made is not None]
+    lost: list[Lost] = []
+    rows = 0
+    for outcome in outcomes:
+        lost += [(rows + at, failure) for at, failure in outcome.lost]
+        rows += outcome.rows
+    return _Outcome(rows, join_columns(made, op, origin) if made else None, lost)
 
 
 class _Parts:
@@ -141,20 +225,21 @@ class _Parts:
         self._pieces = pieces
         self._part_bytes = part_bytes
         self._op = op
-        self._held: dict[int, list[pa.RecordBatch]] = {}
+        self._held: dict[int, list[_Outcome]] = {}
         self._bytes = 0
         self._done: dict[int, int] = {}
 
-    def add(self, i: int, made: pa.RecordBatch) -> Iterator[Answer]:
+    def add(self, i: int, outcome: _Outcome) -> Iterator[Answer]:
         held = self._held.setdefault(i, [])
-        held.append(made)
-        done = self._done[i] = self._done.get(i, 0) + made.num_rows
-        self._bytes += made.nbytes
+        held.append(outcome)
+        done = self._done[i] = self._done.get(i, 0) + outcome.rows
+        self._bytes += 0 if outcome.made is None else outcome.made.nbytes
         complete = done == self._pieces[i].batch.num_rows
         if complete or (self._part_bytes is not None and self._bytes >= self._part_bytes):
             del self._held[i]
             self._bytes = 0
-            yield i, join_columns(held, self._op, self._pieces[i].origin)
+            whole = _joined(held, self._op, self._pieces[i].origin)
+            yield Answer(i, whole.rows, whole.made, whole.lost)
 
 
 def join_columns(parts: Sequence[pa.RecordBatch], op: str, origin: Origin) -> pa.RecordBatch:
@@ -231,33 +316,63 @@ def _has_names(result: Any) -> bool:
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
+Row = dict[str, Any]
+_NOTHING = Given(pa.schema([]))  # a row's answer need not be of the types that its columns had
+
+
 class StreamRunner(ModelRunner):
     """A model that is an asynchronous stream of rows. Its event loop lives in a thread of its own as long as the worker,
     so that connections outlast a call, and a loop that the caller runs (a notebook's) is not in the way.
     """
 
-    def __init__(self, model: Any, op: Predict, host: Host) -> None:
+    def __init__(self, model: Any, op: Predict, index: int) -> None:
         self._model = model
         self._op = op
+        self._index = index
         self.wanted_rows = op.batch_rows or FIXED_ROWS
         self._thread: ThreadPoolExecutor | None = None
         self._loop: Any = None
 
     def run(
-        self, inputs: Sequence[pa.RecordBatch], origins: Sequence[Origin], part_bytes: int | None = None
+        self,
+        inputs: Sequence[pa.RecordBatch],
+        origins: Sequence[Origin],
+        part_bytes: int | None = None,
+        watch: Watch = NOBODY,
     ) -> Iterator[Answer]:
         pieces = [Piece(b, o) for b, o in zip(inputs, origins, strict=True)]
-        answers = self._answers(pieces)
-        at = 0
-        for i, piece in enumerate(pieces):
-            rows = answers[at : at + piece.batch.num_rows]
-            at += len(rows)
-            try:
-                columns = columns_of(rows_batch(rows, Given(pa.schema([]))), Given(pa.schema([])), True)
-                made = name_outputs(self._op, make_batch(columns, len(rows)), len(rows), Given(pa.schema([])), True)
-            except Refused as exc:
-                raise _blame(exc, self._op, piece) from None
-            yield i, made
+        for i, (piece, results) in enumerate(zip(pieces, self._results(pieces, watch), strict=True)):
+            lost = [(at, r) for at, r in enumerate(results) if isinstance(r, Failure)]
+            rows = [r for r in results if not isinstance(r, Failure)]
+            places = [at for at, r in enumerate(results) if not isinstance(r, Failure)]
+            if watch.tolerant:
+                made, refused = self._named_fitting(rows)
+                lost += [(places[k], failure_of(exc, self._op.name)) for k, exc in refused.items()]
+                lost.sort(key=lambda pair: pair[0])
+            else:
+                try:
+                    made = self._named(rows)
+                except Refused as exc:
+                    raise _blame(exc, self._op, piece) from None
+            yield Answer(i, piece.batch.num_rows, made, lost)
+
+    def _named(self, rows: Sequence[Row]) -> pa.RecordBatch:
+        """The output columns of these answers. Raises Refused."""
+        columns = columns_of(rows_batch(rows, _NOTHING), _NOTHING, True)
+        return name_outputs(self._op, make_batch(columns, len(rows)), len(rows), _NOTHING, True)
+
+    def _named_fitting(self, rows: Sequence[Row]) -> tuple[pa.RecordBatch | None, dict[int, Refused]]:
+        """The same of those that go together, and why the others don't."""
+        refused: dict[int, Refused] = {}
+        for i, row in enumerate(rows):
+            missing = [n for n in self._op.output if n not in row]
+            if missing:
+                refused[i] = Refused(f"answered a row with {list(row)}, but output names {list(self._op.output)}")
+        left = [i for i in range(len(rows)) if i not in refused]
+        _, others = fitting_rows([rows[i] for i in left], _NOTHING)
+        refused |= {left[k]: exc for k, exc in others.items()}
+        left = [i for i in left if i not in refused]
+        return (self._named([rows[i] for i in left]) if left else None), refused
 
     def close(self) -> None:
         if self._thread is not None:
@@ -265,49 +380,115 @@ class StreamRunner(ModelRunner):
             self._thread.shutdown()
             self._thread = None
 
-    def _answers(self, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
-        """The answer to each row, in the order of the rows."""
+    def _results(self, pieces: Sequence[Piece], watch: Watch) -> list[list[Row | Failure]]:
+        """For each piece what became of each of its rows."""
+        doubts = any(watch.doubts(self._index, p.origin) for p in pieces)
+        if not doubts:
+            watch.enter(self._index, self._op.name, join_origins([p.origin for p in pieces]))
+            results = self._answers(pieces, watch.tolerant)
+        else:
+            results = []
+            for piece in pieces:
+                for at in range(piece.batch.num_rows):
+                    row = piece.slice(at, 1)
+                    failure = watch.condemned(self._index, self._op.name, row)
+                    results += self._answers([row], watch.tolerant) if failure is None else [failure]
+        out: list[list[Row | Failure]] = []
+        at = 0
+        for piece in pieces:
+            out.append(results[at : at + piece.batch.num_rows])
+            at += piece.batch.num_rows
+        return out
+
+    def _answers(self, pieces: Sequence[Piece], tolerant: bool) -> list[Row | Failure]:
+        """What became of each row, in the order of the rows. Raises for the first failure unless tolerant."""
         rows = [row for piece in pieces for row in to_rows(piece.batch)]
-        answers: dict[int, dict[str, Any]] = {}
         if self._thread is None:
             import asyncio
 
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="headrace-stream")
             self._loop = asyncio.Runner()
+        done: dict[int, Row | Failure] = {}
+        self._ask(list(range(len(rows))), rows, done, pieces, tolerant)
+        return [done[i] for i in range(len(rows))]
+
+    def _ask(
+        self, keys: Sequence[int], rows: list[Row], done: dict[int, Row | Failure], pieces: Sequence[Piece], tolerant: bool
+    ) -> None:
+        """Fill `done` for all keys. When a stream breaks, what it has answered counts, and the rest is asked for in halves."""
+        assert self._thread is not None
+        answers: dict[int, Row] = {}
+        failed: dict[int, Exception] = {}
+        broken: BaseException | None = None
         try:
-            self._thread.submit(self._collect, rows, answers).result()
-        except _RowFailed as failed:
-            piece, row = _find(pieces, failed.row)
-            raise _blame(failed.error, self._op, piece, row) from None
-        except (Exception, KeyboardInterrupt, SystemExit) as exc:
-            raise _blame(exc, self._op, pieces[0]) from None
-        missing = next((i for i in range(len(rows)) if i not in answers), None)
-        if missing is not None:
-            piece, row = _find(pieces, missing)
-            lost = len(rows) - len(answers)
-            refused = Refused(f"left {lost} of {len(rows)} rows without an answer", "yield every key exactly once")
-            raise _blame(refused, self._op, piece, row)
-        return [answers[i] for i in range(len(rows))]
+            self._thread.submit(self._collect, keys, rows, answers, failed, tolerant).result()
+        except RowError as exc:
+            if isinstance(exc, _RowFailed):
+                piece, row = _find(pieces, exc.row)
+                raise _blame(exc.error, self._op, piece, row) from None
+            if not (tolerant and blames_rows(exc)):
+                raise _blame(exc, self._op, pieces[0]) from None
+            broken = exc
+        for key, error in failed.items():
+            if not blames_rows(error):
+                piece, row = _find(pieces, key)
+                raise _blame(error, self._op, piece, row) from None
+            answers.pop(key, None)
+            done[key] = failure_of(error, self._op.name)
+        done |= answers
+        left = [key for key in keys if key not in done]
+        if not left:
+            return
+        if broken is not None and len(left) > 1:
+            half = len(left) // 2
+            self._ask(left[:half], rows, done, pieces, tolerant)
+            self._ask(left[half:], rows, done, pieces, tolerant)
+            return
+        why = broken or Refused(f"left {len(left)} of {len(keys)} rows without an answer", "yield every key exactly once")
+        if not tolerant:
+            piece, row = _find(pieces, left[0])
+            raise _blame(why, self._op, piece, row)
+        done |= {key: failure_of(why, self._op.name) for key in left}
 
-    def _collect(self, rows: list[dict[str, Any]], answers: dict[int, dict[str, Any]]) -> None:
-        self._loop.run(self._stream(rows, answers))
+    def _collect(self, *args: Any) -> None:
+        self._loop.run(self._stream(*args))
 
-    async def _stream(self, rows: list[dict[str, Any]], answers: dict[int, dict[str, Any]]) -> None:
-        async def source() -> AsyncIterator[tuple[int, dict[str, Any]]]:
-            for item in enumerate(rows):
-                yield item
+    async def _stream(
+        self,
+        keys: Sequence[int],
+        rows: list[Row],
+        answers: dict[int, Row],
+        failed: dict[int, Exception],
+        tolerant: bool,
+    ) -> None:
+        """One run of the model's stream over these rows. The first failure of a row ends it unless tolerant."""
+        asked = frozenset(keys)
+
+        async def source() -> AsyncIterator[tuple[int, Row]]:
+            for key in keys:
+                yield key, rows[key]
 
         async for key, answer in self._model.stream(source()):
-            if not isinstance(key, int) or not 0 <= key < len(rows):
+            if not isinstance(key, int) or key not in asked:
                 raise Refused(f"answered key {key!r}, which it was not given", "yield the keys that came with the rows")
-            if key in answers:
-                raise _RowFailed(key, Refused("answered a row twice", "yield every key exactly once"))
-            if isinstance(answer, Exception):
-                raise _RowFailed(key, answer)
-            if not isinstance(answer, Mapping):
-                refused = Refused(f"answered a row with a {type(answer).__name__}", "yield (key, {column: value})")
-                raise _RowFailed(key, refused)
-            answers[key] = dict(answer)
+            error = _row_error(answer, key in answers or key in failed)
+            if error is None:
+                answers[key] = dict(answer)
+            elif tolerant:
+                failed[key] = error
+            else:
+                raise _RowFailed(key, error)
+
+
+def _row_error(answer: Any, again: bool) -> Exception | None:
+    """What is wrong with the answer to one row."""
+    if again:
+        return Refused("answered a row twice", "yield every key exactly once")
+    if isinstance(answer, Exception):
+        return answer
+    if not isinstance(answer, Mapping):
+        return Refused(f"answered a row with a {type(answer).__name__}", "yield (key, {column: value})")
+    return None
 
 
 class _RowFailed(Exception):

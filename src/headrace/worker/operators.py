@@ -4,7 +4,8 @@ Row functions live in `row_ops`, batch functions and models in `batch_ops`; `mak
 
 Invariants: an operator's output is a function of the rows pushed, not of time or of when it was suspended; it holds no
 more than it must (a batcher's rest, rows waiting for a model's batch); what it adds to or takes from the number of rows
-is in its `counts` at the latest when it has finished.
+is in its `counts` at the latest when it has finished; where bad rows are set aside, a batch that fails is cut in halves down to
+the rows that fail alone, and the others go on in their order.
 """
 
 from __future__ import annotations
@@ -13,17 +14,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from headrace.core.errors import DataError
+from headrace.core.errors import DataError, HeadraceError
 from headrace.core.expressions import passing
-from headrace.core.refs import Origin
+from headrace.core.tensors import vector_to_numpy
 from headrace.plan import nodes
-from headrace.worker.batching import Piece
-from headrace.worker.results import make_batch, with_columns
+from headrace.worker.bad_rows import BadRows, Lost, RowError, blames_rows, failure_of
+from headrace.worker.batching import Piece, join
+from headrace.worker.results import Refused, make_batch, with_columns
 from headrace.worker.user_code import Functions, explain
+from headrace.worker.watch import NOBODY, Watch
 
 TARGET_BYTES = 16 << 20  # of a block that an operator cuts by itself; as BlockLimits.target_bytes
+_COMPUTING = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, pa.ArrowKeyError)
 
 
 @dataclass(slots=True)
@@ -45,7 +50,7 @@ class Counts:
     taken: int = 0
 
     def change(self, rows_in: int, rows_out: int) -> None:
-        """An operator was given so many rows and answered so many."""
+        """An operator was given so many rows, none of them bad, and answered so many."""
         if rows_out > rows_in:
             self.expanded += rows_out - rows_in
         else:
@@ -53,9 +58,14 @@ class Counts:
 
 
 class Operator:
-    """One node of the plan at work in one cursor. exhausted: it will let no further row pass."""
+    """One node of the plan at work in one cursor. exhausted: it will let no further row pass.
+
+    bad: where rows go that fail; None: they end the run. watch: told before user code runs.
+    """
 
     exhausted = False
+    bad: BadRows | None = None
+    watch: Watch = NOBODY
 
     def __init__(self, index: int, name: str, counts: Counts) -> None:
         self.index = index
@@ -68,9 +78,86 @@ class Operator:
     def finish(self) -> Iterator[Piece]:
         return iter(())
 
+    def lose(self, piece: Piece, lost: list[Lost]) -> None:
+        """These rows of the piece failed."""
+        if lost:
+            assert self.bad is not None
+            self.bad.add(self.index, self.name, piece, lost)
 
-def make(op: nodes.Op, index: int, host: Host, counts: Counts) -> Operator:
+
+class BatchOperator(Operator):
+    """An operator that works on a batch at a time. A subclass gives `_work` and `_blame`."""
+
+    def _prepare(self, piece: Piece) -> Any:
+        """What `_work` is given besides the piece. Whatever it raises ends the run."""
+        return None
+
+    def _reads(self, piece: Piece) -> Piece:
+        """The piece with only the columns that the operator reads."""
+        return piece
+
+    def _work(self, piece: Piece, given: Any) -> Any:
+        """What the operator makes of a batch; may raise anything."""
+        raise NotImplementedError
+
+    def _blame(self, exc: BaseException, piece: Piece) -> HeadraceError:
+        raise NotImplementedError
+
+    def _attempt(self, piece: Piece, lost: list[Lost]) -> Iterator[tuple[int, Piece, Any]]:
+        """(first row, rows, what was made of them), in order: all at once, or what is left when those that fail are taken out.
+
+        lost: those that fail, by their position in the piece. A row that has ended a worker before is run alone.
+        """
+        if not self.watch.doubts(self.index, piece.origin):
+            self.watch.enter(self.index, self.name, piece.origin)
+            yield from self._halves(piece, 0, lost)
+            return
+        for at in range(piece.batch.num_rows):
+            row = piece.slice(at, 1)
+            failure = self.watch.condemned(self.index, self.name, self._reads(row))
+            if failure is None:
+                yield from self._halves(row, at, lost)
+            else:
+                lost.append((at, failure))
+
+    def _halves(self, piece: Piece, at: int, lost: list[Lost]) -> Iterator[tuple[int, Piece, Any]]:
+        rows = piece.batch.num_rows
+        given = self._prepare(piece)
+        try:
+            made = self._work(piece, given)
+        except RowError as exc:
+            if self.bad is None or not blames_rows(exc):
+                raise self._blame(exc, piece) from None
+            if rows == 1:
+                lost.append((at, failure_of(exc, self.name)))
+                return
+        else:
+            yield at, piece, made
+            return
+        half = rows // 2
+        yield from self._halves(piece.slice(0, half), at, lost)
+        yield from self._halves(piece.slice(half, rows - half), at + half, lost)
+
+
+def rejoined(pieces: list[Piece]) -> list[Piece]:
+    """One piece, if their types allow it: rows that were run apart travel together like their neighbours."""
+    if len(pieces) < 2:
+        return pieces
+    try:
+        return [join(pieces)]
+    except DataError:
+        return pieces
+
+
+def make(op: nodes.Op, index: int, host: Host, counts: Counts, bad: BadRows | None = None, watch: Watch = NOBODY) -> Operator:
     """The operator for a plan node."""
+    made = _make(op, index, host, counts)
+    made.bad = bad
+    made.watch = watch
+    return made
+
+
+def _make(op: nodes.Op, index: int, host: Host, counts: Counts) -> Operator:
     from headrace.worker import batch_ops, row_ops
 
     args = (index, op.name, counts)
@@ -139,23 +226,44 @@ class ReshapeOp(Operator):
         yield from ProjectOp(project, self.index, self.name, self.counts).push(piece)
 
 
-class FilterExprOp(Operator):
+class FilterExprOp(BatchOperator):
     def __init__(self, op: nodes.FilterExpr, index: int, name: str, counts: Counts) -> None:
         super().__init__(index, name, counts)
         self._expression = op.expression
 
     def push(self, piece: Piece) -> Iterator[Piece]:
         rows = piece.batch.num_rows
+        lost: list[Lost] = []
         try:
-            kept = passing(piece.batch, self._expression)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, pa.ArrowKeyError) as exc:
-            raise DataError(
-                f"filter({self._expression}) can't be computed: {exc}",
-                where=(("stage", self.name), ("rows", piece.origin.label)),
-                hint="check the columns and types that the expression reads",
-            ) from exc
-        self.counts.filtered += rows - len(kept)
-        yield piece if len(kept) == rows else Piece(piece.batch.take(kept), piece.origin.inexact())
+            passed = self._work(piece, None)
+        except _COMPUTING as exc:
+            if self.bad is None or self._fails_without_rows(piece):
+                raise self._blame(exc, piece) from exc
+            parts = [passed + at for at, _, passed in self._halves(piece, 0, lost)]  # no user code: nothing to watch
+            passed = np.concatenate(parts) if parts else np.empty(0, np.int64)
+            self.lose(piece, lost)
+        self.counts.filtered += rows - len(lost) - len(passed)
+        if len(passed) == rows:
+            yield piece
+        elif len(passed):
+            yield piece.take(passed)
+
+    def _fails_without_rows(self, piece: Piece) -> bool:
+        try:
+            self._work(piece.slice(0, 0), None)
+        except _COMPUTING:
+            return True
+        return False
+
+    def _work(self, piece: Piece, given: Any) -> np.ndarray:
+        return vector_to_numpy(passing(piece.batch, self._expression))
+
+    def _blame(self, exc: BaseException, piece: Piece) -> HeadraceError:
+        return DataError(
+            f"filter({self._expression}) can't be computed: {exc}",
+            where=(("stage", self.name), ("rows", piece.origin.label)),
+            hint="check the columns and types that the expression reads",
+        )
 
 
 class LimitOp(Operator):
@@ -179,7 +287,7 @@ class LimitOp(Operator):
             yield piece if taken == rows else piece.slice(0, taken)
 
 
-class ApplyOp(Operator):
+class ApplyOp(BatchOperator):
     """A transform of Headrace's own, a few rows at a time so that what it makes stays near the target."""
 
     def __init__(self, op: nodes.Apply, index: int, name: str, counts: Counts) -> None:
@@ -193,30 +301,69 @@ class ApplyOp(Operator):
         step = min(self._rows or rows, rows)
         for start in range(0, rows, step or 1):
             part = piece if step == rows else piece.slice(start, min(step, rows - start))
-            given = select(part.batch, self._transform.columns_in, self.name)
-            try:
-                made = self._transform.apply(given)
-            except Exception as exc:
-                raise explain(exc, self.name, part.origin, columns=self._transform.columns_in) from None
-            yield Piece(with_columns(part.batch, made), part.origin)
+            lost: list[Lost] = []
+            made = [Piece(with_columns(p.batch, m), p.origin) for _, p, m in self._attempt(part, lost)]
+            self.lose(part, lost)
+            yield from rejoined(made)
+
+    def _reads(self, piece: Piece) -> Piece:
+        return Piece(select(piece.batch, self._transform.columns_in, self.name), piece.origin)
+
+    def _prepare(self, piece: Piece) -> pa.RecordBatch:
+        return self._reads(piece).batch
+
+    def _work(self, piece: Piece, given: pa.RecordBatch) -> pa.RecordBatch:
+        made = self._transform.apply(given)
+        if made.num_rows != piece.batch.num_rows:
+            raise Refused(f"was given {piece.batch.num_rows} rows and returned {made.num_rows} rows")
+        return made
+
+    def _blame(self, exc: BaseException, piece: Piece) -> HeadraceError:
+        return explain(exc, self.name, piece.origin, columns=self._transform.columns_in)
 
 
-class EvaluateOp(Operator):
-    """Adds every row to the accumulators' states."""
+class EvaluateOp(BatchOperator):
+    """Adds every row to the accumulators' states. Where bad rows are set aside, a batch counts in all of them or in none."""
 
     def __init__(self, op: nodes.Evaluate, index: int, name: str, counts: Counts) -> None:
         super().__init__(index, name, counts)
         self._accumulators = op.accumulators
+        self._key = ""  # the accumulator at work, for messages
         self.states: dict[str, Any] = {key: a.zero() for key, a in op.accumulators.items()}
 
     def push(self, piece: Piece) -> Iterator[Piece]:
-        self.update(piece.batch, piece.origin)
-        yield piece
+        lost = self.update(piece)
+        self.lose(piece, lost)
+        left = piece.without([at for at, _ in lost])
+        if left is not None:
+            yield left
 
-    def update(self, batch: pa.RecordBatch, origin: Origin) -> None:
+    def update(self, piece: Piece) -> list[Lost]:
+        """Add the rows; those that failed, which are in no state."""
+        lost: list[Lost] = []
+        for _ in self._attempt(piece, lost):
+            pass
+        return lost
+
+    def _reads(self, piece: Piece) -> Piece:
+        names = list(dict.fromkeys(n for a in self._accumulators.values() for n in a.columns))
+        return Piece(select(piece.batch, names, self.name), piece.origin)
+
+    def _prepare(self, piece: Piece) -> dict[str, pa.RecordBatch]:
+        return {key: select(piece.batch, a.columns, f"evaluate({key})") for key, a in self._accumulators.items()}
+
+    def _work(self, piece: Piece, given: dict[str, pa.RecordBatch]) -> None:
+        if self.bad is None:
+            for key, accumulator in self._accumulators.items():
+                self._key = key
+                self.states[key] = accumulator.update(self.states[key], given[key])
+            return
+        fresh: dict[str, Any] = {}
         for key, accumulator in self._accumulators.items():
-            given = select(batch, accumulator.columns, f"evaluate({key})")
-            try:
-                self.states[key] = accumulator.update(self.states[key], given)
-            except Exception as exc:
-                raise explain(exc, f"evaluate({key})", origin, columns=accumulator.columns) from None
+            self._key = key
+            fresh[key] = accumulator.update(accumulator.zero(), given[key])
+        for key, accumulator in self._accumulators.items():
+            self.states[key] = accumulator.merge(self.states[key], fresh[key])
+
+    def _blame(self, exc: BaseException, piece: Piece) -> HeadraceError:
+        return explain(exc, f"evaluate({self._key})", piece.origin, columns=self._accumulators[self._key].columns)

@@ -261,6 +261,46 @@ def rows_batch(rows: Sequence[Mapping[str, Any]], given: Given) -> pa.RecordBatc
     return make_batch(columns, len(rows))
 
 
+def fitting_rows(rows: Sequence[Mapping[str, Any]], given: Given) -> tuple[pa.RecordBatch | None, dict[int, Refused]]:
+    """(a batch of all rows that go together, why each of the others does not). None: there is no such row.
+
+    Rows that are refused alone, and then those whose types are not the most frequent ones'.
+    """
+    try:
+        return (rows_batch(rows, given), {}) if rows else (None, {})
+    except Refused:
+        pass
+    refused: dict[int, Refused] = {}
+    alike: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        try:
+            schema = rows_batch([row], given).schema
+        except Refused as exc:
+            refused[i] = exc
+        else:
+            alike.setdefault(tuple((f.name, str(f.type)) for f in schema), []).append(i)
+    kept: list[int] = []
+    for group in sorted(alike.values(), key=lambda g: (-len(g), g[0])):
+        kept = _admitted(rows, given, kept, group, refused)
+    return (rows_batch([rows[i] for i in kept], given) if kept else None), refused
+
+
+def _admitted(
+    rows: Sequence[Mapping[str, Any]], given: Given, kept: list[int], group: list[int], refused: dict[int, Refused]
+) -> list[int]:
+    """`kept` and those of `group` that go together with them."""
+    both = sorted(kept + group)
+    try:
+        rows_batch([rows[i] for i in both], given)
+        return both
+    except Refused as exc:
+        if len(group) == 1:
+            refused[group[0]] = exc
+            return kept
+    half = len(group) // 2
+    return _admitted(rows, given, _admitted(rows, given, kept, group[:half], refused), group[half:], refused)
+
+
 def values_column(values: Sequence[Any], hint: pa.DataType | None = None) -> pa.Array:
     """A column of Python values, NumPy scalars, arrays or tensors. hint: kept if the values are of its kind."""
     present = next((v for v in values if v is not None), None)

@@ -1,27 +1,31 @@
-"""Row functions: filter, map and flat_map with a Python function of one row.
+"""Row functions as operators: filter(fn), map and flat_map.
 
-Invariant: at most a chunk of rows exists as Python objects at a time, whatever the size of the block; flat_map's rows
-leave as soon as they fill a block, while its iterable is still running.
+Invariants: rows become Python objects a chunk at a time, never a whole block; flat_map's rows leave as soon as they fill a
+block, while its iterable is still running. Where bad rows are set aside, flat_map holds what it makes of one row until its
+iterable has ended: of a row that fails nothing is passed on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from headrace.core.errors import HeadraceError
-from headrace.core.tensors import numpy_to_array
+from headrace.core.origins import chosen
 from headrace.plan.nodes import UserFunction
+from headrace.worker.bad_rows import Lost, RowError, blames_rows, failure_of
 from headrace.worker.batching import Piece
 from headrace.worker.formats import Given, row_chunks, to_rows
 from headrace.worker.operators import TARGET_BYTES, Counts, Operator
-from headrace.worker.results import Refused, rows_batch
+from headrace.worker.results import Refused, fitting_rows, rows_batch
 from headrace.worker.user_code import explain
 
 FLAT_ROWS = 8192  # rows of a flat_map that leave together, however small they are
+
+Row = dict[str, Any]
 
 
 class RowOperator(Operator):
@@ -33,22 +37,46 @@ class RowOperator(Operator):
         self._args = spec.args
         self._kwargs = dict(spec.kwargs)
 
-    def _chunks(self, piece: Piece) -> Iterator[tuple[Piece, list[dict[str, Any]]]]:
+    def _chunks(self, piece: Piece) -> Iterator[tuple[Piece, list[Row]]]:
         rows = piece.batch.num_rows
         step = row_chunks(piece.batch)
         for start in range(0, rows, step):
             part = piece.slice(start, min(step, rows - start))
             yield part, to_rows(part.batch)
 
-    def _call_all(self, part: Piece, rows: list[dict[str, Any]]) -> list[Any]:
+    def _call_all(self, part: Piece, rows: list[Row], check: Callable[[Any], Any], lost: list[Lost]) -> list[Any]:
+        """check(what fn makes of each row), without the rows that fail: those go to `lost`."""
         fn, args, kwargs = self._fn, self._args, self._kwargs
         out: list[Any] = []
-        try:
-            for row in rows:
-                out.append(fn(row, *args, **kwargs))
-        except (Exception, KeyboardInterrupt, SystemExit) as exc:
-            raise self._blame(exc, part, len(out)) from None
-        return out
+        source = self._watched(part, rows, lost)
+        while True:
+            try:
+                for row in source:
+                    out.append(check(fn(row, *args, **kwargs)))
+                return out
+            except RowError as exc:
+                self._fail(exc, part, len(out) + len(lost), lost)
+
+    def _watched(self, part: Piece, rows: list[Row], lost: list[Lost]) -> Iterator[Row]:
+        """The rows that may be run, announced: all at once, or one by one where a worker has died before."""
+        if not self.watch.doubts(self.index, part.origin):
+            self.watch.enter(self.index, self.name, part.origin)
+            return iter(rows)
+        return self._one_by_one(part, rows, lost)
+
+    def _one_by_one(self, part: Piece, rows: list[Row], lost: list[Lost]) -> Iterator[Row]:
+        for i, row in enumerate(rows):
+            failure = self.watch.condemned(self.index, self.name, part.slice(i, 1))
+            if failure is None:
+                yield row
+            else:
+                lost.append((i, failure))
+
+    def _fail(self, exc: BaseException, part: Piece, row: int, lost: list[Lost]) -> None:
+        """Row `row` of the chunk failed: it is set aside, or ends the run."""
+        if self.bad is None or not blames_rows(exc):
+            raise self._blame(exc, part, row) from None
+        lost.append((row, failure_of(exc, self.name)))
 
     def _blame(self, exc: BaseException, part: Piece, row: int | None) -> HeadraceError:
         return explain(exc, self.name, part.origin, row=row, columns=part.batch.schema.names)
@@ -59,73 +87,143 @@ class RowOperator(Operator):
         except Refused as exc:
             raise self._blame(exc, part, None) from exc.__cause__
 
+    def _fitting(
+        self, rows: Sequence[Mapping[str, Any]], parents: Sequence[int], part: Piece, lost: list[Lost]
+    ) -> tuple[pa.RecordBatch | None, list[int]]:
+        """(the rows that go together as a batch, each one's parent). A parent of one that does not is lost with all it made."""
+        given = Given(part.batch.schema)
+        while rows:
+            made, refused = fitting_rows(rows, given)
+            if not refused:
+                return made, list(parents)
+            failed: dict[int, Refused] = {}
+            for i, exc in refused.items():
+                failed.setdefault(parents[i], exc)
+            lost += [(parent, failure_of(exc, self.name)) for parent, exc in failed.items()]
+            kept = [i for i, parent in enumerate(parents) if parent not in failed]
+            rows, parents = [rows[i] for i in kept], [parents[i] for i in kept]
+        return None, []
+
+
+def _left(count: int, lost: Sequence[Lost]) -> list[int]:
+    """The positions of the rows that are not lost."""
+    gone = {at for at, _ in lost}
+    return [i for i in range(count) if i not in gone]
+
 
 class FilterRowsOp(RowOperator):
     def push(self, piece: Piece) -> Iterator[Piece]:
         for part, rows in self._chunks(piece):
-            try:
-                keep = [bool(value) for value in self._call_all(part, rows)]
-            except ValueError as exc:  # the truth of an array
-                raise self._blame(Refused(f"returned what is neither true nor false: {exc}"), part, None) from None
+            lost: list[Lost] = []
+            keep = self._call_all(part, rows, _truth, lost)
+            if lost:
+                self.lose(part, lost)
             kept = sum(keep)
             self.counts.filtered += len(keep) - kept
-            if kept == len(keep):
+            if kept == len(rows):
                 yield part
             elif kept:
-                yield Piece(part.batch.take(numpy_to_array(np.flatnonzero(keep))), part.origin.inexact())
+                positions = np.flatnonzero(keep)
+                yield part.take(np.asarray(_left(len(rows), lost))[positions] if lost else positions)
 
 
 class MapRowsOp(RowOperator):
     def push(self, piece: Piece) -> Iterator[Piece]:
         for part, rows in self._chunks(piece):
-            made = self._call_all(part, rows)
-            for i, row in enumerate(made):
-                if not isinstance(row, Mapping):
-                    raise self._blame(_no_row(row), part, i)
-            yield Piece(self._batch(made, part), part.origin)
+            lost: list[Lost] = []
+            made = self._call_all(part, rows, _row, lost)
+            if self.bad is None:
+                yield Piece(self._batch(made, part), part.origin)
+                continue
+            batch, kept = self._fitting(made, _left(len(rows), lost), part, lost)
+            lost.sort(key=lambda pair: pair[0])
+            self.lose(part, lost)
+            if batch is not None:
+                yield Piece(batch, chosen(part.origin, np.asarray(kept)) if lost else part.origin)
 
 
 class FlatMapOp(RowOperator):
     def push(self, piece: Piece) -> Iterator[Piece]:
-        made = 0
+        made = bad = 0
         for part, rows in self._chunks(piece):
-            for batch in self._flat(part, rows):
-                made += batch.num_rows
-                yield Piece(batch, part.origin.inexact())
-        self.counts.change(piece.batch.num_rows, made)
+            lost: list[Lost] = []
+            for batch, parents in self._flat(part, rows) if self.bad is None else self._flat_whole(part, rows, lost):
+                for start in range(0, batch.num_rows, FLAT_ROWS):
+                    some = batch.slice(start, FLAT_ROWS)
+                    made += some.num_rows
+                    yield Piece(some, chosen(part.origin, np.asarray(parents[start : start + FLAT_ROWS])))
+            bad += len(lost)
+            if lost:
+                self.lose(part, sorted(lost, key=lambda pair: pair[0]))
+        self.counts.change(piece.batch.num_rows - bad, made)
 
-    def _flat(self, part: Piece, rows: list[dict[str, Any]]) -> Iterator[pa.RecordBatch]:
+    def _flat(self, part: Piece, rows: list[Row]) -> Iterator[tuple[pa.RecordBatch, list[int]]]:
+        """(rows made, each one's parent), as soon as there are enough."""
         held: list[Mapping[str, Any]] = []
+        parents: list[int] = []
         size = 0
-        for row in self._each(part, rows):
-            held.append(row)
-            size += estimated_bytes(row)
-            if size >= TARGET_BYTES or len(held) >= FLAT_ROWS:
-                full, held, size = held, [], 0
-                yield self._batch(full, part)
+        for i, source in enumerate(self._watched(part, rows, [])):
+            for row in self._each(part, i, source):
+                held.append(row)
+                parents.append(i)
+                size += estimated_bytes(row)
+                if size >= TARGET_BYTES or len(held) >= FLAT_ROWS:
+                    full, held, size = held, [], 0
+                    yield self._batch(full, part), parents
+                    parents = []
         if held:
-            yield self._batch(held, part)
+            yield self._batch(held, part), parents
 
-    def _each(self, part: Piece, rows: list[dict[str, Any]]) -> Iterator[Mapping[str, Any]]:
-        """The rows that the function makes, one by one. Only what the user's code raises is blamed on it."""
-        for i, row in enumerate(rows):
+    def _each(self, part: Piece, i: int, row: Row) -> Iterator[Mapping[str, Any]]:
+        """The rows that the function makes of one, one by one. Only what the user's code raises is blamed on it."""
+        try:
+            source = self._iterator(row)
+        except RowError as exc:
+            raise self._blame(exc, part, i) from None
+        while True:
             try:
-                made = self._fn(row, *self._args, **self._kwargs)
-                if made is None or isinstance(made, (Mapping, str, bytes)):
-                    raise Refused(f"returned {_named(made)}", "return a list, or yield one dict a row")
-                source = iter(made)
-            except (Exception, KeyboardInterrupt, SystemExit) as exc:
+                item = next(source)
+            except StopIteration:
+                break
+            except RowError as exc:
                 raise self._blame(exc, part, i) from None
-            while True:
-                try:
-                    item = next(source)
-                except StopIteration:
-                    break
-                except (Exception, KeyboardInterrupt, SystemExit) as exc:
-                    raise self._blame(exc, part, i) from None
-                if not isinstance(item, Mapping):
-                    raise self._blame(_no_row(item), part, i)
-                yield item
+            if not isinstance(item, Mapping):
+                raise self._blame(_no_row(item), part, i)
+            yield item
+
+    def _flat_whole(self, part: Piece, rows: list[Row], lost: list[Lost]) -> Iterator[tuple[pa.RecordBatch, list[int]]]:
+        """The same where bad rows are set aside: all that one row makes leaves together."""
+        held: list[Mapping[str, Any]] = []
+        parents: list[int] = []
+        size = 0
+        done = 0  # rows called; those of `lost` that were condemned come in between
+        condemned: list[Lost] = []
+        for row in self._watched(part, rows, condemned):
+            i = done + len(condemned)
+            done += 1
+            try:
+                made = [_row(item) for item in self._iterator(row)]
+            except RowError as exc:
+                self._fail(exc, part, i, lost)
+                continue
+            held += made
+            parents += [i] * len(made)
+            size += sum(map(estimated_bytes, made))
+            if size >= TARGET_BYTES or len(held) >= FLAT_ROWS:
+                batch, of = self._fitting(held, parents, part, lost)
+                held, parents, size = [], [], 0
+                if batch is not None:
+                    yield batch, of
+        lost += condemned
+        batch, of = self._fitting(held, parents, part, lost)
+        if batch is not None:
+            yield batch, of
+
+    def _iterator(self, row: Row) -> Iterator[Any]:
+        made = self._fn(row, *self._args, **self._kwargs)
+        if made is None or isinstance(made, (Mapping, str, bytes)):
+            raise Refused(f"returned {_named(made)}", "return a list, or yield one dict a row")
+        return iter(made)
 
 
 def estimated_bytes(row: Mapping[str, Any]) -> int:
@@ -142,6 +240,19 @@ def _value_bytes(value: Any) -> int:
         return estimated_bytes(value)
     size = getattr(value, "nbytes", None)  # arrays, tensors
     return size if isinstance(size, int) else 8
+
+
+def _truth(value: Any) -> bool:
+    try:
+        return bool(value)
+    except Exception as exc:  # the truth of an array
+        raise Refused(f"returned what is neither true nor false: {exc}") from None
+
+
+def _row(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _no_row(value)
+    return value
 
 
 def _no_row(value: Any) -> Refused:

@@ -19,6 +19,7 @@ from typing import Any
 
 from headrace.core.errors import HeadraceError, InternalError, UserCodeError
 from headrace.core.extras import is_instance
+from headrace.core.redact import redact
 from headrace.core.refs import Origin
 from headrace.plan.nodes import UserFunction
 from headrace.worker.results import Refused
@@ -134,7 +135,7 @@ def explain(
         return _placed(exc, origin).at(*where)
     if isinstance(exc, Refused):
         return UserCodeError(f"{op} {exc}", where=where, hint=exc.hint, frames="")
-    text = _text(exc)
+    text = exception_text(exc)
     message = f"{op} raised {type(exc).__name__}" + (f" while {doing}" if doing else "") + (f": {text}" if text else "")
     return UserCodeError(message, where=where, hint=_hint(exc, text), frames=user_frames(exc))
 
@@ -142,7 +143,7 @@ def explain(
 def internal_error(exc: BaseException, what: str) -> InternalError:
     """A fault of ours, with all frames."""
     return InternalError(
-        f"{what} failed: {type(exc).__name__}: {_text(exc)}",
+        f"{what} failed: {type(exc).__name__}: {exception_text(exc)}",
         frames="".join(traceback.format_exception(exc)),
         hint="this is a fault of Headrace; please report it with the frames above",
     )
@@ -171,12 +172,13 @@ def _placed(error: HeadraceError, origin: Origin | None) -> HeadraceError:
     return error
 
 
-def _text(exc: BaseException) -> str:
+def exception_text(exc: BaseException) -> str:
+    """Its message, not too long, without secrets."""
     try:
         text = str(exc)
     except Exception:  # an exception whose own __str__ fails
         text = "(its message can't be shown)"
-    return text if len(text) <= MESSAGE_CHARS else text[:MESSAGE_CHARS] + " ..."
+    return redact(text if len(text) <= MESSAGE_CHARS else text[:MESSAGE_CHARS] + " ...")
 
 
 def _hint(exc: BaseException, text: str) -> str:
@@ -206,5 +208,5 @@ def user_frames(exc: BaseException) -> str:
     lines += traceback.format_list(tail)
     cause = exc.__cause__
     if cause is not None:
-        lines.append(f"  caused by {type(cause).__name__}: {_text(cause)}\n")
-    return "".join(lines)
+        lines.append(f"  caused by {type(cause).__name__}: {exception_text(cause)}\n")
+    return redact("".join(lines))

@@ -10,7 +10,7 @@ import pytest
 
 import headrace as hr
 from headrace.connectors.listing import Listing
-from headrace.connectors.sinks.parquet import ParquetSink
+from headrace.connectors.sinks import claims
 
 
 def _fill(folder: Path) -> None:
@@ -55,18 +55,19 @@ def test_covers_s3() -> None:
     assert not Listing.of("s3://b/in", parquet).covers("s3://b/in/_out/part.parquet")
 
 
-def test_staging_of_a_process_that_is_gone_is_removed_and_that_of_a_live_one_kept(tmp_path: Path) -> None:
-    staging = tmp_path / "_headrace/staging"
-    dead, strange = staging / "0123456789ab", staging / "mine"
+def test_scratch_of_a_process_that_is_gone_is_removed_and_that_of_a_live_one_kept(tmp_path: Path) -> None:
+    """Files on their way to S3 lie in the machine's directory for temporary files."""
+
+    class Owner:
+        pass
+
+    dead, strange = tmp_path / "headrace-staging-0123456789ab", tmp_path / "mine"
     for folder in (dead, strange):
         folder.mkdir(parents=True)
         (folder / "000000-1.parquet").write_bytes(b"half")
-    first = ParquetSink(str(tmp_path)).prepare(None)
-    assert not dead.exists()
-    assert strange.exists()
-    live = staging / first._token
-    second = ParquetSink(str(tmp_path)).prepare(None)
-    assert live.exists()
-    second.abandon()
-    first.abandon()
-    assert [p.name for p in staging.iterdir()] == ["mine"]
+    live, owner = tmp_path / "headrace-staging-ba9876543210", Owner()
+    claims.claim(str(live), owner)
+    claims.remove_stale(str(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == [live.name, "mine"]
+    claims.release(str(live))
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import datetime
+import errno
+import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from headrace.api.verify import verify
+from headrace.connectors.run_store import LocalRunStore
 from headrace.connectors.sinks.csv import CsvSink
 from headrace.connectors.sinks.files import FileSink
 from headrace.connectors.sinks.json import JsonSink
 from headrace.connectors.sinks.parquet import ParquetSink
 from headrace.core.errors import DataError, DestinationError, PlanError
 from headrace.core.splits import Fragment, Split
+from headrace.testing.check_sink import SCHEMA, Session, a_batch, a_split
 
 SPLIT = Split(0, (Fragment("/in/a.parquet", 1, "v", name="a.parquet"),), 1)
 
 
 def written(sink: FileSink, *batches: pa.RecordBatch) -> Path:
-    sink = sink.prepare(None)
-    writer = sink.open(SPLIT, 0)
-    for batch in batches:
-        writer.write(batch)
-    receipt = writer.close()
-    sink.finish({}, batches[0].schema)
-    return Path(sink.path, receipt.outputs[0].name)
+    session = Session(sink, schema=None)
+    (name,) = session.write(SPLIT, batches)
+    session.schema = batches[0].schema
+    session.finish()
+    return Path(sink.path, name)
 
 
 def tensors(rows: int) -> pa.FixedShapeTensorArray:
@@ -121,17 +125,17 @@ def test_json_of_a_slice(tmp_path: Path) -> None:
 def test_csv_refuses_what_it_can_not_hold(tmp_path: Path, column: pa.Array) -> None:
     batch = pa.record_batch({"odd": column})
     with pytest.raises(PlanError, match="'odd'"):
-        CsvSink(tmp_path).prepare(batch.schema)
+        CsvSink(tmp_path).check(batch.schema)
     with pytest.raises(DataError, match="'odd'"):
-        CsvSink(tmp_path).prepare(None).open(SPLIT, 0).write(batch)
+        CsvSink(tmp_path).bind("run-00000", 1, None).open(SPLIT, 0).write(batch)
 
 
 def test_destination_refusals(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(DestinationError, match="is a file"):
-        ParquetSink(tmp_path / "file").prepare(None)
+        ParquetSink(tmp_path / "file").check(None)
     with pytest.raises(DestinationError, match="can't write"):
-        ParquetSink(tmp_path / "file" / "below").prepare(None)
+        ParquetSink(tmp_path / "file" / "below").check(None)
     with pytest.raises(PlanError, match="outputs"):
         ParquetSink(tmp_path, outputs="other")  # type: ignore[arg-type]
     with pytest.raises(PlanError, match="scheme"):
@@ -144,20 +148,131 @@ def test_foreign_files_are_never_touched(tmp_path: Path) -> None:
         (tmp_path / name).write_text("mine")
     batch = pa.record_batch({"x": [1]})
     written(ParquetSink(tmp_path), batch)
-    path = written(ParquetSink(tmp_path, fresh=True), batch)
-    assert {p.name for p in tmp_path.iterdir()} == keep | {path.name, "_SUCCESS", "_manifest.json"}
+    session = Session(ParquetSink(tmp_path, fresh=True), 1, holds=True)
+    (name,) = session.write(SPLIT, [batch])
+    session.finish()
+    assert {p.name for p in tmp_path.iterdir()} == keep | {name, "_SUCCESS", "_manifest.json", "_headrace"}
+    assert {(tmp_path / name).read_text() for name in keep} == {"mine"}
 
 
 def test_manifest_holds_summary_and_schema(tmp_path: Path) -> None:
-    sink = ParquetSink(tmp_path).prepare(None)
-    sink.finish({"rows": 0, "at": datetime.date(2026, 1, 2)}, pa.schema([("x", pa.int64())]))
+    sink = ParquetSink(tmp_path).bind("run-00000", 1, None)
+    summary = {"rows": 7, "at": datetime.date(2026, 1, 2), "metrics": {"loss": float("nan")}}
+    sink.finish([], summary, pa.schema([("x", pa.int64())]))
     manifest = json.loads((tmp_path / "_manifest.json").read_text())
-    assert manifest["rows"] == 0
+    assert manifest["rows"] == 0, "what the files hold goes before what the summary says"
     assert manifest["schema"] == "x: int64"
+    assert manifest["at"] == "2026-01-02"
+    assert manifest["metrics"] == {"loss": None}
+    assert [f["name"] for f in manifest["files"]] == ["part-00-000000.parquet"]
+    assert (manifest["version"], manifest["run"], manifest["generation"]) == (1, "run-00000", 0)
 
 
 def test_per_input_swaps_the_extension(tmp_path: Path) -> None:
-    sink = JsonSink(tmp_path, outputs="per_input").prepare(None)
+    sink = JsonSink(tmp_path, outputs="per_input").bind("run-00000", 1, None)
     named = {"a/b.csv.gz": "a/b.jsonl", "x.parquet": "x.jsonl", "plain": "plain.jsonl", "v1.2/k.jpg": "v1.2/k.jsonl"}
     for name, wanted in named.items():
         assert sink.output_name(Split(0, (Fragment("u", 1, "v", name=name),), 1)) == wanted
+
+
+@pytest.mark.parametrize("sink", [ParquetSink, CsvSink, JsonSink])
+@pytest.mark.parametrize("rows", [0, 10, 300_000])
+def test_receipts_name_what_was_written(tmp_path: Path, sink: type[FileSink], rows: int) -> None:
+    """Small files are hashed in memory, large ones while they are written or afterwards."""
+    bound = sink(tmp_path).bind("run-00000", 1, None)
+    writer = bound.open(SPLIT, 0)
+    for start in range(0, max(rows, 1), 30_000):
+        n = min(30_000, rows - start)
+        writer.write(pa.record_batch({"x": np.arange(start, start + n), "s": [f"row {i}" for i in range(n)]}))
+    (output,) = writer.close().outputs
+    data = (tmp_path / output.staged).read_bytes()
+    assert (output.bytes, output.digest) == (len(data), hashlib.sha256(data).hexdigest())
+    assert output.rows == rows
+
+
+def test_a_file_that_is_full_on_the_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int, data: memoryview) -> int:
+        if len(data) < 100:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data[: len(data) // 2])  # as a disk with some room left does
+
+    real = os.write
+    writer = JsonSink(tmp_path).bind("run-00000", 1, None).open(SPLIT, 0)
+    writer.write(pa.record_batch({"x": range(1000)}))
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(DestinationError, match="the disk is full") as caught:
+        writer.close()
+    assert "run the same command again" in caught.value.hint
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def _dying(real: Any, calls: int, *, after: bool) -> Any:
+    """A method that works so many times, and then dies before or after its effect."""
+    left = [calls]
+
+    def call(*args: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            return real(*args)
+        if after:
+            real(*args)
+        raise KeyboardInterrupt
+
+    return call
+
+
+@pytest.mark.parametrize("stop", ["publish", "write", "remove_all", "remove"])
+@pytest.mark.parametrize("outputs", ["packed", "per_input"])
+def test_finish_is_redone_after_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str, outputs: Literal["packed", "per_input"]
+) -> None:
+    """A crash before or in the middle of each step; the next session calls finish again."""
+    names = ["a.parquet", "b.parquet"]
+    real = getattr(LocalRunStore, stop)
+    for crash in range(8):
+        root = tmp_path / str(crash)
+        first = Session(ParquetSink(root, outputs=outputs))
+        for i, name in enumerate([*names, "c.parquet"]):
+            first.write(a_split(i, name), [a_batch(i * 10, 5)])
+        first.finish()
+        fresh = Session(ParquetSink(root, outputs=outputs, fresh=True), 1, holds=True)
+        for i, name in enumerate(names):
+            fresh.write(a_split(i, name), [a_batch(100 + i * 10, 5)])
+        died: list[int] = []
+        monkeypatch.setattr(LocalRunStore, stop, _dying(real, crash // 2, after=bool(crash % 2)))
+        try:
+            fresh.finish()
+        except KeyboardInterrupt:
+            died.append(crash)
+        monkeypatch.setattr(LocalRunStore, stop, real)
+        assert died or crash // 2 > 0, "the first call is always reached"
+        again = ParquetSink(root, outputs=outputs, fresh=True).bind("run-00001", 2, SCHEMA)
+        again.finish(fresh.files, {"tally": {"rows_in": 10, "written": 10}}, SCHEMA)
+        assert pq.read_table(root).column("id").to_pylist() == [*range(100, 105), *range(110, 115)]
+        assert (root / "_SUCCESS").exists()
+        assert not list(root.glob("_headrace/*/staging/**/*.parquet"))
+        assert verify(root).problems == ()
+
+
+def test_a_run_given_up_is_replaced(tmp_path: Path) -> None:
+    """Its outputs are in no manifest; its log names them."""
+    given_up = Session(JsonSink(tmp_path, outputs="per_input"))
+    for i in range(3):
+        given_up.write(a_split(i), [a_batch(i, 1)])
+    fresh = Session(JsonSink(tmp_path, outputs="per_input", fresh=True), 1, holds=True)
+    fresh.write(a_split(1), [a_batch(50, 1)])
+    (tmp_path / "mine.jsonl").write_text("{}\n")
+    fresh.finish()
+    assert sorted(p.name for p in tmp_path.glob("*.jsonl")) == ["in1.jsonl", "mine.jsonl"]
+    assert json.loads((tmp_path / "in1.jsonl").read_text())["id"] == 50
+
+
+def test_a_name_that_is_taken_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "in1.jsonl").write_text("mine")
+    session = Session(JsonSink(tmp_path, outputs="per_input"))
+    with pytest.raises(DestinationError, match="is taken"):
+        session.write(a_split(1), [a_batch(50, 1)])
+    with pytest.raises(DestinationError, match="is taken"):
+        session.finish()
+    assert (tmp_path / "in1.jsonl").read_text() == "mine"
+    assert not (tmp_path / "_SUCCESS").exists()

@@ -6,13 +6,16 @@ import io
 
 from headrace.core.events import (
     MemorySampled,
+    Noted,
     RunEvent,
     RunFinished,
     RunStarted,
+    SplitRetried,
     SplitSettled,
     SplitsFound,
     StepFinished,
     StepStarted,
+    WorkerReplaced,
 )
 from headrace.core.receipts import OutputFile, Receipt, Tally
 from headrace.core.steps import OpTime, Timing
@@ -62,6 +65,18 @@ def settled(at: float, index: int, size: int, rows: int | None) -> SplitSettled:
         return SplitSettled(START_S + at, index, size, None)
     receipt = Receipt(index, f"id{index}", 0, (OutputFile(f"part-{index}", rows, rows * 7),), rows)
     return SplitSettled(START_S + at, index, size, receipt)
+
+
+def retried(at: float, index: int, tally: Tally | None = None, why: str = "worker 1 died: killed by signal 9") -> SplitRetried:
+    return SplitRetried(START_S + at, index, 2, why, tally or Tally())
+
+
+def replaced(at: float, worker: int, replaces: int) -> WorkerReplaced:
+    return WorkerReplaced(START_S + at, worker, "cpu", replaces, "killed by signal 9")
+
+
+def noted(at: float, text: str) -> Noted:
+    return Noted(START_S + at, text)
 
 
 def memory(at: float, in_flight: int, rss: int) -> MemorySampled:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.unit.observe.script import START_S, finished, found, memory, settled, started, step
+from tests.unit.observe.script import START_S, finished, found, memory, replaced, retried, settled, started, step
 
 from headrace.core.events import RunEvent, StepStarted
 from headrace.core.receipts import Tally
@@ -90,3 +90,41 @@ def test_memory_does_not_grow_with_the_run() -> None:
         view.picture(START_S + i + 1)
     assert len(view._samples) < 300
     assert len(view._workers) == 1
+
+
+def test_a_resumed_run_shows_all_rows_but_only_its_own_pace() -> None:
+    before = Tally(rows_in=600, written=600, quarantined=2)
+    view = live(
+        started(settled=6, tally=before),
+        found(0, 10, 400, rows=400),  # rows and bytes of the four that are left
+        *step(0, 10, tally=Tally(rows_in=100, written=100)),
+        settled(10, 6, 100, 100),
+    )
+    picture = view.picture(START_S + 10)
+    assert (picture.rows, picture.earlier_rows, picture.bad_rows, picture.splits_done) == (700, 600, 2, 7)
+    assert picture.rows_per_s == pytest.approx(10.0)
+    assert picture.share == pytest.approx(0.6 + 0.4 * 0.25)
+    assert picture.eta_s == pytest.approx(30.0)
+    view.on_event(finished(40, rows_in=1000, written=1000))
+    end = view.picture(START_S + 99)
+    assert (end.rows, end.rows_per_s, end.share) == (1000, 10.0, 1.0)
+
+
+def test_a_resumed_run_knows_its_share_before_anything_is_done() -> None:
+    assert live(started(settled=3), found(0, 12, 0)).picture(START_S + 1).share == pytest.approx(0.25)
+    assert live(started(settled=3), found(0, 12, 900)).picture(START_S + 1).share == pytest.approx(0.25)
+    assert live(started(settled=3), found(0, 3, 0)).picture(START_S + 1).share == 1.0
+
+
+def test_what_a_retried_split_had_told_is_taken_back() -> None:
+    told = Tally(rows_in=80, written=80, skipped=1)
+    view = live(started(), *step(0, 1, tally=told), *step(1, 2, tally=Tally(written=20)), retried(2, 0, told))
+    picture = view.picture(START_S + 2)
+    assert (picture.rows, picture.bad_rows, picture.retries) == (20, 0, 1)
+    assert picture.rows_per_s >= 0
+
+
+def test_a_lost_worker_is_not_busy_for_ever() -> None:
+    view = live(started(), StepStarted(START_S, 0, "cpu", 0), replaced(1.0, 7, 0))
+    picture = view.picture(START_S + 4.0)
+    assert (picture.busy["cpu"], picture.workers_lost) == (0.0, 1)

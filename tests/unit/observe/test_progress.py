@@ -5,11 +5,23 @@ import sys
 from dataclasses import replace
 
 import pytest
-from tests.unit.observe.script import START_S, Terminal, finished, found, memory, settled, started, step
+from tests.unit.observe.script import (
+    START_S,
+    Terminal,
+    finished,
+    found,
+    memory,
+    noted,
+    replaced,
+    retried,
+    settled,
+    started,
+    step,
+)
 
 from headrace.core.receipts import Tally
 from headrace.observe.live import Picture
-from headrace.observe.progress import LogLines, ProgressLine, last_line, live_line, make_observers
+from headrace.observe.progress import MOST_TOLD, LogLines, ProgressLine, last_line, live_line, make_observers
 
 
 class Clock:
@@ -117,7 +129,7 @@ def test_text_left_open_does_not_swallow_the_last_line(monkeypatch: pytest.Monke
     feed(line, clock, under_way())
     print("open", end="")
     line.close()
-    assert terminal.screen == ["open", "images → out  stopped after 10.0 s, 1,234 rows done", ""]
+    assert terminal.screen == ["open", "images → out  stopped after 10.0 s, 1,234 rows done (1 of 4 splits)", ""]
 
 
 def test_an_output_that_is_not_a_terminal_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,9 +212,7 @@ def test_periodic_log_line() -> None:
 
 
 def test_last_line_of_an_empty_run() -> None:
-    assert "0 rows in" in last_line(
-        Picture("x", 0.0, 0, 0.0, 1.0, None, 0, 0, {}, 0, 0, finished=True, error="")
-    )
+    assert "0 rows in" in last_line(Picture("x", 0.0, 0, 0.0, 1.0, None, 0, 0, {}, 0, 0, finished=True, error=""))
 
 
 def test_make_observers() -> None:
@@ -216,3 +226,75 @@ def test_make_observers() -> None:
 @pytest.mark.parametrize(("error", "said"), [("interrupted", "stopped after"), ("stopped", "stopped"), ("boom", "failed")])
 def test_a_run_that_somebody_ended_did_not_fail(error: str, said: str) -> None:
     assert said in last_line(replace(PICTURE, finished=True, error=error))
+
+
+MENDED = replace(PICTURE, bad_rows=7, retries=1)
+
+
+def test_bad_rows_and_retries_are_on_the_line() -> None:
+    whole = (
+        "images → out  62%  18,432 rows  7 bad  1,020 rows/s  ETA 0:12  cpu 97%  sim 41%  1 retry  mem 96 MB in flight, 410 MB"
+    )
+    assert live_line(MENDED) == whole
+    assert live_line(MENDED, 80) == "images → out  62%  18,432 rows  7 bad  1,020 rows/s  ETA 0:12  cpu 97%  sim 41%"
+
+
+def test_last_lines() -> None:
+    end = replace(MENDED, finished=True, elapsed_s=20.0, eta_s=None)
+    assert last_line(end) == "images → out  18,432 rows in 20.0 s  1,020 rows/s  7 bad  1 retry"
+    assert last_line(replace(end, earlier_rows=8432)).startswith("images → out  10,000 of 18,432 rows in 20.0 s")
+    stopped = replace(PICTURE, finished=True, error="stopped by SIGTERM")
+    assert last_line(stopped) == "images → out  stopped after 20.0 s, 18,432 rows done (5 of 8 splits)"
+
+
+def test_what_happens_on_the_way_is_told_in_lines_of_the_log() -> None:
+    stream, clock = io.StringIO(), Clock()
+    log = LogLines(stream, clock=clock)
+    resumed = started(settled=37, tally=Tally(rows_in=9, written=1234), quarantine="out/_headrace/run-00000/quarantine")
+    events: list[object] = [
+        resumed,
+        noted(1, "worker 1 (cpu) is lost: no answer for 30 s, in map(f)\nThread 1:\n\x1b[2J  File x"),
+        replaced(2, 3, 1),
+        retried(2, 12),
+        finished(4, rows_in=5000, written=4999, quarantined=1),
+    ]
+    feed(log, clock, events)
+    log.close()
+    assert stream.getvalue().splitlines() == [
+        "headrace: images → out  started  threads: 2 cpu, 1 sim",
+        "headrace: resumed: 37 splits (1,234 rows) were done",
+        "headrace: worker 1 (cpu) is lost: no answer for 30 s, in map(f)",
+        "headrace:   Thread 1:",
+        "headrace:    [2J  File x",
+        "headrace: worker 3 (cpu) takes the place of worker 1",
+        "headrace: split 12 starts again, attempt 2: worker 1 died: killed by signal 9",
+        "headrace: images → out  3,765 of 4,999 rows in 4.00 s  941 rows/s  1 bad  1 retry",
+        "headrace: 1 bad row is set aside in out/_headrace/run-00000/quarantine",
+    ]
+
+
+def test_notes_go_above_the_line() -> None:
+    terminal, clock = Terminal(), Clock()
+    line = ProgressLine(terminal, clock=clock)
+    feed(line, clock, under_way())
+    line.draw()
+    line.on_event(noted(10, "memory 14.2 of 16 GB: no new work until it falls"))
+    line.draw()
+    assert terminal.screen == [
+        "headrace: memory 14.2 of 16 GB: no new work until it falls",
+        live_line(line.picture()),
+    ]
+    line.close()
+
+
+def test_a_log_does_not_grow_with_every_retry() -> None:
+    stream, clock = io.StringIO(), Clock()
+    log = LogLines(stream, clock=clock)
+    feed(log, clock, [started(), *(retried(1, i) for i in range(10 * MOST_TOLD))])
+    log.close()
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == MOST_TOLD + 3
+    assert lines[-2:] == [
+        "headrace: and so on: from here on they are only counted",
+        "headrace: images → out  stopped after 1.00 s, 0 rows done",
+    ]

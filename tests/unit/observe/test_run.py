@@ -5,11 +5,11 @@ import math
 
 import numpy as np
 import pytest
-from tests.unit.observe.script import finished, found, memory, settled, started, step
+from tests.unit.observe.script import finished, found, memory, noted, replaced, retried, settled, started, step
 
 from headrace.core.receipts import Tally
 from headrace.core.steps import OpTime
-from headrace.observe.run import Bottleneck, Run, RunRecorder
+from headrace.observe.run import MOST_NOTES, Bottleneck, Run, RunRecorder
 
 
 def record(*events: object) -> Run:
@@ -174,3 +174,86 @@ def test_memory_does_not_grow_with_splits() -> None:
     assert recorder.run().splits == 1000
     sizes = [len(v) for v in vars(recorder).values() if hasattr(v, "__len__")]
     assert max(sizes) < 10
+
+
+def resumed() -> list[object]:
+    """The second session of a run: 37 of 38 splits were done; a worker died on the last."""
+    return [
+        started(
+            settled=37,
+            tally=Tally(rows_in=3700, written=3698, quarantined=2),
+            run="run-00000",
+            sessions=2,
+            quarantine="out/_headrace/run-00000/quarantine",
+        ),
+        found(0, 38, 100),
+        *step(0, 5, worker=0, tally=Tally(rows_in=60, written=60)),
+        noted(5, "worker 0 (cpu) is lost: killed by signal 9\nThread 1:"),
+        replaced(5, 3, 0),
+        retried(5, 37, Tally(rows_in=60, written=60)),
+        *step(5, 10, worker=3, tally=Tally(rows_in=100, written=100)),
+        settled(10, 37, 100, 100),
+        finished(10, rows_in=3800, written=3798, quarantined=2),
+    ]
+
+
+def test_a_resumed_run_counts_everything_and_measures_itself() -> None:
+    run = record(*resumed())
+    assert (run.rows, run.splits, run.resumed_splits, run.resumed_rows) == (3798, 38, 37, 3698)
+    assert run.rows_per_s == 10.0
+    assert (run.run_id, run.sessions, run.retries, run.workers_lost, run.finished) == ("run-00000", 2, 1, 1, True)
+    assert run.stages[0].workers == 1  # the second took the first one's place
+    assert run.notes == ("worker 0 (cpu) is lost: killed by signal 9",)
+
+
+def test_report_of_a_resumed_run() -> None:
+    assert str(record(*resumed())).splitlines()[:6] == [
+        "images → out  100 of 3,798 rows in 10.0 s  (10.0 rows/s)",
+        "  engine threads · 38 splits · first output after 5.00 s · 1 file, 700 B written",
+        "  resumed: 37 of 38 splits were done (session 2 of run-00000)",
+        "  of 3,800 rows read: 2 quarantined",
+        "  set aside in out/_headrace/run-00000/quarantine",
+        "  1 worker lost and replaced · 1 split started again",
+    ]
+
+
+def test_to_dict_says_only_what_there_is_to_say() -> None:
+    usual = {"run_id", "sessions", "resumed_splits", "resumed_rows", "retries", "workers_lost", "quarantine", "finished"}
+    assert not (usual | {"already_done"}) & record(*typical()).to_dict().keys()
+    out = record(*resumed()).to_dict()
+    assert {name: out[name] for name in usual & out.keys()} == {
+        "run_id": "run-00000",
+        "sessions": 2,
+        "resumed_splits": 37,
+        "resumed_rows": 3698,
+        "retries": 1,
+        "workers_lost": 1,
+        "quarantine": "out/_headrace/run-00000/quarantine",
+    }
+
+
+def test_a_stopped_run_did_not_fail_and_is_not_finished() -> None:
+    run = record(*resumed()[:-1], finished(10, error="stopped by SIGTERM", rows_in=3800, written=3798, quarantined=2))
+    assert not run.finished
+    assert str(run).splitlines()[:2] == [
+        "images → out  stopped by SIGTERM",
+        "  100 of 3,798 rows in 10.0 s until then; the same call goes on from there",
+    ]
+
+
+def test_nothing_to_do() -> None:
+    tally = Tally(rows_in=200, written=199, skipped=1)
+    run = Run("a > b", "", rows=199, tally=tally, output_files=2, metrics={"n": 199}, run_id="run-00001", already_done=True)
+    assert str(run).splitlines() == [
+        "a > b  nothing to do: finished before (run-00001), 199 rows in 2 files",
+        "  of 200 rows read: 1 skipped",
+        "",
+        "  metrics",
+        "    n  199",
+    ]
+    assert run.to_dict()["already_done"] is True
+
+
+def test_notes_do_not_grow_with_the_run() -> None:
+    run = record(started(), *(noted(1, f"note {i}") for i in range(10 * MOST_NOTES)), finished(2))
+    assert len(run.notes) == MOST_NOTES

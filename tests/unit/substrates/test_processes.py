@@ -19,7 +19,6 @@ from headrace.core.errors import InternalError, PlanError
 from headrace.core.refs import BlockRef
 from headrace.core.resources import WorkerSpec
 from headrace.core.steps import PartsFreed, StepDone, StepFailed
-from headrace.substrates.processes.arena import touched_bytes
 from headrace.substrates.processes.pool import ProcessesSubstrate
 from headrace.testing.check_substrate import Act, ScriptedBody, advance, running
 
@@ -110,7 +109,7 @@ def test_steady_traffic_reuses_the_same_memory() -> None:
             block = s.run(advance(2 * i, 0, Act.MAKE, nbytes=4 * MB))
             s.run(advance(2 * i + 1, 1, Act.SUM, inputs=[block]))
             s.substrate.release(block.parts)
-        assert touched_bytes(s.substrate._arenas[0]) <= 9 * MB
+        assert s.substrate._ledger.arena_bytes(0) <= 9 * MB
         s.until(lambda: len(s.freed) == 60)
 
 
@@ -143,12 +142,12 @@ def test_a_dead_workers_memory_goes_back_as_its_parts_do() -> None:
         s.until(lambda: len(s.freed) == 1)
         s.submit(advance(9, 0, Act.DIE))
         s.until(lambda: 0 in s.lost)
-        arena = s.substrate._arenas[0]
-        assert 8 * MB <= touched_bytes(arena) < 9 * MB
+        ledger = s.substrate._ledger
+        assert 8 * MB <= ledger.arena_bytes(0) < 9 * MB
         assert s.substrate.fetch(blocks[2]).column("x")[0].as_py() == 2
         s.substrate.release([*blocks[1].parts, *blocks[2].parts])
         s.until(lambda: len(s.freed) == 3)
-        assert touched_bytes(arena) < MB
+        assert 0 not in ledger._arenas, "an empty arena of a dead worker is closed"
 
 
 def test_memory_bytes_counts_block_memory() -> None:
@@ -234,9 +233,9 @@ class Sleeper(ScriptedBody):
         return super().run(step)
 
 
-@pytest.mark.parametrize("body", ["GilHog", "Sleeper"])
-def test_no_worker_survives_its_driver(body: str) -> None:
-    """The driver is killed while a worker is stuck in user code; the worker's end closes its standard output."""
+@pytest.mark.parametrize(("body", "stopped"), [("GilHog", False), ("Sleeper", False), ("Sleeper", True)])
+def test_no_worker_survives_its_driver(body: str, stopped: bool) -> None:
+    """The driver is killed while a worker is stuck in user code, or stopped; the worker's end closes its standard output."""
     code = f"""
 from headrace.core.resources import WorkerSpec
 from headrace.substrates.processes.pool import ProcessesSubstrate
@@ -252,6 +251,8 @@ while True:
     driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=root)
     with driver:
         worker = int(driver.stdout.readline())
+        if stopped:
+            os.kill(worker, signal.SIGSTOP)
         driver.kill()
         assert driver.stdout.read() == ""
     assert not Path(f"/proc/{worker}/fd/1").exists()
@@ -297,7 +298,7 @@ def test_values_are_right_while_many_blocks_share_arenas() -> None:
             assert s.substrate.fetch(answer.outputs[0]).column("x")[0].as_py() == expected[answer.step]
             s.substrate.release(answer.outputs[0].parts)
         s.until(lambda: len(s.freed) == 300)
-        assert not s.substrate._parts
+        assert not s.substrate._ledger._parts
 
 
 def test_release_is_told_in_one_event() -> None:

@@ -43,7 +43,8 @@ def test_a_body_that_cannot_be_made_is_a_lost_worker(error: BaseException) -> No
 
     with running(lambda: ThreadsSubstrate(body_factory=make), 1, program="broken") as s:
         s.until(lambda: 0 in s.lost)
-        assert type(error).__name__ in s.lost[0]
+        assert type(error).__name__ in s.lost[0].reason
+        assert not s.lost[0].started
 
 
 def test_ctrl_c_interrupts_wait() -> None:

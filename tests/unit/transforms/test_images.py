@@ -152,7 +152,7 @@ def test_broken_images_name_their_row(data: bytes | None, reason: str, options: 
     assert ("column", "image") in caught.value.where
 
 
-@pytest.mark.parametrize("name", ["jpeg", "cmyk jpeg", "png", "gif"])
+@pytest.mark.parametrize("name", sorted(FORMATS))
 def test_images_beyond_max_pixels_are_refused_by_their_header(name: str) -> None:
     images.decode(max_pixels=2400).apply(batch([FORMATS[name]]))
     with pytest.raises(DataError, match="60 x 40 = 2,400 pixels, more than max_pixels=2,399"):
@@ -163,6 +163,15 @@ def test_a_png_that_claims_to_be_huge_is_refused_without_decoding() -> None:
     claim = FORMATS["png"][:16] + (1_000_000).to_bytes(4, "big") * 2 + FORMATS["png"][24:]
     with pytest.raises(DataError, match="1000000 x 1000000"):
         images.decode(crop=8).apply(batch([claim]))
+
+
+def test_a_sliver_that_would_grow_huge_is_refused() -> None:
+    out = io.BytesIO()
+    Image.new("L", (20_000, 1)).save(out, "PNG")
+    images.decode(crop=8).apply(batch([out.getvalue()]))
+    with pytest.raises(DataError, match="pixels, more than max_pixels") as caught:
+        images.decode(resize=256).apply(batch([FORMATS["png"], out.getvalue()]))
+    assert ("row", "1") in caught.value.where
 
 
 @pytest.mark.parametrize(

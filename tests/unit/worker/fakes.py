@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from headrace.core.options import BlockLimits
-from headrace.core.receipts import OutputFile, Receipt, Tally
+from headrace.contracts.source import BadRange, OnBad
+from headrace.contracts.substrate import Crumb
+from headrace.core.options import BlockLimits, OnError
+from headrace.core.receipts import LineageRun, OutputFile, Receipt, Tally
 from headrace.core.refs import BlockRef, Origin, PartRef, Segment
 from headrace.core.resources import WorkerSpec
 from headrace.core.splits import Fragment, Split
 from headrace.core.stages import End, Order, Stage
-from headrace.core.steps import Advance, Apply, StepDone, StepFailed
+from headrace.core.steps import Advance, Apply, Doing, StepDone, StepFailed
 from headrace.plan import nodes
 from headrace.worker.body import WorkerBody
 from headrace.worker.program import Program
@@ -23,10 +25,25 @@ from headrace.worker.program import Program
 SPLIT = Split(0, (Fragment("a.parquet", 100, "v1"),), 100)
 
 
+class ListCrumb:
+    """Remembers all that was written, and how often it was cleared."""
+
+    def __init__(self) -> None:
+        self.written: list[Doing] = []
+        self.cleared = 0
+
+    def write(self, doing: Doing) -> None:
+        self.written.append(doing)
+
+    def clear(self) -> None:
+        self.cleared += 1
+
+
 class DictStore:
     """Blocks by part id."""
 
     def __init__(self) -> None:
+        self.crumb: Crumb | None = None
         self.kept: dict[int, pa.RecordBatch] = {}
         self.read: list[int] = []
 
@@ -48,13 +65,17 @@ class BatchSource:
     name: str = "memory"
     remote: bool = False
     error_after: int | None = None
+    unreadable: Mapping[int, Sequence[BadRange]] = field(default_factory=dict)
     pulled: int = 0
     closed: int = 0
 
-    def open(self, split: Split, limits: BlockLimits) -> Iterator[tuple[pa.RecordBatch, Origin]]:
+    def open(self, split: Split, limits: BlockLimits, on_bad: OnBad | None = None) -> Iterator[tuple[pa.RecordBatch, Origin]]:
         at = 0
         try:
             for i, batch in enumerate(self.batches):
+                if on_bad is not None:
+                    for bad in self.unreadable.get(i, ()):
+                        on_bad(bad)
                 if i == self.error_after:
                     raise OSError("the disk is gone")
                 self.pulled += 1
@@ -94,10 +115,10 @@ class KeepingWriter:
             raise OSError("no space left")
         self.batches.append(batch)
 
-    def close(self) -> Receipt:
+    def close(self, lineage: Sequence[LineageRun] = ()) -> Receipt:
         self.sink.published.extend(self.batches)
         rows = sum(b.num_rows for b in self.batches)
-        return Receipt(self.split.index, self.split.id, self.attempt, (OutputFile("part-0", rows, 1),), rows)
+        return Receipt(self.split.index, self.split.id, self.attempt, (OutputFile("part-0", rows, 1),), rows, tuple(lineage))
 
     def abort(self) -> None:
         self.sink.aborted += 1
@@ -110,16 +131,26 @@ class KeepingSink:
     full_after: int | None = None
     published: list[pa.RecordBatch] = field(default_factory=list)
     aborted: int = 0
+    aside: list[tuple[int, int, pa.Table]] = field(default_factory=list)
+
+    def check(self, schema: pa.Schema | None) -> None: ...
+
+    def store(self) -> None:
+        return None
+
+    def bind(self, run: str, epoch: int, schema: pa.Schema | None) -> KeepingSink:
+        return self
 
     def open(self, split: Split, attempt: int) -> KeepingWriter:
         return KeepingWriter(self, split, attempt)
 
-    def prepare(self, schema: pa.Schema | None) -> KeepingSink:
-        return self
+    def set_aside(self, split: int, attempt: int, rows: pa.Table) -> OutputFile:
+        self.aside.append((split, attempt, rows))
+        return OutputFile(f"quarantine-{len(self.aside)}", rows.num_rows, 1, kind="quarantine")
 
-    def finish(self, summary: Mapping[str, Any], schema: pa.Schema | None) -> None: ...
+    def finish(self, files: Sequence[OutputFile], summary: Mapping[str, Any], schema: pa.Schema | None) -> None: ...
 
-    def abandon(self) -> None: ...
+    def release(self) -> None: ...
 
     def describe(self) -> str:
         return "memory"
@@ -142,13 +173,26 @@ class Bench:
         device: str = "cpu",
         deterministic: bool = False,
         out_schema: pa.Schema | None = None,
+        on_error: OnError = "fail",
+        keep: tuple[str, ...] | None = None,
+        store: DictStore | None = None,
     ) -> None:
         ops = tuple(ops)
-        self.store = DictStore()
+        self.store = store or DictStore()
         self.sink = sink
-        end = end or (End.NEXT if sink is None else End.SINK)
-        stage = Stage(0, "stage", "cpu", order, end, 0, len(ops), model=model, columns_in=columns_in, transient=transient)
-        program = Program(source or BatchSource([]), ops, (stage,), sink, deterministic=deterministic, out_schema=out_schema)
+        end = end or (End.NEXT if sink is None or model else End.SINK)
+        stage = Stage(
+            0, "stage", "cpu", order, end, 0, len(ops), model=model, columns_in=columns_in, keep=keep, transient=transient
+        )
+        program = Program(
+            source or BatchSource([]),
+            ops,
+            (stage,),
+            sink,
+            deterministic=deterministic,
+            out_schema=out_schema,
+            on_error=on_error,
+        )
         self.body = WorkerBody(program, WorkerSpec(0, "cpu", device), self.store)
         self.steps = 0
         self.answers: list[StepDone] = []
@@ -177,14 +221,19 @@ class Bench:
         tally = sum((a.tally for a in self.answers), Tally())
         rows_in = tally.rows_in + sum(b.num_rows for b in batches)
         out = sum(b.rows for b in blocks) if self.sink is None else tally.written
-        assert rows_in + tally.expanded == out + tally.filtered + tally.cut
+        assert rows_in + tally.expanded == out + tally.filtered + tally.skipped + tally.quarantined + tally.cut
         self.tally = tally
         self.pieces = [rows for b in blocks for rows in b.cuts or (b.rows,)]
         return [self.batch(b) for b in blocks]
 
-    def apply(self, *batches: pa.RecordBatch, cuts: tuple[int, ...] = ()) -> StepDone | StepFailed:
+    def apply(
+        self, *batches: pa.RecordBatch, cuts: tuple[int, ...] = (), owners: tuple[tuple[int, int], ...] = (), **kwargs: Any
+    ) -> StepDone | StepFailed:
         blocks = tuple(replace(self.block(b, i * 1000), cuts=cuts) for i, b in enumerate(batches))
-        return self.body.run(Apply(1, 0, 0, blocks, tuple((i, 0) for i in range(len(blocks)))))
+        return self.body.run(Apply(1, 0, 0, blocks, owners or tuple((i, 0) for i in range(len(blocks))), **kwargs))
+
+    def apply_blocks(self, *blocks: BlockRef) -> StepDone | StepFailed:
+        return self.body.run(Apply(1, 0, 0, blocks, ((0, 1),) * len(blocks)))
 
     def applied(self, *batches: pa.RecordBatch) -> list[pa.RecordBatch]:
         done = self.apply(*batches)

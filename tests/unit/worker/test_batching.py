@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.unit.worker.fakes import column, numbers
 
+from headrace.core.origins import join_origins
 from headrace.core.refs import Origin, Segment
-from headrace.worker.batching import MAX_INPUT_BYTES, MAX_ROWS, Batcher, BatchTuner, Piece, join_origins
+from headrace.worker.batching import MAX_INPUT_BYTES, MAX_ROWS, Batcher, BatchTuner, Piece
 
 
 def tuned(rate, tuner=None):

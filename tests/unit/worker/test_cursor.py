@@ -19,7 +19,7 @@ from headrace.core.refs import BlockRef
 from headrace.core.stages import End, Order
 from headrace.core.steps import StepDone, StepFailed
 from headrace.plan import nodes
-from headrace.worker.cursor import read_block
+from headrace.worker.blocks import read_block
 
 
 def add_y(batch):

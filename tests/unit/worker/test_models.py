@@ -74,7 +74,7 @@ def test_metrics_after_the_model_in_its_stage():
     bench = stage(predict(Recorder()), nodes.Evaluate({"sum": Sum()}))
     done = bench.apply(numbers(3), numbers(2))
     assert isinstance(done, StepDone)
-    assert done.metrics == {"sum": 4}
+    assert [(s.split_index, s.metrics) for s in done.shares] == [(0, {"sum": 3}), (1, {"sum": 1})]
 
 
 def test_a_model_among_other_operators_carries_columns_untouched():

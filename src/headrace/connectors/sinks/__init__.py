@@ -1,1 +1,1 @@
-"""Sinks: one file a format over `files`, which owns names, staging and publishing; `destination` reaches the storage."""
+"""Sinks: one file a format over `files`, which owns names, staging and the end of a run; `manifest` is what it leaves."""

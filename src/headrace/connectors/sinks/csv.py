@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from headrace.connectors.sinks.files import Encoder, FileSink
+from headrace.connectors.sinks.files import SMALL_BYTES, Encoder, FileSink, Written, written
 from headrace.core.errors import PlanError
 
 
@@ -34,20 +34,43 @@ class CsvSink(FileSink):
 
 
 class _CsvEncoder:
-    def __init__(self, path: str, schema: pa.Schema) -> None:
-        import pyarrow.csv as pc
+    """A small file is encoded in memory and written at once; a larger one as its rows come."""
 
+    def __init__(self, path: str, schema: pa.Schema) -> None:
         self._schema = pa.schema([f.with_type(_plain(f.type)) for f in schema])
-        if len(schema):
-            self._writer: Any = pc.CSVWriter(path, self._schema)
-        else:  # no column was ever known: an empty file
-            self._writer = open(path, "wb")  # noqa: SIM115
+        self._path = path
+        self._held: list[pa.RecordBatch] = []
+        self._bytes = 0
+        self._writer: Any = None
 
     def write(self, batch: pa.RecordBatch) -> None:
-        self._writer.write_batch(batch.cast(self._schema) if batch.schema != self._schema else batch)
+        batch = batch.cast(self._schema) if batch.schema != self._schema else batch
+        if self._writer is not None:
+            self._writer.write_batch(batch)
+            return
+        self._held.append(batch)
+        self._bytes += batch.nbytes
+        if self._bytes > SMALL_BYTES:
+            self._flush(self._path)
 
-    def close(self) -> None:
-        self._writer.close()
+    def close(self) -> Written | None:
+        if self._writer is not None:
+            self._writer.close()
+            return None
+        if not len(self._schema):  # no column was ever known: an empty file
+            return written(self._path, b"")
+        memory = pa.BufferOutputStream()
+        self._flush(memory).close()
+        return written(self._path, memory.getvalue())
+
+    def _flush(self, to: Any) -> Any:
+        import pyarrow.csv as pc
+
+        self._writer = pc.CSVWriter(to, self._schema)
+        for batch in self._held:
+            self._writer.write_batch(batch)
+        self._held = []
+        return self._writer
 
 
 def _plain(t: pa.DataType) -> pa.DataType:

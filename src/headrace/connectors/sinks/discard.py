@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from headrace.core.receipts import Receipt
+from headrace.core.errors import DestinationError
+from headrace.core.receipts import LineageRun, OutputFile, Receipt
 from headrace.core.splits import Split
 
 if TYPE_CHECKING:
@@ -13,21 +14,31 @@ if TYPE_CHECKING:
 
 
 class DiscardSink:
-    """Publishes nothing; each receipt says how many rows came."""
+    """Keeps nothing; each receipt says how many rows came. Nothing resumes."""
 
     name = "nothing"
     per_input = False
+    fresh = False
 
-    def prepare(self, schema: pa.Schema | None) -> DiscardSink:
+    def check(self, schema: pa.Schema | None) -> None:
+        pass
+
+    def store(self) -> None:
+        return None
+
+    def bind(self, run: str, epoch: int, schema: pa.Schema | None) -> DiscardSink:
         return self
 
     def open(self, split: Split, attempt: int) -> _Counter:
         return _Counter(split, attempt)
 
-    def finish(self, summary: Mapping[str, Any], schema: pa.Schema | None) -> None:
+    def set_aside(self, split: int, attempt: int, rows: pa.Table) -> OutputFile:
+        raise DestinationError("there is no place to set rows aside in", hint='write the rows, or use on_error="skip"')
+
+    def finish(self, files: Sequence[OutputFile], summary: Mapping[str, Any], schema: pa.Schema | None) -> None:
         pass
 
-    def abandon(self) -> None:
+    def release(self) -> None:
         pass
 
     def describe(self) -> str:
@@ -43,7 +54,7 @@ class _Counter:
     def write(self, batch: pa.RecordBatch) -> None:
         self._rows += batch.num_rows
 
-    def close(self) -> Receipt:
+    def close(self, lineage: Sequence[LineageRun] = ()) -> Receipt:
         return Receipt(self._split.index, self._split.id, self._attempt, (), self._rows)
 
     def abort(self) -> None:

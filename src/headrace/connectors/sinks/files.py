@@ -1,39 +1,95 @@
-"""What all sinks of files share: names, generations, staging, publishing, the end of a run.
+"""What all sinks of files share: names, generations, staging, the end of a run.
 
 A subclass gives `name`, `extension`, `_encoder` and, where types can be refused, `_refuse`. Rules:
-- packed outputs are part-<generation>-<split index>; a run over leftovers, or a fresh one, takes the next generation and
-  removes older ones in `finish`, never before. per_input outputs are named after their input; where a finished run's outputs
-  would be replaced they wait in _headrace/next until `finish`.
-- only names of our own pattern, or listed as "files" by the manifest found in `prepare`, are ever deleted.
+- writers stage only, under _headrace/<run>/staging/<epoch>/; final names are given by RunStore.publish, after the run log;
+- packed outputs are part-<generation>-<split index>, per_input outputs are named after their input; the generation is the run's
+  number;
+- `finish` is redone by a later session after a crash anywhere in it: the new output is whole before the manifest names it, and
+  nothing older is removed before that;
+- only names of our own pattern with a lower generation, names that the manifest of the replaced run lists or the log of
+  an earlier run holds, and what lies below _headrace are ever removed.
 """
 
 from __future__ import annotations
 
 import copy
-import json
+import hashlib
+import itertools
 import os
 import re
 import secrets
+import tempfile
+import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, Protocol, Self
 from urllib.parse import unquote, urlparse
 
 import pyarrow as pa
 
+from headrace.commit.names import (
+    MANIFEST,
+    PRIVATE,
+    SUCCESS,
+    check_file,
+    generation_of,
+    lineage_name,
+    log_name,
+    quarantine_name,
+    run_name,
+    staging_folder,
+)
+from headrace.commit.records import decode
+from headrace.commit.state import LogState
 from headrace.connectors import storage
 from headrace.connectors.blocks import conform
 from headrace.connectors.listing import output_stem
-from headrace.connectors.sinks.destination import PRIVATE, Destination, destination, quietly
-from headrace.core.errors import DataError, DestinationError, PlanError
+from headrace.connectors.redact import redact
+from headrace.connectors.run_store import (
+    LocalRunStore,
+    S3RunStore,
+    digest_of,
+    disk_error,
+    forget_folders,
+    open_store,
+    quietly,
+    write_whole,
+)
+from headrace.connectors.sinks import claims
+from headrace.connectors.sinks.manifest import encode_manifest, listed_names, read_manifest
+from headrace.core.errors import DataError, DestinationError, HeadraceError, PlanError
 from headrace.core.options import Outputs
-from headrace.core.receipts import OutputFile, Receipt
+from headrace.core.receipts import LineageRun, OutputFile, Receipt
 from headrace.core.splits import Split
 
-_PART = re.compile(r"part-(\d{2,})-\d{6,}\.(parquet|csv|jsonl)")
+LINEAGE_IN_RECEIPT = 64  # runs; more are a file: the log is read whole by every session
+
+SMALL_BYTES = 1 << 20  # files up to about this size are encoded in memory: one write, and a digest without reading them again
+
+_PART = re.compile(r"part-(\d{2,9})-\d{6,}\.(parquet|csv|jsonl)")
 _OUTPUTS = (".parquet", ".csv", ".jsonl")
-_NEXT = f"{PRIVATE}/next"
+_LINEAGE_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("rows", pa.int64()),
+        ("uri", pa.dictionary(pa.int32(), pa.string())),
+        ("source_row", pa.int64()),
+        ("source_rows", pa.int64()),
+        ("exact", pa.bool_()),
+    ]
+)
+
+_staged = itertools.count()  # keeps apart what one thread sets aside
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A whole file. digest: SHA-256."""
+
+    bytes: int
+    digest: str
 
 
 class Encoder(Protocol):
@@ -41,7 +97,9 @@ class Encoder(Protocol):
 
     def write(self, batch: pa.RecordBatch) -> None: ...
 
-    def close(self) -> None: ...
+    def close(self) -> Written | None:
+        """None: the bytes went by unseen, and have to be read for their digest."""
+        ...
 
 
 class FileSink(ABC):
@@ -57,89 +115,95 @@ class FileSink(ABC):
     def __init__(self, path: str | os.PathLike[str], *, outputs: Outputs = "packed", fresh: bool = False) -> None:
         if outputs not in ("packed", "per_input"):
             raise PlanError(f"outputs={outputs!r} is unknown", hint='use "packed" or "per_input"')
-        self.path = _normalise(path)
+        self.path = normalise(path)
         self.per_input = outputs == "per_input"
         self.fresh = fresh
-        self._token = ""
+        self._run = ""
+        self._epoch = 0
         self._generation = 0
-        self._replaced: tuple[str, ...] = ()  # per_input names of the run that this one replaces
+        self._scratch = ""  # local directory for files on their way to S3
         self._schema: pa.Schema | None = None
-        self._hold = False  # publish to _headrace/next until finish
+        self._opened: LocalRunStore | S3RunStore | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
 
     # -- in the driver
 
-    def prepare(self, schema: pa.Schema | None) -> Self:
+    def check(self, schema: pa.Schema | None) -> None:
         if schema is not None:
             self._refuse(schema)
-        there = destination(self.path)
-        there.check()
-        finished = there.read("_SUCCESS") is not None
-        if finished and not self.fresh:
-            quietly(there.clean, "none")
-            raise DestinationError(
-                "the destination holds the complete output of an earlier run",
-                where=(("destination", self.path),),
-                hint="nothing is left to do; fresh=True writes it anew, another path keeps both",
-            )
+        open_store(self.path).check()
+
+    def store(self) -> LocalRunStore | S3RunStore:
+        return open_store(self.path, probe=True)
+
+    def bind(self, run: str, epoch: int, schema: pa.Schema | None) -> Self:
+        if generation_of(run) < 0:
+            raise DestinationError(f"{run!r} is no run's name", where=(("destination", redact(self.path)),))
         out = copy.copy(self)
+        out._run, out._epoch, out._generation = run, epoch, generation_of(run)
         out._schema = schema
-        out._token = secrets.token_hex(6)
-        generations = [int(m[1]) for name in there.names() if (m := _PART.fullmatch(name))]
-        out._generation = max(generations, default=-1) + 1
-        out._replaced = _files_of(there.read("_manifest.json"))
-        out._hold = self.per_input and finished
-        there.claim(out._token, out)
-        for name in list(there.names(_NEXT)):
-            there.delete(name)  # a fresh run that never finished
+        out._opened = None
+        if storage.is_remote(self.path):
+            claims.remove_stale(tempfile.gettempdir())
+            out._scratch = os.path.join(tempfile.gettempdir(), f"headrace-staging-{secrets.token_hex(6)}")
+            claims.claim(out._scratch, out)
+        else:
+            forget_folders(self.path)
         return out
 
-    def finish(self, summary: Mapping[str, Any], schema: pa.Schema | None) -> None:
-        there = destination(self.path)
-        if self._hold:
-            there.delete("_SUCCESS")  # from here to the end the output is a mixture, and must not look complete
-        written = self._promote(there)
-        self._write_empty_files(there, summary.get("files", ()), schema)
-        manifest = {
-            **summary,
-            "schema": None if schema is None else schema.to_string(show_schema_metadata=False),
-            "format": self.name,
-            "outputs": "per_input" if self.per_input else "packed",
-            "generation": self._generation,
-        }
-        there.write("_manifest.json", _readable(manifest))
-        there.write("_SUCCESS", b"")
-        self._remove_older(there, keep=written)
-        there.clean(self._token)
+    def finish(self, files: Sequence[OutputFile], summary: Mapping[str, Any], schema: pa.Schema | None) -> None:
+        there = self._there
+        old = read_manifest(there.read(MANIFEST))
+        shown = old is not None and old.get("run") == self._run and old.get("generation") == self._generation
+        if shown:
+            older = listed_names(old, "replaced")
+        else:
+            older = self._older_outputs(old)
+            self._show(there, files, summary, schema, older, old is not None)
+        if there.read(SUCCESS) is None or not shown:
+            there.write(SUCCESS, b"")
+        self._remove_older(there, files, older)
+        there.remove(staging_folder(self._run))
+        for generation in range(self._generation):
+            there.remove(staging_folder(run_name(generation)))
+        there.remove(f"{PRIVATE}/tmp")
+        self._let_go()
 
-    def abandon(self) -> None:
-        there = destination(self.path)
-        if self._hold:
-            for name in _listed(there, _NEXT):
-                quietly(there.delete, name)
-        quietly(there.clean, self._token)
+    def release(self) -> None:
+        quietly(self._remove_unlogged)
+        quietly(self._let_go)
 
     def describe(self) -> str:
-        return f"{self.name} to {self.path}, {'one output per input' if self.per_input else 'packed'}"
+        return f"{self.name} to {redact(self.path)}, {'one output per input' if self.per_input else 'packed'}"
 
     # -- in workers
 
     def open(self, split: Split, attempt: int) -> FileSplitWriter:
-        if not self._token:
-            raise PlanError("the sink is not prepared", hint="use the sink that prepare() returned")
         return FileSplitWriter(self, split, attempt)
+
+    def set_aside(self, split: int, attempt: int, rows: pa.Table) -> OutputFile:
+        staged = self._staged_name(f"{split:06d}-{attempt}-aside-{next(_staged)}.parquet")
+        return self._stage_table(staged, quarantine_name(self._run, split, 0), rows, "quarantine")
 
     def output_name(self, split: Split) -> str:
         """Where the split's rows go, relative to the destination."""
         if not self.per_input:
             return f"part-{self._generation:02d}-{split.index:06d}{self.extension}"
         given = split.fragments[0].name
-        name = PurePosixPath(output_stem(given) + self.extension)
-        if not given or name.is_absolute() or ".." in name.parts or name.parts[0] == PRIVATE:
-            raise DestinationError(f"an output can't be named after the input {given!r}", where=(("split", split.label),))
+        name = output_stem(given) + self.extension
+        try:
+            check_file(self._run, OutputFile(name, 0, 0))
+            if not given:
+                raise DestinationError("it has no name")
+        except DestinationError as e:
+            where = (("split", redact(split.label)),)
+            raise DestinationError(f"an output can't be named after the input {given!r}", where=where) from e
         if _is_same(f"{self.path}/{name}", split.fragments[0].uri):
-            where = (("input", split.fragments[0].uri), ("destination", self.path))
+            where = (("input", redact(split.fragments[0].uri)), ("destination", redact(self.path)))
             raise DestinationError("the output would replace its own input", where=where, hint="write to another directory")
-        return str(name)
+        return name
 
     @property
     def typical_output(self) -> str:
@@ -155,49 +219,130 @@ class FileSink(ABC):
         """Raise PlanError for a type that the format can't hold."""
         return
 
-    # -- ends
+    @property
+    def _there(self) -> LocalRunStore | S3RunStore:
+        if not self._run:
+            raise PlanError("the sink is not bound to a run", hint="use the sink that bind() returned")
+        if self._opened is None:
+            self._opened = open_store(self.path, scratch=self._scratch)
+        return self._opened
 
-    def _promote(self, there: Destination) -> set[str]:
-        moved: set[str] = set()
-        if self._hold:
-            for name in _listed(there, _NEXT):
-                final = name.removeprefix(f"{_NEXT}/")
-                there.move(name, final)
-                moved.add(final)
-        return moved
+    def _staged_name(self, base: str) -> str:
+        # A folder a worker: creating files in one folder from several processes at once is slow on most file systems.
+        return f"{staging_folder(self._run)}/{self._epoch}/{os.getpid()}-{threading.get_ident()}/{base}"
 
-    def _is_mine(self, name: str) -> bool:
-        m = _PART.fullmatch(name)
-        return m is not None and int(m[1]) == self._generation
+    def _stage_table(self, staged: str, name: str, rows: pa.Table, kind: Any) -> OutputFile:
+        """Stage a Parquet file of our own."""
+        import pyarrow.parquet as pq
 
-    def _write_empty_files(self, there: Destination, files: Sequence[Mapping[str, Any]], schema: pa.Schema | None) -> None:
-        """Outputs of no rows: those that waited for a schema, or the one file of a packed run without rows."""
-        names = [str(f["name"]) for f in files if not f["bytes"]]
-        if not self.per_input and not any(self._is_mine(n) for n in there.names()):
-            names = [f"part-{self._generation:02d}-000000{self.extension}"]
-        if not names:
-            return
+        there = self._there
+        path = there.begin(staged)
+        try:
+            pq.write_table(rows, path, compression="zstd")
+            done = Written(os.path.getsize(path), digest_of(path))
+            there.stage(staged, path, done.digest)
+        except OSError as e:
+            quietly(there.drop, staged, path)
+            raise disk_error(e, path) from e
+        except BaseException:
+            quietly(there.drop, staged, path)
+            raise
+        return OutputFile(name, rows.num_rows, done.bytes, done.digest, staged, kind)
+
+    # -- the end of a run
+
+    def _show(
+        self,
+        there: LocalRunStore | S3RunStore,
+        files: Sequence[OutputFile],
+        summary: Mapping[str, Any],
+        schema: pa.Schema | None,
+        older: tuple[str, ...],
+        held: bool,
+    ) -> None:
+        """Make this run the destination's output: everything up to its manifest."""
+        if held and self.per_input:
+            there.remove(SUCCESS)  # from here to the end the output is a mixture, and must not look complete
+        mine = frozenset(older)
+        if held:
+            there.publish(files, mine)
+        else:  # the committer has published them, but for what a crash or a lost answer left
+            staged = frozenset(there.names(staging_folder(self._run)))
+            there.publish([f for f in files if f.staged in staged], mine)
+        files = self._with_empty_files(there, files, schema, mine)
+        outputs = {f.name for f in files if f.kind == "output"}
+        head = {
+            "run": self._run,
+            "generation": self._generation,
+            "format": self.name,
+            "outputs": "per_input" if self.per_input else "packed",
+            "rows": sum(f.rows for f in files if f.kind == "output"),
+            "schema": None if schema is None else schema.to_string(show_field_metadata=False, show_schema_metadata=False),
+            "replaced": [name for name in older if name not in outputs],
+        }
+        there.write(MANIFEST, encode_manifest(head, files, summary))
+
+    def _with_empty_files(
+        self, there: LocalRunStore | S3RunStore, files: Sequence[OutputFile], schema: pa.Schema | None, older: frozenset[str]
+    ) -> list[OutputFile]:
+        """With outputs of no rows made: those that waited for a schema, or the one file of a packed run without rows."""
+        out = list(files)
+        if not self.per_input and not any(f.kind == "output" for f in out):
+            out.append(OutputFile(f"part-{self._generation:02d}-000000{self.extension}", 0, 0))
+        empty = [i for i, f in enumerate(out) if f.kind == "output" and not f.staged and not f.digest]
+        if not empty:
+            return out
         if schema is None:
-            filled = next((str(f["name"]) for f in files if f["rows"]), None)
-            schema = pa.schema([]) if filled is None else self._written_schema(f"{self.path}/{filled}")
-        for name in names:
-            staged = os.path.join(there.staging(self._token), f"empty{self.extension}")
-            self._encoder(staged, schema, None).close()
-            there.publish(staged, name, replace=True)
+            filled = next((f.name for f in out if f.kind == "output" and f.rows), None)
+            schema = pa.schema([]) if filled is None else self._written_schema(there.uri(filled))
+        made: list[OutputFile] = []
+        for i in empty:
+            staged = self._staged_name(f"empty-{i:06d}{self.extension}")
+            path = there.begin(staged)
+            try:
+                done = measured(self._encoder(path, schema, None).close(), path)
+            except OSError as e:
+                quietly(there.drop, staged, path)
+                raise disk_error(e, path) from e
+            there.stage(staged, path, done.digest)
+            out[i] = replace(out[i], bytes=done.bytes, digest=done.digest)
+            made.append(replace(out[i], staged=staged))
+        there.sync(made)
+        there.publish(made, older)
+        return out
 
     def _written_schema(self, path: str) -> pa.Schema:
         """The schema of an output file; formats that keep none in an empty file need not tell."""
         return pa.schema([])
 
-    def _remove_older(self, there: Destination, keep: set[str]) -> None:
-        for name in list(there.names()):
-            m = _PART.fullmatch(name)
-            if m is not None and (self.per_input or int(m[1]) < self._generation):
-                there.delete(name)
-        for name in self._replaced:
-            gone = not self.per_input or (self._hold and name not in keep)
-            if gone and not self._is_mine(name) and PurePosixPath(name).suffix in _OUTPUTS:
-                there.delete(name)
+    def _older_outputs(self, manifest: Mapping[str, Any] | None) -> tuple[str, ...]:
+        """Outputs that this run replaces: what the manifest lists, and what runs published that were given up."""
+        names = dict.fromkeys(listed_names(manifest))
+        for generation in range(self._generation):
+            state = _replay(self._there, run_name(generation))
+            names |= dict.fromkeys(f.name for f in (state.settled.files if state is not None else ()) if f.kind == "output")
+        return tuple(n for n in names if PurePosixPath(n).suffix in _OUTPUTS)
+
+    def _remove_older(self, there: LocalRunStore | S3RunStore, files: Sequence[OutputFile], older: Iterable[str]) -> None:
+        mine = {f.name for f in files}
+        parts = (name for name in there.top() if (m := _PART.fullmatch(name)) and int(m[1]) < self._generation)
+        there.remove_all(name for name in dict.fromkeys([*parts, *older]) if name not in mine)
+
+    def _remove_unlogged(self) -> None:
+        there = self._there
+        staged = list(there.names(f"{staging_folder(self._run)}/{self._epoch}"))
+        if not staged:
+            return
+        state = _replay(there, self._run)
+        if state is not None:
+            logged = {f.staged for f in state.settled.files}
+            there.remove_all(name for name in staged if name not in logged)
+
+    def _let_go(self) -> None:
+        if self._scratch:
+            claims.release(self._scratch)
+        else:
+            forget_folders(self.path)
 
 
 class FileSplitWriter:
@@ -207,10 +352,11 @@ class FileSplitWriter:
         self._sink = sink
         self._split = split
         self._attempt = attempt
+        self._there = sink._there
         self._name = sink.output_name(split)
-        self._there = destination(sink.path)
-        folder = self._there.staging(sink._token)
-        self._staged = os.path.join(folder, f"{split.index:06d}-{attempt}{sink.extension}")
+        self._staged = sink._staged_name(f"{split.index:06d}-{attempt}{sink.extension}")
+        self._path = ""
+        self._files: list[OutputFile] = []
         self._encoder: Encoder | None = None
         self._schema: pa.Schema | None = None
         self._rows = 0
@@ -231,43 +377,76 @@ class FileSplitWriter:
         except (pa.ArrowException, TypeError, ValueError) as e:
             raise DataError(f"the rows can't be written as {self._sink.name}: {e}", where=where) from e
         except OSError as e:
-            raise DestinationError(f"can't write: {e}", where=(("file", self._staged),), hint="is the disk full?") from e
+            self.abort()
+            raise disk_error(e, self._path) from e
         self._rows += batch.num_rows
 
-    def close(self) -> Receipt:
+    def close(self, lineage: Sequence[LineageRun] = ()) -> Receipt:
         if self._encoder is None:
             if not self._sink.per_input:
-                return Receipt(self._split.index, self._split.id, self._attempt)
+                return self._receipt(())
             if self._sink._schema is None:
-                output = OutputFile(self._name, 0, 0)
-                return Receipt(self._split.index, self._split.id, self._attempt, (output,), 0)
+                self._files.append(OutputFile(self._name, 0, 0))
+                return self._receipt(())
             self._begin(self._sink._schema, None)
         assert self._encoder is not None
         try:
-            self._encoder.close()
-            size = os.path.getsize(self._staged)
-            name = f"{_NEXT}/{self._name}" if self._sink._hold else self._name
-            self._there.publish(self._staged, name, replace=self._sink.per_input)
+            done = measured(self._encoder.close(), self._path)
+            self._encoder = None
+            self._there.stage(self._staged, self._path, done.digest)
+            self._files.append(OutputFile(self._name, self._rows, done.bytes, done.digest, self._staged))
+            return self._receipt(lineage)
         except OSError as e:
             self.abort()
-            where = (("file", f"{self._sink.path}/{self._name}"),)
-            raise DestinationError(f"can't write: {e}", where=where, hint="is the disk full, or the path not ours?") from e
-        self._encoder = None
-        output = OutputFile(self._name, self._rows, size)
-        return Receipt(self._split.index, self._split.id, self._attempt, (output,), self._rows)
+            raise disk_error(e, self._path) from e
+        except HeadraceError:
+            self.abort()
+            raise
 
     def abort(self) -> None:
         if self._encoder is not None:
             quietly(_close_broken, self._encoder)
             self._encoder = None
-        quietly(_unlink, self._staged)
+        if self._path:
+            quietly(self._there.drop, self._staged, self._path)
+        for f in self._files:
+            if f.staged not in ("", self._staged):
+                quietly(self._there.remove, f.staged)
+        self._files = []
+
+    def _receipt(self, lineage: Sequence[LineageRun]) -> Receipt:
+        lineage = tuple(lineage)
+        if len(lineage) > LINEAGE_IN_RECEIPT:
+            self._files.append(self._stage_lineage(lineage))
+            lineage = ()
+        return Receipt(self._split.index, self._split.id, self._attempt, tuple(self._files), self._rows, lineage)
+
+    def _stage_lineage(self, lineage: Sequence[LineageRun]) -> OutputFile:
+        columns = [[getattr(run, f.name) for run in lineage] for f in _LINEAGE_SCHEMA]
+        arrays = [pa.array(values, f.type) for values, f in zip(columns, _LINEAGE_SCHEMA, strict=True)]
+        table = pa.Table.from_arrays(arrays, schema=_LINEAGE_SCHEMA)
+        staged = self._sink._staged_name(f"{self._split.index:06d}-{self._attempt}-lineage.parquet")
+        return self._sink._stage_table(staged, lineage_name(self._sink._run, self._split.index), table, "lineage")
 
     def _begin(self, schema: pa.Schema, sample: pa.RecordBatch | None) -> None:
         self._schema = schema
         try:
-            self._encoder = self._sink._encoder(self._staged, schema, sample)
+            self._path = self._there.begin(self._staged)
+            self._encoder = self._sink._encoder(self._path, schema, sample)
         except OSError as e:
-            raise DestinationError(f"can't write: {e}", where=(("file", self._staged),)) from e
+            raise disk_error(e, self._path) from e
+
+
+def written(path: str, data: Any) -> Written:
+    """Write a whole file at once."""
+    view = memoryview(data)
+    write_whole(path, view)
+    return Written(view.nbytes, hashlib.sha256(view).hexdigest())
+
+
+def measured(done: Written | None, path: str) -> Written:
+    """What is in a file that its encoder has closed."""
+    return done if done is not None else Written(os.path.getsize(path), digest_of(path))
 
 
 def _close_broken(encoder: Encoder) -> None:
@@ -277,9 +456,16 @@ def _close_broken(encoder: Encoder) -> None:
         return
 
 
-def _unlink(path: str) -> None:
-    if os.path.exists(path):
-        os.unlink(path)
+def _replay(store: LocalRunStore | S3RunStore, run: str) -> LogState | None:
+    """What a run's log amounts to; None for one that is missing or damaged."""
+    state = LogState(run)
+    try:
+        while (data := store.read(log_name(run, state.next))) is not None:
+            state.apply(decode(run, state.next, data))
+            state.deltas.clear()
+    except DestinationError:
+        return None
+    return state if state.next else None
 
 
 def _is_same(path: str, other: str) -> bool:
@@ -291,40 +477,15 @@ def _is_same(path: str, other: str) -> bool:
         return False
 
 
-def _listed(there: Destination, folder: str) -> list[str]:
-    return sorted(there.names(folder))
-
-
-def _normalise(path: str | os.PathLike[str]) -> str:
+def normalise(path: str | os.PathLike[str]) -> str:
+    """A destination as an absolute path or s3://bucket/prefix."""
     text = os.fspath(path)
     if storage.is_remote(text):
+        storage.split_s3(text)  # refuses credentials in it
         return text.rstrip("/")
     if text.startswith("file://"):
         text = unquote(urlparse(text).path)
     elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
-        raise PlanError(f"can't write to {text!r}: unknown scheme", hint="use a local path, file:// or s3://")
+        hint = "use a local path, file:// or s3://"
+        raise PlanError(f"can't write to {redact(text)!r}: unknown scheme", hint=hint)
     return os.path.abspath(os.path.expanduser(text))
-
-
-def _readable(manifest: Mapping[str, Any]) -> bytes:
-    """JSON with a line for each key, and for each file: json's own indentation is ten times slower on many files."""
-    lines: list[str] = []
-    for key, value in manifest.items():
-        if key == "files" and value:
-            items = ",\n  ".join(json.dumps(item, default=str) for item in value)
-            lines.append(f' "files": [\n  {items}\n ]')
-        else:
-            lines.append(f" {json.dumps(key)}: {json.dumps(value, default=str)}")
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
-
-
-def _files_of(manifest: bytes | None) -> tuple[str, ...]:
-    """Output names that an earlier manifest lists under "files" (names, or objects with a "name"), safe ones only."""
-    if manifest is None:
-        return ()
-    try:
-        listed = json.loads(manifest).get("files") or []
-    except (ValueError, AttributeError):
-        return ()
-    names = [f.get("name") if isinstance(f, dict) else f for f in listed if isinstance(f, dict | str)]
-    return tuple(n for n in names if isinstance(n, str) and n and n[0] != "/" and ".." not in n.split("/"))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import base64
 import datetime
+import hashlib
 import json
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 
-from headrace.connectors.sinks.files import Encoder, FileSink
+from headrace.connectors.sinks.files import SMALL_BYTES, Encoder, FileSink, Written, written
 
 
 class JsonSink(FileSink):
@@ -27,14 +28,36 @@ class JsonSink(FileSink):
 
 
 class _JsonEncoder:
+    """A small file is kept in memory and written at once; a larger one goes out as it comes, hashed on the way."""
+
     def __init__(self, path: str) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115  closed by close()
+        self._path = path
+        self._held: list[bytes | memoryview] = []
+        self._bytes = 0
+        self._digest = hashlib.sha256()
+        self._file: IO[bytes] | None = None
 
     def write(self, batch: pa.RecordBatch) -> None:
-        self._file.write(encode_lines(batch))
+        lines = encode_lines(batch)
+        self._bytes += len(lines)
+        self._digest.update(lines)
+        self._held.append(lines)
+        if self._bytes > SMALL_BYTES:
+            self._flush()
 
-    def close(self) -> None:
+    def close(self) -> Written | None:
+        if self._file is None:
+            return written(self._path, b"".join(self._held))
+        self._flush()
         self._file.close()
+        return Written(self._bytes, self._digest.hexdigest())
+
+    def _flush(self) -> None:
+        if self._file is None:
+            self._file = open(self._path, "wb")  # noqa: SIM115  closed by close()
+        for lines in self._held:
+            self._file.write(lines)
+        self._held = []
 
 
 def encode_lines(batch: pa.RecordBatch) -> bytes | memoryview:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from headrace.connectors.sinks.files import Encoder, FileSink
+from headrace.connectors.sinks.files import Encoder, FileSink, Written, written
 from headrace.core.options import Outputs
 
 Compression = Literal["auto", "zstd", "snappy", "none"]
@@ -92,7 +92,7 @@ class _ParquetEncoder:
             if self._bytes + row_bytes > GROUP_BYTES or self._rows >= GROUP_ROWS:
                 self._flush()
 
-    def close(self) -> None:
+    def close(self) -> Written | None:
         if self._writer is None and self._bytes <= TINY_BYTES:
             self._memory = pa.BufferOutputStream()  # a small file is one write
         try:
@@ -100,9 +100,7 @@ class _ParquetEncoder:
         finally:
             if self._writer is not None:
                 self._writer.close()
-        if self._memory is not None:
-            with open(self._path, "wb", buffering=0) as file:
-                file.write(self._memory.getvalue())
+        return None if self._memory is None else written(self._path, self._memory.getvalue())
 
     def _flush(self) -> None:
         if self._writer is None:

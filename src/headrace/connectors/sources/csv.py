@@ -6,7 +6,7 @@ Files are divided at newlines, so a quoted value may hold one only with `newline
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pyarrow as pa
 
@@ -15,7 +15,9 @@ from headrace.connectors.blocks import Piece, measured
 from headrace.connectors.listing import Paths
 from headrace.connectors.sources import lines
 from headrace.connectors.sources.files import FileSource
+from headrace.connectors.sources.unreadable import Mismatch, reported
 from headrace.connectors.storage import Stored
+from headrace.contracts.source import OnBad
 from headrace.core.errors import DataError
 from headrace.core.options import BlockLimits
 from headrace.core.splits import Fragment
@@ -81,64 +83,85 @@ class CsvSource(FileSource):
     def _divide(self, o: Stored) -> list[Fragment]:
         return [packing.whole(o)] if self._newlines else lines.divide_lines(o)
 
-    def _pieces(self, fragment: Fragment, limits: BlockLimits) -> Iterator[Piece]:
-        batches = self._streamed(fragment, limits) if self._newlines else self._chunked(fragment, limits)
-        row = 0
-        for batch in batches:
-            yield measured(batch, lines.origin_of(fragment, row, batch.num_rows), limits)
-            row += batch.num_rows
+    def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
+        names = self._names
+        if names is None and (fragment.start > 0 or self._newlines):
+            try:
+                names = self._header(lines.first_line(fragment), fragment.uri)
+            except DataError as error:
+                reported(on_bad, fragment.uri, -1, 0, error)
+                return
+        if self._newlines:
+            yield from self._streamed(fragment, limits, self._convert_options(names or [], fragment.uri), on_bad)
+        else:
+            size = lines.chunk_bytes(limits, fragment)
+            yield from lines.tables(fragment, size, self._parser(fragment, names), limits, on_bad)
 
-    def _chunked(self, fragment: Fragment, limits: BlockLimits) -> Iterator[pa.RecordBatch]:
-        """Chunks of whole lines, each parsed on its own."""
+    def _parser(self, fragment: Fragment, names: list[str] | None) -> Callable[[bytes, int], pa.Table | None]:
+        """Parses a chunk of whole lines by itself. names: None when the first one tells."""
         import pyarrow.csv as pc
 
-        names = self._names
-        if names is None and fragment.start > 0:
-            names = self._header(lines.first_line(fragment), fragment.uri)
-        for at, chunk in lines.line_chunks(fragment, lines.chunk_bytes(limits, fragment)):
+        parse_options = self._parse_options(fragment.uri)
+        options: object = None
+
+        def parse(chunk: bytes, at: int) -> pa.Table | None:
+            nonlocal names, options
             where = (("file", fragment.uri), ("offset", str(at)))
             if at == 0:
                 chunk = chunk.removeprefix(lines.BOM)
-                if names is None:
+                if self._names is None:
                     head, _, chunk = chunk.partition(b"\n")
-                    names = self._header(head + b"\n", fragment.uri)
+                    names = names or self._header(head + b"\n", fragment.uri)
             if not chunk.strip(b"\r\n"):
-                continue
+                return None
+            if names is None:
+                raise DataError("the file's header line can't be read, so neither can this one", where=where)
+            options = options or self._convert_options(names, fragment.uri)
             with _explained(where):
                 table = pc.read_csv(
                     pa.BufferReader(chunk),
                     read_options=pc.ReadOptions(column_names=names, use_threads=False, block_size=len(chunk) + 1),
-                    parse_options=self._parse_options(fragment.uri),
-                    convert_options=self._convert_options(names or [], fragment.uri),
+                    parse_options=parse_options,
+                    convert_options=options,
                 )
-            yield from self._projected(table)
+            return table.select(self.schema().names)
 
-    def _streamed(self, fragment: Fragment, limits: BlockLimits) -> Iterator[pa.RecordBatch]:
-        """The whole object through the incremental reader, which knows newlines in quotes."""
+        return parse
+
+    def _streamed(self, fragment: Fragment, limits: BlockLimits, options: object, on_bad: OnBad | None) -> Iterator[Piece]:
+        """The whole object through the incremental reader, which knows newlines in quotes. What comes after a bad row can't be
+        told apart: the rest of the object is bad.
+        """
         import pyarrow.csv as pc
 
-        names = self._names or self._header(lines.first_line(fragment), fragment.uri)
+        row = 0
         where = (("file", fragment.uri),)
         with lines.opened(fragment) as (reader, stream):
-            with _explained(where):
-                batches = pc.open_csv(
-                    stream,
-                    read_options=pc.ReadOptions(
-                        column_names=self._names, use_threads=False, block_size=lines.chunk_bytes(limits, fragment)
-                    ),
-                    parse_options=self._parse_options(fragment.uri),
-                    convert_options=self._convert_options(names, fragment.uri),
-                )
+            batches = None
             while True:
-                with _explained(where):
-                    batch = next(batches, None)
+                try:
+                    with _explained((*where, ("after row", str(row)))):
+                        if batches is None:
+                            batches = pc.open_csv(
+                                stream,
+                                read_options=pc.ReadOptions(
+                                    column_names=self._names,
+                                    use_threads=False,
+                                    block_size=lines.chunk_bytes(limits, fragment),
+                                ),
+                                parse_options=self._parse_options(fragment.uri),
+                                convert_options=options,
+                            )
+                        batch = next(batches, None)
+                except DataError as error:
+                    reported(on_bad, fragment.uri, row, 0, error)
+                    break
                 if batch is None:
                     break
-                yield from self._projected(pa.Table.from_batches([batch]))
+                batch = batch.select(self.schema().names)
+                yield measured(batch, lines.origin_of(fragment, row, batch.num_rows), limits)
+                row += batch.num_rows
             reader.check()
-
-    def _projected(self, table: pa.Table) -> list[pa.RecordBatch]:
-        return [b.select(self.schema().names) for b in table.to_batches()]
 
     def _header(self, line: bytes, uri: str) -> list[str]:
         import pyarrow.csv as pc
@@ -166,7 +189,7 @@ class CsvSource(FileSource):
         for c in wanted:
             if c not in names:
                 where = (("file", uri), ("column", c))
-                raise DataError(f"column {c!r} is missing (there are: {', '.join(names[:20])})", where=where)
+                raise Mismatch(f"column {c!r} is missing (there are: {', '.join(names[:20])})", where=where)
         types = {c: full.field(c).type for c in wanted}
         return pc.ConvertOptions(include_columns=wanted, column_types=types)
 

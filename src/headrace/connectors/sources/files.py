@@ -19,6 +19,7 @@ from headrace.connectors import packing
 from headrace.connectors.blocks import Piece, rechunk
 from headrace.connectors.listing import Listing, Paths
 from headrace.connectors.storage import Stored
+from headrace.contracts.source import OnBad
 from headrace.core.errors import PlanError
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin
@@ -72,15 +73,15 @@ class FileSource(ABC):
     def prune(self, predicate: Any) -> tuple[FileSource, bool]:
         return self, False
 
-    def open(self, split: Split, limits: BlockLimits) -> Iterator[tuple[pa.RecordBatch, Origin]]:
+    def open(self, split: Split, limits: BlockLimits, on_bad: OnBad | None = None) -> Iterator[tuple[pa.RecordBatch, Origin]]:
         self._full_schema()
         limits = replace(limits, inputs=len(split.fragments))
-        with closing(self._split_pieces(split, limits)) as pieces:
+        with closing(self._split_pieces(split, limits, on_bad)) as pieces:
             yield from rechunk(pieces, limits)
 
-    def _split_pieces(self, split: Split, limits: BlockLimits) -> Generator[Piece, None, None]:
+    def _split_pieces(self, split: Split, limits: BlockLimits, on_bad: OnBad | None) -> Generator[Piece, None, None]:
         for fragment in split.fragments:
-            yield from self._pieces(fragment, limits)
+            yield from self._pieces(fragment, limits, on_bad)
 
     def count(self) -> int | None:
         return None
@@ -101,4 +102,6 @@ class FileSource(ABC):
         return [packing.whole(o)]
 
     @abstractmethod
-    def _pieces(self, fragment: Fragment, limits: BlockLimits) -> Iterator[Piece]: ...
+    def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
+        """The rows of a fragment. on_bad: see Source.open."""
+        ...

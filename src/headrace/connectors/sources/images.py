@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import pyarrow as pa
@@ -14,7 +16,10 @@ from headrace.connectors import storage
 from headrace.connectors.blocks import BLOCKS_PER_SPLIT, Piece, no_columns
 from headrace.connectors.listing import Paths
 from headrace.connectors.sources.files import FileSource
+from headrace.connectors.sources.unreadable import reported
 from headrace.connectors.storage import Stored
+from headrace.contracts.source import OnBad
+from headrace.core.errors import DataError
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin, Segment
 from headrace.core.splits import Fragment, Split
@@ -43,24 +48,24 @@ class BinarySource(FileSource):
             self._full = self._read_schema(self._listing.first())
         return super().schema()
 
-    def _split_pieces(self, split: Split, limits: BlockLimits) -> Generator[Piece, None, None]:
+    def _split_pieces(self, split: Split, limits: BlockLimits, on_bad: OnBad | None) -> Generator[Piece, None, None]:
         most = max(limits.least_rows, len(split.fragments) // BLOCKS_PER_SPLIT)
-        for piece in self._objects(split, limits):
+        for piece in self._objects(split, limits, on_bad):
             yield replace(piece, most_rows=most)
 
-    def _objects(self, split: Split, limits: BlockLimits) -> Iterator[Piece]:
+    def _objects(self, split: Split, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
         names = self.schema().names
         if "bytes" not in names:
             for f in split.fragments:
                 yield _piece(f, None, names)
         elif not self.remote:
             for f in split.fragments:
-                yield _piece(f, _read(f), names)
+                yield from _row(f, partial(_read, f), names, on_bad)
         else:
-            yield from _read_ahead(split.fragments, limits, names)
+            yield from _read_ahead(split.fragments, limits, names, on_bad)
 
-    def _pieces(self, fragment: Fragment, limits: BlockLimits) -> Iterator[Piece]:
-        yield _piece(fragment, _read(fragment), self.schema().names)
+    def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
+        yield from _row(fragment, partial(_read, fragment), self.schema().names, on_bad)
 
 
 class ImageSource(BinarySource):
@@ -70,17 +75,29 @@ class ImageSource(BinarySource):
     extensions: ClassVar[tuple[str, ...]] = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
-def _read(f: Fragment) -> pa.Buffer:
-    reader = storage.open_reader(f.uri, f.size_bytes, f.version)
+def _row(f: Fragment, read: Callable[[], pa.Buffer], names: list[str], on_bad: OnBad | None) -> Iterator[Piece]:
+    """The object's row, or none if it can't be read."""
     try:
-        data = reader.native().read_buffer()
-        reader.check()
-        return data
-    finally:
-        reader.close()
+        data = read()
+    except DataError as error:
+        reported(on_bad, f.uri, 0, 1, error)
+    else:
+        yield _piece(f, data, names)
 
 
-def _read_ahead(fragments: tuple[Fragment, ...], limits: BlockLimits, names: list[str]) -> Iterator[Piece]:
+def _read(f: Fragment) -> pa.Buffer:
+    try:
+        with closing(storage.open_reader(f.uri, f.size_bytes, f.version)) as reader:
+            data = reader.native().read_buffer()
+            reader.check()
+            return data
+    except OSError as e:
+        raise DataError(f"the file can't be read: {e}", where=(("file", f.uri),), hint="replace it or leave it out") from e
+
+
+def _read_ahead(
+    fragments: tuple[Fragment, ...], limits: BlockLimits, names: list[str], on_bad: OnBad | None
+) -> Iterator[Piece]:
     """In order, several requests at once, at most a block's bytes ahead."""
     threads = ThreadPoolExecutor(_REMOTE_READS, thread_name_prefix="headrace-get")
     waiting: deque[tuple[Fragment, Future[pa.Buffer]]] = deque()
@@ -90,12 +107,12 @@ def _read_ahead(fragments: tuple[Fragment, ...], limits: BlockLimits, names: lis
             while waiting and (len(waiting) >= 2 * _REMOTE_READS or ahead + f.size_bytes > limits.target_bytes):
                 done, future = waiting.popleft()
                 ahead -= done.size_bytes
-                yield _piece(done, future.result(), names)
+                yield from _row(done, future.result, names, on_bad)
             waiting.append((f, threads.submit(_read, f)))
             ahead += f.size_bytes
         while waiting:
             done, future = waiting.popleft()
-            yield _piece(done, future.result(), names)
+            yield from _row(done, future.result, names, on_bad)
     finally:
         threads.shutdown(wait=True, cancel_futures=True)
 

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pyarrow as pa
 
 from headrace.connectors import packing
-from headrace.connectors.blocks import Piece, goes_into, measured
+from headrace.connectors.blocks import Piece, goes_into
 from headrace.connectors.listing import Paths
 from headrace.connectors.sources import lines
 from headrace.connectors.sources.files import FileSource
 from headrace.connectors.storage import Stored
+from headrace.contracts.source import OnBad
 from headrace.core.errors import DataError
 from headrace.core.options import BlockLimits
 from headrace.core.splits import Fragment
@@ -41,27 +42,25 @@ class JsonSource(FileSource):
     def _divide(self, o: Stored) -> list[Fragment]:
         return lines.divide_lines(o)
 
-    def _pieces(self, fragment: Fragment, limits: BlockLimits) -> Iterator[Piece]:
+    def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
         schema, full = self.schema(), self._full_schema()
         if len(schema) and self._columns is None:
             wanted, unexpected = schema, "error"
         else:  # rows of no columns can't be counted, so one is parsed
             wanted, unexpected = (schema if len(schema) else pa.schema([full.field(0)])), "ignore"
-        row = 0
-        for at, chunk in lines.line_chunks(fragment, lines.chunk_bytes(limits, fragment)):
+
+        def parse(chunk: bytes, at: int) -> pa.Table | None:
             if not chunk.strip():
-                continue
+                return None
             table = _parse(chunk, wanted, unexpected, (("file", fragment.uri), ("offset", str(at))))
-            for batch in table.select(schema.names).to_batches() if len(schema) else _bare(table):
-                yield measured(batch, lines.origin_of(fragment, row, batch.num_rows), limits)
-                row += batch.num_rows
+            return table.select(schema.names)
 
-
-def _bare(table: pa.Table) -> list[pa.RecordBatch]:
-    return [b.select([]) for b in table.to_batches()]
+        yield from lines.tables(fragment, lines.chunk_bytes(limits, fragment), parse, limits, on_bad)
 
 
 def _parse(data: bytes, schema: pa.Schema | None, unexpected: str, where: tuple[tuple[str, str], ...]) -> pa.Table:
+    if not lines.is_utf8(data):  # Arrow doesn't look
+        raise DataError("the JSON lines are not UTF-8", where=where, hint="convert the file to UTF-8")
     try:
         return _read(data, schema, unexpected)
     except pa.ArrowException as e:

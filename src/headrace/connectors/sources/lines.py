@@ -6,18 +6,23 @@ first newline at or beyond b. So every line belongs to exactly one range, wherev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from headrace.connectors import packing, storage
-from headrace.connectors.blocks import BLOCKS_PER_SPLIT, MANY_INPUTS
+from headrace.connectors.blocks import BLOCKS_PER_SPLIT, MANY_INPUTS, Piece, measured
 from headrace.connectors.listing import COMPRESSED
+from headrace.connectors.sources.unreadable import Mismatch, halves, reported
 from headrace.connectors.storage import Stored
+from headrace.contracts.source import OnBad
 from headrace.core.errors import DataError
 from headrace.core.options import BlockLimits
+from headrace.core.origins import chosen
 from headrace.core.refs import Origin, Segment
 from headrace.core.splits import Fragment
 
@@ -124,6 +129,105 @@ def first_line(fragment: Fragment) -> bytes:
             if cut >= 0:
                 return out[: cut + 1]
         return out
+
+
+def line_starts(chunk: bytes) -> list[int]:
+    """Where each line of the chunk begins, and the chunk's length."""
+    ends = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10) + 1
+    starts = [0, *ends.tolist()]
+    return starts if starts[-1] == len(chunk) else [*starts, len(chunk)]
+
+
+def is_utf8(data: bytes) -> bool:
+    """Whether all of it is UTF-8; a gigabyte or more a second, without a copy."""
+    if data.isascii():
+        return True
+    offsets = pa.py_buffer(np.array([0, len(data)], dtype=np.int64))
+    try:
+        pa.LargeStringArray.from_buffers(1, offsets, pa.py_buffer(data)).validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
+
+
+def tables(
+    fragment: Fragment,
+    size: int,
+    parse: Callable[[bytes, int], pa.Table | None],
+    limits: BlockLimits,
+    on_bad: OnBad | None,
+) -> Iterator[Piece]:
+    """The rows of a fragment, a chunk of whole lines at a time.
+
+    parse: (lines, the offset of the first) -> their rows, None for lines that hold none. When a chunk can't be parsed, its bad
+    lines are told to on_bad, a row each, and the others are given as one piece.
+    """
+    row = 0
+    chunks = line_chunks(fragment, size)
+    while True:
+        try:
+            at, chunk = next(chunks, (-1, b""))
+        except DataError as error:  # the rest can't be read
+            reported(on_bad, origin_of(fragment, row, 0).segments[0].uri, row, 0, error)
+            return
+        if at < 0:
+            return
+        try:
+            table, total, index = parse(chunk, at), -1, None
+        except Mismatch:
+            raise
+        except DataError:
+            if on_bad is None:
+                raise
+            table, total, index = _good_lines(fragment, chunk, at, parse, row, on_bad)
+        rows = 0 if table is None else table.num_rows
+        total = rows if total < 0 else total
+        if table is not None and rows:
+            origin = origin_of(fragment, row, total)
+            yield from _measured(table, origin if index is None else chosen(origin, index), limits)
+        row += total
+
+
+def _good_lines(
+    fragment: Fragment,
+    chunk: bytes,
+    at: int,
+    parse: Callable[[bytes, int], pa.Table | None],
+    row: int,
+    on_bad: OnBad,
+) -> tuple[pa.Table | None, int, Any]:
+    """(the rows of the lines that can be parsed, the number of rows with the bad ones, the good ones' positions)."""
+    starts = line_starts(chunk)
+    found: list[tuple[int, pa.Table]] = []
+    bad: list[tuple[int, DataError]] = []
+
+    def read(start: int, stop: int) -> tuple[int, pa.Table | None]:
+        return start, parse(chunk[starts[start] : starts[stop]], at + starts[start])
+
+    for start, table in halves(0, len(starts) - 1, read, lambda line, why: bad.append((line, why))):
+        if table is not None and table.num_rows:
+            found.append((start, table))
+    uri = origin_of(fragment, row, 0).segments[0].uri
+    positions: list[Any] = []
+    here = 0
+    bad.reverse()
+    for line, table in [*found, (len(starts), None)]:
+        while bad and bad[-1][0] < line:
+            reported(on_bad, uri, row + here, 1, bad.pop()[1])
+            here += 1
+        if table is not None:
+            positions.append(np.arange(here, here + table.num_rows))
+            here += table.num_rows
+    if not found:
+        return None, here, None
+    return pa.concat_tables([t for _, t in found]).combine_chunks(), here, np.concatenate(positions)
+
+
+def _measured(table: pa.Table, origin: Origin, limits: BlockLimits) -> Iterator[Piece]:
+    start = 0
+    for batch in table.to_batches():
+        yield measured(batch, origin.slice(start, batch.num_rows), limits)
+        start += batch.num_rows
 
 
 def origin_of(fragment: Fragment, row: int, rows: int) -> Origin:

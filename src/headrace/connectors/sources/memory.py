@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from headrace.connectors import packing
 from headrace.connectors.blocks import Piece, no_columns, rechunk, shareable
+from headrace.contracts.source import OnBad
 from headrace.core.errors import PlanError
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin, Segment
@@ -53,7 +54,7 @@ class ArrowSource:
     def prune(self, predicate: Any) -> tuple[ArrowSource, bool]:
         return self, False
 
-    def open(self, split: Split, limits: BlockLimits) -> Iterator[tuple[pa.RecordBatch, Origin]]:
+    def open(self, split: Split, limits: BlockLimits, on_bad: OnBad | None = None) -> Iterator[tuple[pa.RecordBatch, Origin]]:
         limits = shareable(limits, split.rows or 0)
         yield from rechunk(self._pieces(split.fragments[0]), limits)
 
@@ -108,7 +109,7 @@ class RangeSource:
     def prune(self, predicate: Any) -> tuple[RangeSource, bool]:
         return self, False
 
-    def open(self, split: Split, limits: BlockLimits) -> Iterator[tuple[pa.RecordBatch, Origin]]:
+    def open(self, split: Split, limits: BlockLimits, on_bad: OnBad | None = None) -> Iterator[tuple[pa.RecordBatch, Origin]]:
         limits = shareable(limits, split.rows or 0)
         yield from rechunk(self._pieces(split.fragments[0], limits), limits)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Self
 
@@ -18,12 +18,16 @@ from headrace.connectors import packing, storage
 from headrace.connectors.blocks import Piece, conform, no_columns, rows_per_block, shareable
 from headrace.connectors.listing import Paths
 from headrace.connectors.sources.files import FileSource
+from headrace.connectors.sources.unreadable import halves, reported
 from headrace.connectors.storage import Reader, Stored
-from headrace.core.errors import DataError, PlanError
+from headrace.contracts.source import OnBad
+from headrace.core.errors import DataError, InputChanged, PlanError
 from headrace.core.expressions import columns_of, passing
 from headrace.core.options import BlockLimits
+from headrace.core.origins import chosen
 from headrace.core.refs import Origin, Segment
 from headrace.core.splits import Fragment
+from headrace.core.tensors import vector_to_numpy
 
 # Without a stream buffer Arrow reads whole column chunks: 521 MB for a 450 MB row group of 100 columns, 77 MB with 64 KiB
 # buffers at the same speed (memory maps save a little less and count as resident).
@@ -90,9 +94,14 @@ class ParquetSource(FileSource):
             return file.schema_arrow.remove_metadata()
 
     def _divide(self, o: Stored) -> list[Fragment]:
-        with _opened(o.uri, o.size, o.version) as (_, file):
-            metadata = file.metadata
-            groups = [(metadata.row_group(g).num_rows, _stored(metadata.row_group(g))) for g in range(file.num_row_groups)]
+        try:
+            with _opened(o.uri, o.size, o.version) as (_, file):
+                metadata = file.metadata
+                groups = [(metadata.row_group(g).num_rows, _stored(metadata.row_group(g))) for g in range(file.num_row_groups)]
+        except InputChanged:
+            raise
+        except DataError:  # whoever reads it will say so, or set it aside
+            return [packing.whole(o)]
         if len(groups) < 2:
             return [packing.whole(o, sum(rows for rows, _ in groups))]
         total = sum(size for _, size in groups)
@@ -109,9 +118,16 @@ class ParquetSource(FileSource):
         out.append(replace(packing.whole(o, rows), start=start, stop=len(groups)))
         return out
 
-    def _pieces(self, fragment: Fragment, limits: BlockLimits) -> Iterator[Piece]:
+    def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
         schema = self.schema()
-        with _opened(fragment.uri, fragment.size_bytes, fragment.version, columns=len(schema)) as (reader, file):
+        with ExitStack() as opened:
+            try:
+                reader, file = opened.enter_context(
+                    _opened(fragment.uri, fragment.size_bytes, fragment.version, columns=len(schema))
+                )
+            except DataError as error:
+                reported(on_bad, fragment.uri, -1, 0, error)
+                return
             stop = file.num_row_groups if fragment.stop < 0 else fragment.stop
             wanted = set(range(fragment.start, stop))
             if self._predicate is not None:
@@ -122,48 +138,108 @@ class ParquetSource(FileSource):
             for g in range(fragment.start, stop):
                 rows = file.metadata.row_group(g).num_rows
                 if rows and g in wanted:
-                    yield from self._group_pieces(reader, file, g, first_row, schema, limits)
+                    yield from self._group_pieces(reader, file, g, first_row, schema, limits, on_bad)
                 first_row += rows
             reader.check()
 
     def _group_pieces(
-        self, reader: Reader, file: Any, g: int, row: int, schema: pa.Schema, limits: BlockLimits
+        self,
+        reader: Reader,
+        file: Any,
+        g: int,
+        row: int,
+        schema: pa.Schema,
+        limits: BlockLimits,
+        on_bad: OnBad | None,
     ) -> Iterator[Piece]:
         where = (("file", reader.uri), ("row group", str(g)))
+        read_schema = self._read_columns(schema)
+        metadata = file.metadata.row_group(g)
+        if not len(read_schema):
+            yield from _counted(reader.uri, row, metadata.num_rows, limits)
+            return
+        batches, row_bytes, done = None, 0.0, 0
+        while done < metadata.num_rows:
+            try:
+                if batches is None:
+                    batches, row_bytes = self._group_batches(reader, file, g, read_schema, limits, where)
+                with _explained(where):
+                    batch = next(batches, None)
+                if batch is None:
+                    raise DataError(f"the row group ends after {done} of {metadata.num_rows} rows", where=where)
+            except DataError as error:  # what was given stays good; the rest of the group can't be reached
+                reported(on_bad, reader.uri, row + done, metadata.num_rows - done, error)
+                return
+            origin = Origin((Segment(reader.uri, row + done, batch.num_rows),))
+            done += batch.num_rows
+            for part, of in self._conformed(batch, origin, read_schema, where, on_bad):
+                yield Piece(part.select(schema.names), of, row_bytes, limits.max_rows)
+
+    def _read_columns(self, schema: pa.Schema) -> pa.Schema:
+        """Those asked for, and those that the predicate reads."""
         names = list(schema.names)
         if self._predicate is not None:
             names += [n for n in self._predicate_columns if n not in names]
         full = self._full_schema()
-        read_schema = pa.schema([full.field(n) for n in names])
+        return pa.schema([full.field(n) for n in names])
+
+    def _group_batches(
+        self, reader: Reader, file: Any, g: int, schema: pa.Schema, limits: BlockLimits, where: tuple[tuple[str, str], ...]
+    ) -> tuple[Iterator[pa.RecordBatch], float]:
+        """(the row group's batches, estimated bytes of a row)."""
         metadata = file.metadata.row_group(g)
-        if not names:
-            yield from _counted(reader.uri, row, metadata.num_rows, limits)
-            return
-        present = [n for n in names if n in file.schema_arrow.names]
+        present = [n for n in schema.names if n in file.schema_arrow.names]
         if reader.whole and metadata.num_rows < PROBE_FROM_ROWS and metadata.total_byte_size <= TINY_BYTES:
             row_bytes = metadata.total_byte_size / metadata.num_rows
         else:
             leaves = _leaves(metadata, set(present))
-            row_bytes = _row_bytes(file, g, metadata, leaves, present, read_schema)
+            row_bytes = _row_bytes(file, g, metadata, leaves, present, schema, where)
             ranges = [_chunk_range(metadata.column(i)) for i in leaves]
             if sum(b - a for a, b in ranges) <= S3_AHEAD_BYTES:
                 reader.prefetch(ranges)
-        batch_rows = rows_per_block(row_bytes, limits)
+        rows = rows_per_block(row_bytes, limits)
         with _explained(where):
-            batches = file.iter_batches(batch_size=batch_rows, row_groups=[g], columns=present, use_threads=False)
-        done = 0
-        while done < metadata.num_rows:
-            with _explained(where):
-                batch = next(batches, None)
-            if batch is None:
-                raise DataError(f"the row group ends after {done} of {metadata.num_rows} rows", where=where)
-            origin = Origin((Segment(reader.uri, row + done, batch.num_rows),))
-            done += batch.num_rows
-            batch = conform(batch, read_schema, where)
-            if self._predicate is not None:
-                origin = origin.inexact()
-                batch = _filtered(batch, self._predicate, where).select(schema.names)
-            yield Piece(batch, origin, row_bytes, limits.max_rows)
+            return file.iter_batches(batch_size=rows, row_groups=[g], columns=present, use_threads=False), row_bytes
+
+    def _conformed(
+        self,
+        batch: pa.RecordBatch,
+        origin: Origin,
+        schema: pa.Schema,
+        where: tuple[tuple[str, str], ...],
+        on_bad: OnBad | None,
+    ) -> Iterator[tuple[pa.RecordBatch, Origin]]:
+        """The batch in the types promised, without what the predicate rules out. A row whose value does not fit is bad."""
+
+        def read(start: int, stop: int) -> tuple[pa.RecordBatch, Origin]:
+            part, of = batch.slice(start, stop - start), origin.slice(start, stop - start)
+            return self._filtered(conform(part, schema, where), of, where)
+
+        try:
+            made = [read(0, batch.num_rows)]
+        except DataError:
+            if on_bad is None:
+                raise
+            read(0, 0)  # what fails without rows is no row's fault
+            ((uri, first),) = [(s.uri, s.row) for s in origin.segments]
+            made = list(halves(0, batch.num_rows, read, lambda i, error: reported(on_bad, uri, first + i, 1, error)))
+        for part, of in made:
+            if part.num_rows:
+                yield part, of
+
+    def _filtered(
+        self, batch: pa.RecordBatch, origin: Origin, where: tuple[tuple[str, str], ...]
+    ) -> tuple[pa.RecordBatch, Origin]:
+        """The rows that satisfy the predicate."""
+        if self._predicate is None:
+            return batch, origin
+        try:
+            rows = passing(batch, self._predicate)
+        except (pa.ArrowException, KeyError, TypeError) as e:
+            raise DataError(f"the filter {self._predicate} failed: {e}", where=where) from e
+        if len(rows) == batch.num_rows:
+            return batch, origin
+        return batch.take(rows), chosen(origin, vector_to_numpy(rows)) if len(rows) else origin
 
 
 def _rows_of(o: Stored) -> int:
@@ -224,7 +300,15 @@ def _chunk_range(chunk: Any) -> tuple[int, int]:
     return start, start + chunk.total_compressed_size
 
 
-def _row_bytes(file: Any, g: int, group: Any, leaves: list[int], names: list[str], schema: pa.Schema) -> float:
+def _row_bytes(
+    file: Any,
+    g: int,
+    group: Any,
+    leaves: list[int],
+    names: list[str],
+    schema: pa.Schema,
+    where: tuple[tuple[str, str], ...],
+) -> float:
     """Estimated Arrow bytes of a row, from metadata; dictionary-encoded strings are measured on a few rows."""
     rows = max(1, group.num_rows)
     stored = sum(group.column(i).total_uncompressed_size for i in leaves) / rows
@@ -240,7 +324,7 @@ def _row_bytes(file: Any, g: int, group: Any, leaves: list[int], names: list[str
     probe = [n for n in names if n in hidden]
     if not probe:
         return out
-    with _explained((("file", "probe"), ("row group", str(g)))):
+    with _explained(where):
         batch = next(file.iter_batches(batch_size=PROBE_ROWS, row_groups=[g], columns=probe, use_threads=False), None)
     return out if batch is None else out + batch.nbytes / max(1, batch.num_rows)
 
@@ -265,14 +349,6 @@ def _counted(uri: str, row: int, rows: int, limits: BlockLimits) -> Iterator[Pie
     for at in range(0, rows, step):
         n = min(step, rows - at)
         yield Piece(no_columns(n), Origin((Segment(uri, row + at, n),)), 1e-9, limits.max_rows)
-
-
-def _filtered(batch: pa.RecordBatch, predicate: Any, where: tuple[tuple[str, str], ...]) -> pa.RecordBatch:
-    try:
-        rows = passing(batch, predicate)
-        return batch if len(rows) == batch.num_rows else batch.take(rows)
-    except (pa.ArrowException, KeyError, TypeError) as e:
-        raise DataError(f"the filter {predicate} failed: {e}", where=where) from e
 
 
 def _may_match(reader: Reader, file: Any, predicate: Any) -> set[int]:

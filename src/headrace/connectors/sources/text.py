@@ -7,10 +7,11 @@ from collections.abc import Iterator
 import numpy as np
 import pyarrow as pa
 
-from headrace.connectors.blocks import Piece, measured
+from headrace.connectors.blocks import Piece
 from headrace.connectors.sources import lines
 from headrace.connectors.sources.files import FileSource
 from headrace.connectors.storage import Stored
+from headrace.contracts.source import OnBad
 from headrace.core.errors import DataError
 from headrace.core.options import BlockLimits
 from headrace.core.splits import Fragment
@@ -35,20 +36,20 @@ class TextSource(FileSource):
     def _divide(self, o: Stored) -> list[Fragment]:
         return lines.divide_lines(o)
 
-    def _pieces(self, fragment: Fragment, limits: BlockLimits) -> Iterator[Piece]:
-        row = 0
+    def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
         bare = self._columns == ()
-        for at, chunk in lines.line_chunks(fragment, lines.chunk_bytes(limits, fragment)):
-            data = chunk.removeprefix(lines.BOM) if at == 0 else chunk
-            array = split_lines(data)
+
+        def parse(chunk: bytes, at: int) -> pa.Table:
+            array = split_lines(chunk.removeprefix(lines.BOM) if at == 0 else chunk)
             try:
                 array.validate(full=True)
             except pa.ArrowInvalid as e:
                 where = (("file", fragment.uri), ("offset", str(at)))
                 raise DataError("the text is not UTF-8", where=where, hint="convert it to UTF-8") from e
-            batch = pa.RecordBatch.from_arrays([array], schema=_SCHEMA)
-            yield measured(batch.select([]) if bare else batch, lines.origin_of(fragment, row, batch.num_rows), limits)
-            row += batch.num_rows
+            table = pa.Table.from_batches([pa.RecordBatch.from_arrays([array], schema=_SCHEMA)])
+            return table.select([]) if bare else table
+
+        yield from lines.tables(fragment, lines.chunk_bytes(limits, fragment), parse, limits, on_bad)
 
 
 def split_lines(data: bytes) -> pa.StringArray:

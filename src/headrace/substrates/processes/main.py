@@ -1,4 +1,4 @@
-"""A worker process: `python -m headrace.substrates.processes.main <control fd> <lifeline fd>`.
+"""A worker process: `python -m headrace.substrates.processes.main <control fd> <lifeline fd> <report fd>`.
 
 It never imports the user's `__main__`: the program arrives pickled, with functions of `__main__` by value. Steps run in
 the main thread, one at a time. When the driver is gone the worker is gone too, whatever user code does: a watchdog
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.core.errors import InternalError
 from headrace.core.steps import Step, StepFailed
-from headrace.substrates.processes import wire
+from headrace.substrates.processes import stacks, wire
 
 if TYPE_CHECKING:
     from headrace.substrates.processes.store import ArenaStore
@@ -37,15 +37,14 @@ MALLOC_KEEP_BYTES = 256 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
 
-def main(control_fd: int, lifeline_fd: int) -> None:
+def main(control_fd: int, lifeline_fd: int, report_fd: int) -> None:
     """Serve the driver until it says STOP."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the driver decides
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
-    os.set_inheritable(control_fd, False)
-    os.set_inheritable(lifeline_fd, False)
+    _leave_signals_to_the_driver()
+    for fd in (control_fd, lifeline_fd, report_fd):
+        os.set_inheritable(fd, False)
     _die_with_driver(lifeline_fd)
     _keep_large_allocations()
-    _enable_faulthandler()
+    stacks.report_to(report_fd)
     channel = _Channel(socket.socket(fileno=control_fd))
     hello = channel.next_message()
     if hello is None:
@@ -120,10 +119,12 @@ class _Channel:
         self._poll.register(self._wake_fd, select.POLLIN)
 
     def make_store(self, worker: int) -> ArenaStore:
+        from headrace.substrates.processes.crumb import CrumbWriter
         from headrace.substrates.processes.store import ArenaStore
 
-        fd = self._fds.popleft()  # came with HELLO
-        self._store = ArenaStore(worker, fd, os.fstat(fd).st_size, drain=self._take_available, on_view_death=self._view_died)
+        arena, crumb = self._fds.popleft(), CrumbWriter(self._fds.popleft())  # came with HELLO
+        size = os.fstat(arena).st_size
+        self._store = ArenaStore(worker, arena, size, drain=self._take_available, on_view_death=self._view_died, crumb=crumb)
         return self._store
 
     def send(self, message: tuple[Any, ...]) -> None:
@@ -189,6 +190,9 @@ class _Channel:
             for arena in message[1]:
                 store.add_arena(arena, self._fds.popleft())
             return
+        if kind == wire.GONE and store is not None:
+            store.drop_arenas(message[1])
+            return
         if store is not None and kind in (wire.STEP, wire.DISCARD, wire.FREE):
             store.free(message[1])
         if kind != wire.FREE:
@@ -198,6 +202,39 @@ class _Channel:
         if self._idle:
             with contextlib.suppress(BlockingIOError):  # the counter is full: then it wakes us anyway
                 os.eventfd_write(self._wake_fd, 1)
+
+
+def _leave_signals_to_the_driver() -> None:
+    """Ctrl-C reaches the whole terminal, SIGTERM may reach all processes of a job: the driver drains, workers leave with it.
+
+    SIGTERM gets a handler, which programs that user code starts don't inherit, because they must be stopped somehow; they
+    inherit that SIGINT is ignored.
+    """
+
+    def nothing(*_: object) -> None:
+        return
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, nothing)
+    signal.siginterrupt(signal.SIGTERM, False)  # native code need not know
+    _let_forks_end()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT, signal.SIGTERM])
+
+
+def _let_forks_end() -> None:
+    """SIGTERM ends processes that user code forks, also when it comes before they have said so: it is blocked until then."""
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+    def in_child() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        unblock()
+
+    def before() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+    os.register_at_fork(before=before, after_in_parent=unblock, after_in_child=in_child)
 
 
 def _watch(driver_pid: int, control_fd: int) -> None:
@@ -241,13 +278,5 @@ def _keep_large_allocations() -> None:
         mallopt(_M_TRIM_THRESHOLD, MALLOC_KEEP_BYTES)
 
 
-def _enable_faulthandler() -> None:
-    """A crash in native code prints where Python was. Skipped when stderr is closed."""
-    import faulthandler
-
-    with contextlib.suppress(Exception):
-        faulthandler.enable()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(*map(int, sys.argv[1:4]))

@@ -3,9 +3,9 @@
 One thread, no helpers, no ticks: `wait` sleeps in epoll on the workers' sockets, their pidfds and an eventfd.
 Steps go out as small pickles; block bytes stay in arenas, and pass through here only when `fetch` copies them.
 
-Invariants: a part's range goes back to its owner when the run has released the part and no worker holds a lease of it
-(see `store`), never before; a dead worker holds no leases, and its blocks stay readable; `stop` leaves no process,
-descriptor or memory.
+Invariants: each worker that `start` or `add_worker` was given ends in one WorkerLost, or with `stop`; what a dead worker
+answered before is told first; a lost worker leaves nothing but the arena of blocks that are still needed (see `ledger`); `stop`
+leaves no process, descriptor or memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from headrace.core.errors import InternalError, PlanError
+from headrace.core.errors import PlanError
 from headrace.core.refs import BlockRef, PartRef
 from headrace.core.resources import CPU_POOL, WorkerSpec
 from headrace.core.steps import (
@@ -36,13 +37,15 @@ from headrace.core.steps import (
 )
 from headrace.substrates.bodies import usable_cores
 from headrace.substrates.processes import wire
+from headrace.substrates.processes.crumb import create_crumb, read_crumb
+from headrace.substrates.processes.ledger import Ledger
 from headrace.substrates.processes.spawn import death_reason, oom_kills, start_process
+from headrace.substrates.processes.stacks import crash_stack, create_report, take_stack
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
     from headrace.substrates.bodies import BodyFactory
-    from headrace.substrates.processes.arena import Mapping
 
 FREE_NOTICE_BYTES = 64 << 20  # a worker that gets no step is told when this much of its arena is free again
 STOP_IDLE_S = 10.0  # to close cursors and models
@@ -71,16 +74,14 @@ class ProcessesSubstrate:
         self._payload = b""
         self._workers: dict[int, _Worker] = {}
         self._by_fd: dict[int, _Worker] = {}
-        self._parts: dict[int, _Part] = {}
-        self._arenas: dict[int, int] = {}  # worker -> descriptor; kept until the end, also of the dead
-        self._mappings: dict[int, Mapping] = {}  # arenas that `fetch` has read
+        self._ledger = Ledger(self._tell_free, self._tell_gone)
+        self._surroundings = (os.getpid(), "", list[str]())  # what workers are told of the driver's process
         self._events: list[SubstrateEvent] = []
-        self._freed: list[int] = []
         self._epoll = select.epoll()
         self._wake_lock = threading.RLock()  # re-entrant: a signal handler may call wake inside wake
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake_fd, select.EPOLLIN)
-        self._oom_kills = oom_kills()
+        self._oom_kills = oom_kills()  # so many of them are accounted for
         self._stopped = False
 
     # -- the contract
@@ -91,12 +92,14 @@ class ProcessesSubstrate:
         cpu_workers = sum(1 for w in workers if w.pool == CPU_POOL)
         self._threads = max(1, self._cores // max(1, cpu_workers or len(workers)))
         self._arena_bytes = self._arena_bytes or arena_bytes(len(workers))
+        self._surroundings = (os.getpid(), os.getcwd(), list(sys.path))
         started = [self._launch(spec) for spec in workers]
         self._payload = self._pickle(program)  # while the interpreters start
         for worker in started:
             self._greet(worker)
 
     def add_worker(self, worker: WorkerSpec) -> None:
+        """Its id must be new in this run."""
         self._greet(self._launch(worker))
 
     def submit(self, step: Step | Discard) -> None:
@@ -107,17 +110,12 @@ class ProcessesSubstrate:
         if isinstance(step, Discard):
             self._send(worker, (wire.DISCARD, freed, step.cursor))
             return
-        self._lease_inputs(worker, step)
+        self._announce(worker, self._ledger.lease(step.worker, step))
         worker.steps += 1
         self._send(worker, (wire.STEP, freed, step))
 
     def release(self, parts: Sequence[PartRef]) -> None:
-        for ref in parts:
-            part = self._parts.get(ref.id)
-            if part is not None:
-                part.released = True
-                if not part.leases:
-                    self._free(ref.id, part)
+        self._ledger.release(parts)
 
     def wait(self, timeout_s: float | None) -> list[SubstrateEvent]:
         if self._stopped:
@@ -125,7 +123,7 @@ class ProcessesSubstrate:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = self._epoll.poll(0 if self._events or self._freed else left)
+            ready = self._epoll.poll(0 if self._events or self._ledger.has_freed else left)
             woken = False
             for fd, mask in ready:
                 if fd == self._wake_fd:
@@ -146,14 +144,42 @@ class ProcessesSubstrate:
     def fetch(self, block: BlockRef) -> pa.RecordBatch:
         from headrace.substrates.blocks import zip_parts
 
-        return zip_parts([(part.columns, self._copy(part)) for part in block.parts], block.rows)
+        return zip_parts([(part.columns, self._ledger.copy(part)) for part in block.parts], block.rows)
+
+    def kill(self, worker: int, reason: str) -> bool:
+        """As the contract says; False too for a worker that is gone already. Takes up to half a second."""
+        victim = self._workers.get(worker)
+        if victim is None or victim.process.poll() is not None:
+            return False
+        if not victim.killed:
+            victim.killed = reason
+            victim.stack = take_stack(victim.process.pid, victim.report)
+            victim.process.kill()  # also ends a process that is stopped
+        return True
+
+    def spill(self, parts: Sequence[PartRef]) -> tuple[PartRef, ...]:
+        return self._ledger.spill(parts)
+
+    @property
+    def spill_dir(self) -> str | None:
+        """Where spilled parts go, in a file without a name; None for a temporary directory that is on a disk."""
+        return self._ledger.spill_dir
+
+    @spill_dir.setter
+    def spill_dir(self, directory: str | None) -> None:
+        self._ledger.spill_dir = directory
 
     def memory_bytes(self) -> int:
         from headrace.substrates.blocks import anonymous_bytes
-        from headrace.substrates.processes.arena import touched_bytes
 
-        shared = sum(touched_bytes(fd) for fd in self._arenas.values())
-        return shared + anonymous_bytes() + sum(anonymous_bytes(w.process.pid) for w in self._workers.values())
+        own = sum(anonymous_bytes(w.process.pid) for w in self._workers.values())
+        return self._ledger.memory_bytes + anonymous_bytes() + own
+
+    def worker_memory(self) -> dict[int, int]:
+        """Worker -> its anonymous memory and what its arena holds, of those alive."""
+        from headrace.substrates.blocks import anonymous_bytes
+
+        return {i: anonymous_bytes(w.process.pid) + self._ledger.arena_bytes(i) for i, w in self._workers.items()}
 
     def stop(self) -> None:
         if self._stopped:
@@ -163,15 +189,8 @@ class ProcessesSubstrate:
         for worker in list(self._workers.values()):
             self._forget(worker)
             worker.process.wait()
-        for mapping in self._mappings.values():
-            mapping.close()
-        for fd in self._arenas.values():
-            os.close(fd)
-        self._mappings.clear()
-        self._arenas.clear()
-        self._parts.clear()
+        self._ledger.close()
         self._events.clear()
-        self._freed.clear()
         self._payload = b""
         with self._wake_lock:
             os.close(self._wake_fd)
@@ -197,26 +216,32 @@ class ProcessesSubstrate:
                 "in the worker), or use engine='threads'",
             ) from exc
 
-    def _launch(self, spec: WorkerSpec) -> _Worker:
-        from headrace.substrates.processes.arena import arena_bytes, create_arena
+    def _launch(self, spec: WorkerSpec) -> _Worker | None:
+        """None where the system has no room for another process, which is then a lost worker."""
+        from headrace.substrates.processes.arena import arena_bytes
 
-        self._arenas[spec.id] = create_arena(spec.id, self._arena_bytes or arena_bytes(1))
-        process, sock, lifeline = start_process(spec, self._threads)
-        worker = _Worker(spec, process, sock, lifeline)
+        try:
+            worker = _start(spec, self._threads)
+        except OSError as exc:
+            self._events.append(WorkerLost(spec.id, f"its process could not be started: {exc}", started=False))
+            return None
+        self._ledger.open_arena(spec.id, self._arena_bytes or arena_bytes(1))
         self._workers[spec.id] = worker
-        self._by_fd[sock.fileno()] = worker
-        self._epoll.register(sock.fileno(), select.EPOLLIN)
+        self._by_fd[worker.sock.fileno()] = worker
+        self._epoll.register(worker.sock.fileno(), select.EPOLLIN)
         if worker.pidfd >= 0:
             self._by_fd[worker.pidfd] = worker
             self._epoll.register(worker.pidfd, select.EPOLLIN)
         return worker
 
-    def _greet(self, worker: _Worker) -> None:
+    def _greet(self, worker: _Worker | None) -> None:
+        if worker is None:
+            return
         spec = worker.spec
         if spec.device.startswith("cuda:"):  # its environment shows it one device only, which is then the first
             spec = replace(spec, device="cuda:0")
-        hello = (wire.HELLO, spec, os.getpid(), os.getcwd(), list(sys.path), self._payload)
-        self._send(worker, hello, (self._arenas[spec.id],))
+        hello = (wire.HELLO, spec, *self._surroundings, self._payload)
+        self._send(worker, hello, (self._ledger.descriptor(spec.id), worker.crumb))
 
     # -- sending and receiving
 
@@ -253,11 +278,11 @@ class ProcessesSubstrate:
             event = message[1]
             worker.steps -= 1
             if isinstance(event, StepDone):
-                self._register(event)
+                self._ledger.register(event)
             self._events.append(event)
-            self._return_leases(worker, message[2])
+            self._ledger.give_back(worker.spec.id, message[2])
         elif kind == wire.VIEWS:
-            self._return_leases(worker, message[1])
+            self._ledger.give_back(worker.spec.id, message[1])
         elif kind == wire.UP:
             worker.up = True
             self._events.append(WorkerUp(worker.spec.id, worker.spec.pool))
@@ -266,91 +291,60 @@ class ProcessesSubstrate:
 
     def _take_events(self) -> list[SubstrateEvent]:
         events, self._events = self._events, []
-        if self._freed:
-            events.append(PartsFreed(tuple(self._freed)))
-            self._freed.clear()
+        if self._ledger.has_freed:
+            events.append(PartsFreed(self._ledger.take_freed()))
         return events
 
-    # -- blocks
+    # -- what workers must know of blocks
 
-    def _register(self, answer: StepDone) -> None:
-        parts = self._parts
-        for block in answer.outputs:
-            for ref in block.parts:
-                if ref.id not in parts and ref.owner == answer.worker:
-                    parts[ref.id] = _Part(ref.owner, ref.handle[1], ref.handle[2])
-
-    def _lease_inputs(self, worker: _Worker, step: Step) -> None:
-        me = worker.spec.id
-        unknown: list[int] = []
-        for block in step.inputs:
-            for ref in block.parts:
-                part = self._parts.get(ref.id)
-                if part is None:
-                    raise InternalError(f"step {step.id} names part {ref.id}, whose memory is free already")
-                part.leases[me] = part.leases.get(me, 0) + 1
-                if ref.owner not in worker.arenas:
-                    worker.arenas.add(ref.owner)
-                    unknown.append(ref.owner)
+    def _announce(self, worker: _Worker, arenas: set[int]) -> None:
+        """Send descriptors of those of the arenas that the worker does not have."""
+        unknown = sorted(arenas - worker.arenas)
+        worker.arenas.update(unknown)
         for i in range(0, len(unknown), wire.MAX_FDS):
             ids = unknown[i : i + wire.MAX_FDS]
-            self._send(worker, (wire.ARENAS, ids), tuple(self._arenas[a] for a in ids))
+            self._send(worker, (wire.ARENAS, ids), tuple(self._ledger.descriptor(a) for a in ids))
 
-    def _return_leases(self, worker: _Worker, views: Sequence[tuple[int, int]]) -> None:
-        me = worker.spec.id
-        for part_id, count in views:
-            part = self._parts[part_id]
-            part.leases[me] -= count
-            if not part.leases[me]:
-                del part.leases[me]
-                if part.released and not part.leases:
-                    self._free(part_id, part)
-
-    def _free(self, part_id: int, part: _Part) -> None:
-        del self._parts[part_id]
-        self._freed.append(part_id)
-        owner = self._workers.get(part.owner)
-        if owner is None:
-            from headrace.substrates.processes.arena import punch
-
-            punch(self._arenas[part.owner], part.offset, part.offset + part.length)
+    def _tell_free(self, owner: int, offset: int, length: int) -> None:
+        worker = self._workers.get(owner)
+        if worker is None:  # it is being lost at this moment
             return
-        owner.freed.append(part.offset)
-        owner.freed_bytes += part.length
-        if owner.freed_bytes >= FREE_NOTICE_BYTES:
-            self._send(owner, (wire.FREE, owner.take_freed()))
+        worker.freed.append(offset)
+        worker.freed_bytes += length
+        if worker.freed_bytes >= FREE_NOTICE_BYTES:
+            self._send(worker, (wire.FREE, worker.take_freed()))
 
-    def _copy(self, ref: PartRef) -> pa.RecordBatch:
-        """The part in new memory."""
-        import numpy as np
-        import pyarrow as pa
-
-        from headrace.substrates.blocks import decode
-        from headrace.substrates.processes.arena import Mapping
-
-        arena, offset, length = ref.handle
-        mapping = self._mappings.get(arena)
-        if mapping is None:
-            mapping = self._mappings[arena] = Mapping(os.dup(self._arenas[arena]), writable=False)
-        copy = pa.allocate_buffer(length)
-        np.frombuffer(copy, np.uint8)[:] = mapping.view(offset, length)
-        return decode(copy)
+    def _tell_gone(self, arena: int) -> None:
+        for worker in self._workers.values():
+            if arena in worker.arenas:
+                worker.arenas.remove(arena)
+                self._send(worker, (wire.GONE, (arena,)))
 
     # -- endings
 
     def _lose(self, worker: _Worker) -> None:
         """A worker is gone, or has closed its channel and can never answer again."""
         self._read_rest(worker)
-        self._forget(worker)
         worker.process.kill()  # no effect on a dead one, nor on the exit code of one that is exiting
         code = worker.process.wait()
-        reason = worker.broken and f"it could not start: {worker.broken}"
-        self._events.append(WorkerLost(worker.spec.id, reason or death_reason(code, self._oom_kills)))
-        me = worker.spec.id
-        for part_id, part in list(self._parts.items()):
-            if part.leases.pop(me, 0) and part.released and not part.leases:
-                self._free(part_id, part)
-        self._reclaim(me)
+        crash = "" if worker.killed else crash_stack(code, worker.report)
+        if crash:
+            with contextlib.suppress(Exception):  # stderr may be closed
+                print(crash, file=sys.stderr, flush=True)
+        doing = read_crumb(worker.crumb)
+        reason = self._reason(worker, code)
+        self._events.append(WorkerLost(worker.spec.id, reason, doing, worker.stack or crash, worker.up))
+        self._forget(worker)
+        self._ledger.worker_died(worker.spec.id)
+
+    def _reason(self, worker: _Worker, code: int) -> str:
+        if worker.killed:
+            return worker.killed
+        if worker.broken:
+            return f"it could not start: {worker.broken}"
+        out_of_memory = code == -signal.SIGKILL and oom_kills() > self._oom_kills
+        self._oom_kills += out_of_memory
+        return death_reason(code, out_of_memory=out_of_memory)
 
     def _read_rest(self, worker: _Worker) -> None:
         """What it answered before it died counts."""
@@ -358,16 +352,6 @@ class ProcessesSubstrate:
             while data := worker.sock.recv(256 << 10):
                 for message in worker.reader.feed(data):
                     self._take(worker, message)
-
-    def _reclaim(self, dead: int) -> None:
-        """Give back all memory of a dead worker's arena that holds no known part: nobody else will."""
-        from headrace.substrates.processes.arena import punch
-
-        fd, start = self._arenas[dead], 0
-        for part in sorted((p for p in self._parts.values() if p.owner == dead), key=lambda p: p.offset):
-            punch(fd, start, part.offset)
-            start = part.offset + part.length
-        punch(fd, start, os.fstat(fd).st_size)
 
     def _forget(self, worker: _Worker) -> None:
         """Close everything that belongs to the worker except its arena."""
@@ -377,9 +361,9 @@ class ProcessesSubstrate:
                 self._epoll.unregister(fd)
                 del self._by_fd[fd]
         worker.sock.close()
-        os.close(worker.lifeline)
-        if worker.pidfd >= 0:
-            os.close(worker.pidfd)
+        for fd in (worker.lifeline, worker.crumb, worker.report, worker.pidfd):
+            if fd >= 0:
+                os.close(fd)
 
     def _end_workers(self) -> None:
         """Ask those who can listen to close, and kill the others; on return none runs."""
@@ -402,15 +386,27 @@ class ProcessesSubstrate:
 class _Worker:
     """What the driver knows of one worker process."""
 
-    def __init__(self, spec: WorkerSpec, process: subprocess.Popen[bytes], sock: socket.socket, lifeline: int) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        process: subprocess.Popen[bytes],
+        sock: socket.socket,
+        lifeline: int,
+        crumb: int,
+        report: int,
+    ) -> None:
         self.spec = spec
         self.process = process
         self.sock = sock
         self.lifeline = lifeline  # open as long as the driver lives: see main._die_with_driver
+        self.crumb = crumb
+        self.report = report
         self.out = wire.Outgoing(sock)
         self.reader = wire.FrameReader()
         self.up = False
         self.broken = ""
+        self.killed = ""  # why, when `kill` ended it
+        self.stack = ""  # taken then
         self.steps = 0  # submitted and not answered
         self.arenas = {spec.id}  # whose descriptors it has
         self.freed: list[int] = []  # offsets in its arena, to be told with the next message
@@ -427,17 +423,16 @@ class _Worker:
         return freed
 
 
-class _Part:
-    """A part in some arena. leases: worker -> how often it was sent there and not given back."""
-
-    __slots__ = ("leases", "length", "offset", "owner", "released")
-
-    def __init__(self, owner: int, offset: int, length: int) -> None:
-        self.owner = owner
-        self.offset = offset
-        self.length = length
-        self.released = False
-        self.leases: dict[int, int] = {}
+def _start(spec: WorkerSpec, threads: int) -> _Worker:
+    """Start a process. Raises OSError, and leaves nothing, when the system has no room for it."""
+    with contextlib.ExitStack() as undo:
+        crumb = create_crumb(spec.id)
+        undo.callback(os.close, crumb)
+        report = create_report(spec.id)
+        undo.callback(os.close, report)
+        process, sock, lifeline = start_process(spec, threads, report)
+        undo.pop_all()
+    return _Worker(spec, process, sock, lifeline, crumb, report)
 
 
 def _wait_exit(worker: _Worker, timeout_s: float) -> None:

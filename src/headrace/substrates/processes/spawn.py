@@ -24,17 +24,22 @@ _THREAD_VARIABLES = (
 )
 
 
-def start_process(spec: WorkerSpec, threads: int) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
+def start_process(spec: WorkerSpec, threads: int, report: int) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
     """(process, the driver's non-blocking end of its control socket, the lifeline's end to keep open).
 
     The interpreter starts in the directory that this headrace was imported from, so that `-m` finds the same one; the
-    worker then moves to the driver's directory.
+    worker then moves to the driver's directory. report: see `stacks`. Raises OSError when the system has no room for it.
     """
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     lifeline_read, lifeline_write = os.pipe()
+    try:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError:
+        os.close(lifeline_read)
+        os.close(lifeline_write)
+        raise
     ours.setblocking(False)
-    # Ctrl-C before the worker has said that it ignores it: blocked here, inherited, unblocked in main().
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    # Ctrl-C or SIGTERM before the worker has said that it ignores them: blocked here, inherited, unblocked in main().
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
         process = subprocess.Popen(
             [
@@ -43,11 +48,12 @@ def start_process(spec: WorkerSpec, threads: int) -> tuple[subprocess.Popen[byte
                 "headrace.substrates.processes.main",
                 str(theirs.fileno()),
                 str(lifeline_read),
+                str(report),
             ],
             stdin=subprocess.DEVNULL,
             cwd=Path(__file__).parents[3],
             env=worker_environment(os.environ, spec, threads),
-            pass_fds=(theirs.fileno(), lifeline_read),
+            pass_fds=(theirs.fileno(), lifeline_read, report),
         )
     except BaseException:
         ours.close()
@@ -79,24 +85,42 @@ def worker_environment(environment: os._Environ[str] | dict[str, str], spec: Wor
     return env
 
 
-def death_reason(code: int, oom_kills_before: int) -> str:
-    """How a process ended, in words."""
+def death_reason(code: int, *, out_of_memory: bool = False) -> str:
+    """How a process ended, in words. code: as subprocess tells it."""
+    if out_of_memory:
+        return "out of memory: killed by the kernel (signal 9, SIGKILL); use fewer cpus, or smaller batches"
     if code >= 0:
         return f"exit code {code}"
     try:
         name = f" ({signal.Signals(-code).name})"
     except ValueError:
         name = ""
-    reason = f"killed by signal {-code}{name}"
-    if -code == signal.SIGKILL and oom_kills() > oom_kills_before:
-        reason += ", probably by the kernel because memory ran out: use fewer cpus, or smaller batches"
-    return reason
+    return f"killed by signal {-code}{name}"
 
 
 def oom_kills() -> int:
-    """How many processes the kernel has killed for memory since it started; 0 where it does not say."""
-    with contextlib.suppress(OSError, ValueError), open("/proc/vmstat") as f:
-        for line in f:
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
+    """Processes that the kernel has killed for memory: of this control group, else of the machine; 0 where it is not told."""
+    group = _control_group()
+    if group:
+        found = _counter(f"/sys/fs/cgroup{group.rstrip('/')}/memory.events", "oom_kill")
+        if found is not None:
+            return found
+    return _counter("/proc/vmstat", "oom_kill") or 0
+
+
+def _control_group() -> str:
+    """This process's group in the unified hierarchy, "" where there is none."""
+    with contextlib.suppress(OSError), open("/proc/self/cgroup") as groups:
+        for line in groups:
+            if line.startswith("0::"):
+                return line[3:].strip()
+    return ""
+
+
+def _counter(path: str, name: str) -> int | None:
+    with contextlib.suppress(OSError, ValueError), open(path) as counters:
+        for line in counters:
+            key, _, value = line.partition(" ")
+            if key == name:
+                return int(value)
+    return None

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from headrace.contracts.substrate import Crumb
 from headrace.core.errors import InternalError
 from headrace.core.refs import PartRef
 from headrace.core.steps import Advance, Step, StepDone, StepFailed
@@ -37,11 +38,20 @@ class ArenaStore:
 
     fd: the worker's own arena. drain: takes in messages that wait at the socket, called before cold memory is used,
     because they may say that warm ranges are free. on_view_death: called, from any thread, after a view died.
+    crumb: None outside a worker process.
     """
 
     def __init__(
-        self, worker: int, fd: int, size: int, *, drain: Callable[[], None], on_view_death: Callable[[], None]
+        self,
+        worker: int,
+        fd: int,
+        size: int,
+        *,
+        drain: Callable[[], None],
+        on_view_death: Callable[[], None],
+        crumb: Crumb | None = None,
     ) -> None:
+        self.crumb = crumb
         self._worker = worker
         self._own_fd = fd
         self._allocator = Allocator(size, lambda start, stop: punch(fd, start, stop))
@@ -91,8 +101,16 @@ class ArenaStore:
     # -- what the worker's loop tells
 
     def add_arena(self, arena: int, fd: int) -> None:
-        """The descriptor of another worker's arena: mapped at its first read."""
+        """The descriptor of another worker's arena, or of the file of spilled parts: mapped at its first read."""
         self._fds[arena] = fd
+
+    def drop_arenas(self, arenas: Sequence[int]) -> None:
+        """Nothing will be read from these again, and no view of them is left."""
+        for arena in arenas:
+            self._maps.pop(arena, None)
+            fd = self._fds.pop(arena, None)
+            if fd is not None:
+                os.close(fd)
 
     def free(self, offsets: Sequence[int]) -> None:
         """These ranges of the own arena are free again."""

@@ -3,10 +3,11 @@
 Messages are small tuples (kind, ...); block bytes never travel here. Both ends are the same user's processes on one
 machine and of one version, so pickle is safe and there is no version to negotiate.
 
-Driver to worker:  (HELLO, spec, driver_pid, cwd, sys_path, payload) first, with the worker's own arena, then
-                   (ARENAS, ids) with a descriptor each, (STEP, freed, step), (DISCARD, freed, cursor), (FREE, freed),
-                   (STOP,).
+Driver to worker:  (HELLO, spec, driver_pid, cwd, sys_path, payload) first, with the worker's own arena and crumb, then
+                   (ARENAS, ids) with a descriptor each, (GONE, ids), (STEP, freed, step), (DISCARD, freed, cursor),
+                   (FREE, freed), (STOP,).
     payload: cloudpickle of (program, body factory or None). freed: offsets in the worker's own arena, free again.
+    GONE: nothing will be read from these arenas again.
 Worker to driver:  (UP,), (ANSWER, event, views), (VIEWS, views), (BROKEN, text).
     views: (part id, n) pairs: the last view of the part is gone, and with it n of the times it was sent here.
 """
@@ -20,7 +21,7 @@ import struct
 from collections import deque
 from typing import Any
 
-HELLO, ARENAS, STEP, DISCARD, FREE, STOP, UP, ANSWER, VIEWS, BROKEN = range(10)
+HELLO, ARENAS, GONE, STEP, DISCARD, FREE, STOP, UP, ANSWER, VIEWS, BROKEN = range(11)
 
 MAX_FDS = 253  # SCM_MAX_FD of Linux: descriptors that one message may carry
 

@@ -1,0 +1,115 @@
+"""What SIGTERM and Ctrl-C do to a run that an action drives in the main thread.
+
+The first signal drains: open splits are finished within a grace period, what is settled is made durable, and the action ends
+with SystemExit(143) or KeyboardInterrupt. A second one stops at once, and so does the first for a run that can't be resumed.
+Either way the driver ends in its ordinary way: no worker, no memory and no half file is left.
+
+A handler only posts to the driver's loop, which wakes it. It raises by itself only where the main thread may be inside code
+that knows of no loop: user code of the inline engine (to which the grace period can't be held either), and waiting for storage.
+
+Signals that the program ignores stay ignored. In other threads nothing is changed: only the main one may handle signals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Generator
+from typing import Protocol
+
+GRACE_S = 20.0  # Kubernetes, Slurm and spot instances give 30 s from SIGTERM to SIGKILL
+_NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class Stopped(Exception):
+    """The run was stopped from outside. Its text says why; splits that were settled until then stay settled."""
+
+
+class Stoppable(Protocol):
+    """A driver, as signals see it. All of it may be used inside a signal handler.
+
+    interruptible: the main thread is where no loop hears of a stop, and an exception does no harm. over: the loop has ended.
+    """
+
+    interruptible: bool
+    over: bool
+
+    def drain(self, why: str, note: str, grace_s: float) -> None: ...
+
+    def stop(self, why: str = "stopped") -> None: ...
+
+    def progress(self) -> str:
+        """ "N of M splits are committed" """
+        ...
+
+
+@contextlib.contextmanager
+def handling_signals(driver: Stoppable, *, resumable: bool = True) -> Generator[None]:
+    """Inside, signals do to the driver what the module says. The handlers that were there come back, whatever happens.
+
+    Raises, at the end and if a signal came: SystemExit(143) for SIGTERM, KeyboardInterrupt for Ctrl-C; also when the run could
+    still be finished. An error of the run itself goes first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = _Handler(driver, resumable)
+    before = {s: signal.getsignal(s) for s in _NAMES}
+    taken = {s: h for s, h in before.items() if h is not None and h is not signal.SIG_IGN}
+    try:
+        for s in taken:
+            signal.signal(s, handler)
+        try:
+            yield
+        finally:
+            for s, h in taken.items():
+                signal.signal(s, h)
+    except (Stopped, KeyboardInterrupt):
+        if not handler.signals:
+            raise
+        _say(handler.farewell(finished=False))
+        raise handler.exception() from None
+    if handler.signals:
+        _say(handler.farewell(finished=True))
+        raise handler.exception()
+
+
+class _Handler:
+    def __init__(self, driver: Stoppable, resumable: bool) -> None:
+        self._driver = driver
+        self._resumable = resumable
+        self.signals: list[int] = []
+
+    def __call__(self, signum: int, frame: object) -> None:
+        del frame
+        self.signals.append(signum)
+        driver, name = self._driver, _NAMES[signum]
+        if len(self.signals) == 1 and self._resumable:
+            if not driver.over:
+                again = "Ctrl-C again" if signum == signal.SIGINT else "a second signal"
+                note = f"{name}: finishing what is open, for {GRACE_S:.0f} s at most; {again} stops at once"
+                driver.drain(f"stopped by {name}", note, GRACE_S)
+        elif driver.interruptible:
+            raise KeyboardInterrupt  # for both: only this passes through user code unharmed
+        else:
+            driver.stop(f"stopped by {name}")
+
+    def exception(self) -> BaseException:
+        if signal.SIGTERM in self.signals:
+            return SystemExit(128 + signal.SIGTERM)
+        return KeyboardInterrupt()
+
+    def farewell(self, *, finished: bool) -> str:
+        name = _NAMES[self.signals[0]]
+        if finished:
+            return f"{name} came when the run was all but over: it is finished"
+        if not self._resumable:
+            return f"stopped by {name}"
+        return f"stopped by {name}; {self._driver.progress()}; resumable: run the same command again"
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no stderr, or a closed one
+        print(f"headrace: {text}", file=sys.stderr, flush=True)

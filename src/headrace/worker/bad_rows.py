@@ -1,0 +1,171 @@
+"""Rows that fail: whether a row is to blame for an exception, and where rows go that are: left out, or set aside as a table.
+
+Invariants: only what a row can be blamed for is ever set aside; a row is counted once, when it is taken; of rows set aside
+little memory is held, and nothing that a block's memory would have to wait for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from headrace.contracts.sink import Sink
+from headrace.contracts.source import BadRange
+from headrace.core.errors import DataError, DestinationError, HeadraceError, InputChanged, UserCodeError
+from headrace.core.receipts import OutputFile, Tally
+from headrace.core.redact import redact
+from headrace.worker.batching import Piece
+from headrace.worker.results import Refused, make_batch
+from headrace.worker.user_code import exception_text, user_frames
+
+STAGE_BYTES = 8 << 20  # rows of one operator held before they are staged
+NOTE_BYTES = 1024  # about what an exception's text and frames take
+
+RowError = (Exception, KeyboardInterrupt, SystemExit)  # what user code may raise
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a row was set aside: texts alone, so that no frame keeps a batch alive."""
+
+    exception: str
+    traceback: str = ""
+
+
+Lost = tuple[int, Failure]  # a row's position, and why it failed
+
+
+def blames_rows(exc: BaseException) -> bool:
+    """Is this what a row may be to blame for? Not: storage, plans, faults of ours, Ctrl-C of the person at the keyboard."""
+    if isinstance(exc, KeyboardInterrupt):
+        return threading.current_thread() is not threading.main_thread()
+    if isinstance(exc, HeadraceError):
+        return isinstance(exc, (DataError, UserCodeError)) and not isinstance(exc, InputChanged)
+    return isinstance(exc, (Exception, SystemExit))
+
+
+def failure_of(exc: BaseException, op: str) -> Failure:
+    """What is kept of an exception."""
+    if isinstance(exc, HeadraceError):
+        return Failure(redact(f"{type(exc).__name__}: {exc.message}"), redact(exc.frames))
+    if isinstance(exc, Refused):
+        return Failure(redact(f"UserCodeError: {op} {exc}"))
+    return Failure(f"{type(exc).__name__}: {exception_text(exc)}", user_frames(exc))
+
+
+@dataclass(slots=True)
+class _Held:
+    """Rows of one operator that wait for a file."""
+
+    stage: str
+    batches: list[pa.RecordBatch] = field(default_factory=list[pa.RecordBatch])
+    notes: list[tuple[str | None, int | None, int, Failure]] = field(default_factory=list[Any])  # uri, row, rows
+    bytes: int = 0
+
+
+class BadRows:
+    """The bad rows of one cursor, or of one owner in an Apply.
+
+    found: ranges that the source can't read, in any thread; whoever runs the cursor hands them to `add_range`.
+    count: rows since they were last told.
+    """
+
+    def __init__(self, keep: bool, sink: Sink | None, split: int, attempt: int) -> None:
+        self.found: deque[BadRange] = deque()
+        self.count = 0
+        self._keep = keep
+        self._sink = sink if keep else None
+        self._split = split
+        self._attempt = attempt
+        self._held: dict[int, _Held] = {}
+        self._files: list[OutputFile] = []
+
+    def add(self, op: int, name: str, piece: Piece, lost: list[Lost]) -> None:
+        """Rows of `piece`, with all columns that entered the operator."""
+        self.count += len(lost)
+        if self._sink is None:
+            return
+        for position, failure in lost:
+            row = piece.slice(position, 1)
+            uri, at = row.origin.locate(0) or (_common_uri(row), None)
+            copy = row.batch.take(pa.array([0])) if row.batch.num_columns else row.batch
+            self._hold(op, name, copy, (uri, at, 1, failure))
+
+    def add_range(self, op: int, name: str, bad: BadRange) -> None:
+        """A part of the input that can't be read."""
+        self.count += bad.rows
+        if self._sink is not None:
+            where = "; ".join(f"{label}: {value}" for label, value in bad.error.where)
+            failure = Failure(redact(f"{type(bad.error).__name__}: {bad.error.message} ({where})"))
+            self._hold(op, name, make_batch({}, 1), (bad.uri, bad.row if bad.row >= 0 else None, bad.rows, failure))
+
+    def finish(self) -> None:
+        """Stage what is held. Raises DestinationError."""
+        for held in self._held.values():
+            self._stage(held)
+        self._held.clear()
+
+    def take_files(self) -> tuple[OutputFile, ...]:
+        """What has been staged and was not told yet."""
+        files, self._files = tuple(self._files), []
+        return files
+
+    def take_tally(self) -> Tally:
+        """The rows that were not told yet."""
+        count, self.count = self.count, 0
+        return Tally(quarantined=count) if self._keep else Tally(skipped=count)
+
+    def _hold(self, op: int, name: str, batch: pa.RecordBatch, note: tuple[str | None, int | None, int, Failure]) -> None:
+        held = self._held.get(op)
+        if held is not None and not held.batches[0].schema.equals(batch.schema):
+            self._stage(held)
+            held = None
+        if held is None:
+            held = self._held[op] = _Held(name)
+        held.batches.append(batch)
+        held.notes.append(note)
+        held.bytes += batch.nbytes + NOTE_BYTES
+        if held.bytes >= STAGE_BYTES:
+            self._stage(held)
+            del self._held[op]
+
+    def _stage(self, held: _Held) -> None:
+        assert self._sink is not None
+        table = _table(held, self._attempt)
+        try:
+            self._files.append(self._sink.set_aside(self._split, self._attempt, table))
+        except (pa.ArrowException, OSError) as exc:
+            raise DestinationError(f"setting rows aside failed: {type(exc).__name__}: {exc}") from exc
+
+
+def _table(held: _Held, attempt: int) -> pa.Table:
+    """The rows with what is known of each beside them."""
+    notes = held.notes
+    columns: dict[str, Any] = {}
+    if held.batches[0].num_columns:
+        table = pa.Table.from_batches(held.batches)
+        columns = dict(zip(table.schema.names, table.columns, strict=True))
+    added = {
+        "_source_uri": pa.array([uri for uri, _, _, _ in notes], pa.string()),
+        "_source_row": pa.array([row for _, row, _, _ in notes], pa.int64()),
+        "_rows": pa.array([rows for _, _, rows, _ in notes], pa.int64()),
+        "_stage": pa.array([held.stage] * len(notes), pa.string()),
+        "_exception": pa.array([failure.exception for *_, failure in notes], pa.string()),
+        "_traceback": pa.array([failure.traceback for *_, failure in notes], pa.string()),
+        "_attempt": pa.array([attempt] * len(notes), pa.int32()),
+    }
+    for name, column in added.items():
+        while name in columns:
+            name += "_"
+        columns[name] = column
+    return pa.table(columns)
+
+
+def _common_uri(piece: Piece) -> str | None:
+    """The one object that the rows come from; None when there are several."""
+    uris = {s.uri for s in piece.origin.segments}
+    return uris.pop() if len(uris) == 1 else None

@@ -1,0 +1,69 @@
+"""Where a stage's rows go when it ends in the sink: cast, written, and traced back to the input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyarrow as pa
+
+from headrace.contracts.sink import SplitWriter
+from headrace.core.receipts import Receipt
+from headrace.core.refs import BlockRef
+from headrace.worker.batching import Piece, join
+from headrace.worker.casting import cast_batch, has_null_type
+from headrace.worker.lineage import Lineage
+
+UNTYPED_BYTES = 16 << 20  # rows held back for the sake of a column that was None so far
+
+
+class SinkOutput:
+    """The first rows wait until every column has been seen with a type: a function that begins with Nones says nothing about
+    what follows.
+    """
+
+    def __init__(self, writer: SplitWriter, schema: pa.Schema | None) -> None:
+        self._writer = writer
+        self._schema = schema
+        self._begun = schema is not None
+        self._held: list[Piece] = []
+        self._held_bytes = 0
+        self._untyped: set[str] = set()
+        self._lineage = Lineage()
+
+    def give(self, piece: Piece, emit: Callable[[BlockRef], None]) -> int:
+        batch = piece.batch
+        if self._schema is not None:
+            batch = cast_batch(batch, self._schema, piece.origin.label)
+        if self._begun or not self._wait(piece):
+            self._writer.write(batch)
+        self._lineage.add(piece.origin, batch.num_rows)
+        return batch.num_rows
+
+    def flush(self, emit: Callable[[BlockRef], None]) -> None: ...
+
+    def close(self) -> Receipt | None:
+        self._begin()
+        return self._writer.close(self._lineage.runs())
+
+    def abort(self) -> None:
+        self._held = []
+        self._writer.abort()
+
+    def _wait(self, piece: Piece) -> bool:
+        """Hold the piece back, and all that are held if this one says what was missing. False: nothing is to be waited for."""
+        untyped = {field.name for field in piece.batch.schema if has_null_type(field.type)}
+        self._untyped = untyped if not self._held else self._untyped & untyped
+        if not self._held and not untyped:
+            self._begun = True
+            return False
+        self._held.append(piece)
+        self._held_bytes += piece.batch.nbytes
+        if not self._untyped or self._held_bytes >= UNTYPED_BYTES:
+            self._begin()
+        return True
+
+    def _begin(self) -> None:
+        self._begun = True
+        if self._held:
+            held, self._held = self._held, []
+            self._writer.write(join(held).batch)

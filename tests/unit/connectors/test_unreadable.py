@@ -1,0 +1,250 @@
+"""Input that can't be read in part: what is bad is told, what is good is read, and nothing twice."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+
+from headrace.connectors import packing, storage
+from headrace.connectors.sources.csv import CsvSource
+from headrace.connectors.sources.images import BinarySource
+from headrace.connectors.sources.json import JsonSource
+from headrace.connectors.sources.parquet import ParquetSource
+from headrace.connectors.sources.text import TextSource
+from headrace.contracts.source import BadRange, Source
+from headrace.core.errors import DataError, InputChanged
+from headrace.core.options import BlockLimits
+from headrace.testing.check_source import read_all
+
+
+def read(source: Source, limits: BlockLimits | None = None) -> tuple[list[tuple[str, int, dict[str, Any]]], list[BadRange]]:
+    """((file name, row in it, the row) of all that is good, what is bad)."""
+    rows: list[tuple[str, int, dict[str, Any]]] = []
+    bad: list[BadRange] = []
+    for split in source.splits(per_input=False):
+        for batch, origin in source.open(split, limits or BlockLimits(), bad.append):
+            for i, row in enumerate(batch.to_pylist()):
+                at = origin.locate(i)
+                assert at is not None, "a row of unknown origin"
+                rows.append((Path(at[0]).name, at[1], row))
+    return rows, bad
+
+
+def damage(path: Path, group: int, column: int = 0, skip: int = 0) -> None:
+    """Zero the data of a column chunk, from `skip` of its bytes on."""
+    chunk = pq.read_metadata(path).row_group(group).column(column)
+    start, size = chunk.data_page_offset, chunk.total_compressed_size
+    data = bytearray(path.read_bytes())
+    data[start + int(size * skip / 100) : start + size] = bytes(size - int(size * skip / 100))
+    path.write_bytes(data)
+
+
+# --- Parquet ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_broken_row_group_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": list(range(900))}), path, row_group_size=300, compression="zstd", use_dictionary=False)
+    damage(path, 1)
+    rows, bad = read(ParquetSource(path))
+    assert [r["x"] for _, _, r in rows] == [*range(300), *range(600, 900)]
+    assert [at for _, at, _ in rows] == [*range(300), *range(600, 900)]
+    assert [(b.uri, b.row, b.rows) for b in bad] == [(str(path), 300, 300)]
+    assert "row group: 1" in str(bad[0].error)
+    assert str(path) in str(bad[0].error)
+
+
+def test_what_came_before_a_broken_page_is_given_once_and_is_not_bad(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    values = random.Random(1).choices(range(1 << 60), k=20_000)
+    options: dict[str, Any] = {"compression": "zstd", "use_dictionary": False, "data_page_size": 4096}
+    pq.write_table(pa.table({"x": values}), path, row_group_size=10_000, **options)
+    damage(path, 0, skip=50)
+    rows, bad = read(ParquetSource(path), BlockLimits(max_rows=1000))
+    (group,) = bad
+    assert 0 < group.row < 10_000
+    assert group.row + group.rows == 10_000
+    places = [at for _, at, _ in rows]
+    assert places == [*range(group.row), *range(10_000, 20_000)]
+    assert [r["x"] for _, _, r in rows] == [values[at] for at in places]
+
+
+def test_files_that_are_no_parquet_are_passed_over(tmp_path: Path) -> None:
+    for name in "abc":
+        pq.write_table(pa.table({"x": [1, 2, 3]}), tmp_path / f"{name}.parquet")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-20])
+    (tmp_path / "d.parquet").write_bytes(b"")
+    rows, bad = read(ParquetSource(tmp_path))
+    assert [name for name, _, _ in rows] == ["a.parquet"] * 3 + ["c.parquet"] * 3
+    assert [(Path(b.uri).name, b.row, b.rows) for b in bad] == [("b.parquet", -1, 0), ("d.parquet", -1, 0)]
+    with pytest.raises(DataError, match=r"b\.parquet"):
+        read_all(ParquetSource(tmp_path))
+
+
+def test_a_large_broken_file_does_not_end_the_listing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "DIVIDE_OVER_BYTES", 100)
+    pq.write_table(pa.table({"x": [1, 2, 3]}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(bytes(1000))
+    rows, bad = read(ParquetSource(tmp_path))
+    assert (len(rows), [b.rows for b in bad]) == (3, [0])
+
+
+def test_a_value_that_does_not_fit_is_a_bad_row_and_a_missing_column_is_not(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"x": pa.array([1, 2], pa.int32())}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"x": pa.array([3, 1 << 40, 5])}), tmp_path / "b.parquet")
+    rows, bad = read(ParquetSource(tmp_path))
+    assert [(at, r["x"]) for _, at, r in rows] == [(0, 1), (1, 2), (0, 3), (2, 5)]
+    assert [(Path(b.uri).name, b.row, b.rows) for b in bad] == [("b.parquet", 1, 1)]
+    pq.write_table(pa.table({"y": [1]}), tmp_path / "c.parquet")
+    with pytest.raises(DataError, match="'x' is missing"):
+        read(ParquetSource(tmp_path))
+
+
+def test_rows_that_a_filter_keeps_know_their_places(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": list(range(1000)), "y": list(range(1000))}), path, row_group_size=100)
+    source, exact = ParquetSource(path).project(("y",)).prune(pc.field("x") - pc.field("x") / 7 * 7 == 3)
+    assert exact
+    rows, bad = read(source)
+    assert [(at, r["y"]) for _, at, r in rows] == [(x, x) for x in range(3, 1000, 7)]
+    assert bad == []
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_object_that_changed_or_vanished_is_not_bad_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    if not whole:
+        monkeypatch.setattr(storage, "WHOLE_LOCAL_BYTES", 0)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": [1]}), path)
+    source = ParquetSource(path)
+    (split,) = source.splits(per_input=False)
+    source.schema()
+    bad: list[BadRange] = []
+    path.write_bytes(b"something else altogether")
+    with pytest.raises(InputChanged):
+        list(source.open(split, BlockLimits(), bad.append))
+    path.unlink()
+    with pytest.raises(InputChanged):
+        list(source.open(split, BlockLimits(), bad.append))
+    assert bad == []
+
+
+# --- lines -----------------------------------------------------------------------------------------------------------
+
+
+def lines_of(kind: str) -> Iterator[tuple[bytes, bool]]:
+    """(line, is it good); the value is the line's number among those that are rows."""
+    number = 0
+    broken = {
+        "json": [b'{"x": "text"}', b"{no json", b'{"x": 1, "more": 2}', b'{"x": 1, "s": "\xff"}'],
+        "csv": [b"text,a", b"1,2,3", b"1", b"7,caf\xe9"],
+        "text": [b"caf\xe9", b"\xff\xfe"],
+    }[kind]
+    generator = random.Random(7)
+    for _ in range(500):
+        pick = generator.random()
+        if pick < 0.1 and kind != "text":
+            yield b"", True  # no row
+        elif pick < 0.2:
+            yield generator.choice(broken), False
+            number += 1
+        else:
+            good = {"json": json.dumps({"x": number, "s": "a"}), "csv": f"{number},a", "text": str(number)}[kind]
+            yield good.encode(), True
+            number += 1
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "text"])
+@pytest.mark.parametrize("limits", [BlockLimits(), BlockLimits(target_bytes=1 << 14)])
+def test_bad_lines_are_found_one_by_one(tmp_path: Path, kind: str, limits: BlockLimits) -> None:
+    head = {"json": b'{"x": 0, "s": "first"}\n', "csv": b"x,s\n", "text": b""}[kind]
+    first = int(kind == "json")
+    lines = list(lines_of(kind))
+    path = tmp_path / {"json": "a.jsonl", "csv": "a.csv", "text": "a.txt"}[kind]
+    path.write_bytes(head + b"\n".join(line for line, _ in lines) + b"\n")
+    clean = tmp_path / "0.csv"  # what the columns are is found in the first file
+    clean.write_bytes(b"x,s\n0,a\n")
+    sources: dict[str, Source] = {
+        "json": JsonSource(path, schema=pa.schema([("x", pa.int64()), ("s", pa.string())])),
+        "csv": CsvSource([clean, path]),
+        "text": TextSource(path),
+    }
+    source = sources[kind]
+    rows, bad = read(source, limits)
+    rows = [(name, at, row) for name, at, row in rows if name == path.name]
+    place = 0 + first
+    good: list[int] = []
+    wrong: list[tuple[int, int]] = []
+    offset = len(head)
+    for line, ok in lines:
+        if line or kind == "text":
+            if ok:
+                good.append(place)
+            else:
+                wrong.append((place, offset))
+            place += 1
+        offset += len(line) + 1
+    value = "text" if kind == "text" else "x"
+    assert [at for _, at, _ in rows][first:] == good
+    assert [int(row[value]) for _, _, row in rows][first:] == [at - first for at in good]
+    assert [(b.row, b.rows, dict(b.error.where)["offset"]) for b in bad] == [(at, 1, str(o)) for at, o in wrong]
+    with pytest.raises(DataError, match=path.name):
+        read_all(source, limits=limits)
+
+
+def test_a_compressed_file_that_is_cut_off(tmp_path: Path) -> None:
+    text = "".join(f'{{"x": {random.Random(i).random()}}}\n' for i in range(100_000)).encode()
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(text)[:-100_000])
+    rows, bad = read(JsonSource(path, schema=pa.schema([("x", pa.float64())])), BlockLimits(target_bytes=1 << 20))
+    assert 0 < len(rows) < 100_000
+    assert [(b.uri, b.row, b.rows) for b in bad] == [(str(path), len(rows), 0)]
+    assert "offset" in dict(bad[0].error.where)
+
+
+def test_a_csv_without_a_column_ends_the_run(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n")
+    (tmp_path / "b.csv").write_text("x,z\n1,2\n")
+    with pytest.raises(DataError, match="'y' is missing"):
+        read(CsvSource(tmp_path))
+
+
+def test_after_a_bad_row_with_newlines_in_values_the_rest_is_bad(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('x,y\n1,"two\nlines"\n')
+    (tmp_path / "b.csv").write_text("x,y\n1,2,3\n4,5\n")
+    rows, bad = read(CsvSource(tmp_path, newlines_in_values=True))
+    assert len(rows) == 1
+    assert [(Path(b.uri).name, b.rows) for b in bad] == [("b.csv", 0)]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_can_not_be_read_is_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headrace.connectors.sources import images
+
+    for name in "abc":
+        (tmp_path / name).write_bytes(name.encode())
+
+    def refuse(uri: str, size: int, version: str) -> Any:
+        if uri.endswith("b"):
+            raise PermissionError("not yours")
+        return opened(uri, size, version)
+
+    opened = storage.open_reader
+    monkeypatch.setattr(images.storage, "open_reader", refuse)
+    rows, bad = read(BinarySource(tmp_path))
+    assert [row["bytes"] for _, _, row in rows] == [b"a", b"c"]
+    assert [(Path(b.uri).name, b.row, b.rows) for b in bad] == [("b", 0, 1)]
+    assert "not yours" in str(bad[0].error)

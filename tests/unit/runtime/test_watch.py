@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from headrace.runtime.watch import NEVER_S, StepWatch
+
+
+def test_without_a_limit_nothing_is_due() -> None:
+    watch = StepWatch(None)
+    watch.submitted(0, 0.0)
+    assert watch.next_deadline_s == NEVER_S
+    assert watch.overdue(1e9) == []
+
+
+def test_a_step_is_timed_from_the_answer_before_it() -> None:
+    watch = StepWatch(30.0)
+    watch.submitted(0, 0.0)
+    watch.submitted(0, 1.0)
+    assert watch.next_deadline_s == 30.0
+    watch.answered(0, 25.0)
+    assert watch.next_deadline_s == 55.0
+    assert watch.overdue(54.9) == []
+    assert watch.overdue(55.0) == [(0, "no answer for 30 s")]
+
+
+def test_an_idle_worker_is_never_overdue() -> None:
+    watch = StepWatch(30.0)
+    watch.submitted(0, 0.0)
+    watch.answered(0, 1.0)
+    assert watch.next_deadline_s == NEVER_S
+    watch.submitted(0, 100.0)
+    assert watch.next_deadline_s == 130.0
+
+
+def test_each_is_told_once_and_the_others_go_on() -> None:
+    watch = StepWatch(2.0)
+    watch.submitted(0, 0.0)
+    watch.submitted(1, 1.0)
+    assert [worker for worker, _ in watch.overdue(2.0)] == [0]
+    assert watch.overdue(2.5) == []
+    assert watch.next_deadline_s == 3.0
+    watch.lost(0)
+    assert [worker for worker, _ in watch.overdue(3.0)] == [1]
+
+
+def test_a_first_step_says_that_it_loads_models() -> None:
+    watch = StepWatch(0.5)
+    watch.submitted(7, 0.0)
+    assert watch.overdue(1.0) == [(7, "no answer for 0.5 s to its first step, which loads models too")]
