@@ -14,7 +14,7 @@ General layout, imports go down only:
     runtime     driver loop, committer, engine choice;  substrates: where workers live;  observe: what people see
     worker      what runs in a worker
     connectors  sources and sinks;  transforms, metrics, models
-    plan        nodes, rules, stages;  scheduler: a pure state machine
+    plan        nodes, rules, stages, fingerprints;  scheduler, commit: pure state machines
     contracts   the Protocols that parts meet at
     core        words that all share
 """
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
         read_parquet,
         read_text,
     )
+    from headrace.api.verify import Verification, verify
+    from headrace.api.why import Trace, why
     from headrace.core.errors import (
         DataError,
         DestinationError,
@@ -83,6 +85,10 @@ _PLACES = (
     | {
         "Dataset": ("headrace.api.dataset", "Dataset"),
         "Run": ("headrace.observe.run", "Run"),
+        "Trace": ("headrace.api.why", "Trace"),
+        "Verification": ("headrace.api.verify", "Verification"),
+        "verify": ("headrace.api.verify", "verify"),
+        "why": ("headrace.api.why", "why"),
         "images": ("headrace.transforms.images", ""),
         "metrics": ("headrace.metrics", ""),
     }
@@ -97,8 +103,10 @@ __all__ = [
     "InternalError",
     "PlanError",
     "Run",
+    "Trace",
     "TransientError",
     "UserCodeError",
+    "Verification",
     "WorkerDied",
     "from_arrow",
     "from_items",
@@ -111,6 +119,8 @@ __all__ = [
     "read_json",
     "read_parquet",
     "read_text",
+    "verify",
+    "why",
 ]
 
 

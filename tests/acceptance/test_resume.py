@@ -57,7 +57,7 @@ def test_a_failed_run_goes_on_where_it_was(data: Path, tmp_path: Path, quiet: Op
 
 
 def test_a_finished_run_is_a_no_op_that_says_so(data: Path, tmp_path: Path, quiet: Options) -> None:
-    ds = hr.read_parquet(data).evaluate(hr.metrics.Count())
+    ds = hr.read_parquet(data).evaluate(n=hr.metrics.Count())
     first = ds.write_parquet(tmp_path / "out", **quiet)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.parquet")}
     again = ds.write_parquet(tmp_path / "out", **quiet)

@@ -210,9 +210,15 @@ class Dataset:
         """Run, and write Parquet files under `path` (a directory, local or s3://).
 
         outputs: "packed": files of a good size, part-..., in input order; "per_input": one file per input file, same name.
-        fresh: replace what a finished run left; the old output is removed only when the new one is complete.
-        A file appears under its final name only when it is whole; `_SUCCESS` and `_manifest.json` come last.
-        Raises DestinationError when `path` holds a finished run and fresh is False.
+        fresh: replace the output that is there; it is removed only when the new one is complete.
+        options: also on_error ("fail", "skip" or "quarantine": what becomes of rows that fail), max_bad_rows, max_bad_fraction,
+        timeout (seconds without an answer after which a worker counts as hung), take_over (from a driver that is at work).
+
+        Every row counts exactly once, whatever dies: the same call again goes on where it was, and does nothing when the run
+        is finished (Run.already_done). A file appears under its final name only when it is whole and the run log holds it;
+        `_SUCCESS` and `_manifest.json` come last.
+        Raises DestinationError, with the difference, when `path` holds a run of another plan and fresh is False, or when another
+        driver is at work there; InputChanged when the input is not what the run began with.
         """
         from headrace.connectors.sinks.parquet import ParquetSink
 
@@ -240,6 +246,13 @@ class Dataset:
         from headrace.connectors.sinks.discard import DiscardSink
 
         return session.write(self._plan, DiscardSink(), options)
+
+    def reproduce(self, path: str, **options: Unpack[ActionOptions]) -> str:
+        """Run one operator on one row, in this process: a row that killed its worker, kept at `path` (the error names it).
+
+        What comes of it is printed as it happens, and returned. The pipeline must be the one that the row was kept by.
+        """
+        return session.reproduce_row(self._plan, path, options)
 
     # ---------------------------------------------------------------- actions: rows to the caller
 

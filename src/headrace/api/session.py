@@ -118,8 +118,7 @@ def write(plan: Plan, sink: Sink, options: ActionOptions, at_end: Columns = ALL)
     written = replace(plan, write=Write(sink))
     sample = environment.poison_row()
     if sample is not None:
-        alone = prepare(written, replace(parsed, engine="inline"), at_end)  # by name, so that nothing is probed
-        reproduce(alone.physical.plan, sample, deterministic=parsed.deterministic)
+        reproduce_row(written, sample, options, at_end)
         raise SystemExit(0)
     store = sink.store()
     if store is None:
@@ -135,6 +134,12 @@ def write(plan: Plan, sink: Sink, options: ActionOptions, at_end: Columns = ALL)
     if opened.finished:
         return _finished_before(ready, bound, opened, schema)
     return _run_logged(replace(ready, program=replace(ready.program, sink=bound)), bound, opened, schema)
+
+
+def reproduce_row(plan: Plan, path: str, options: ActionOptions, at_end: Columns = ALL) -> str:
+    """Run the operator that a kept row killed on that row alone, in this process."""
+    parsed = replace(parse_options(options), engine="inline", timeout=None)  # by name, so that nothing is probed
+    return reproduce(prepare(plan, parsed, at_end).physical.plan, path, deterministic=parsed.deterministic)
 
 
 def _run_unlogged(plan: Plan, options: RunOptions, at_end: Columns) -> Run:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -9,8 +10,9 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -139,6 +141,20 @@ class Scaler:
         return {"x": batch["x"] - self.factor}
 
 
+class Point(NamedTuple):
+    x: int
+    y: int
+
+
+class Words(str):
+    __slots__ = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Part:
+    n: int
+
+
 def test_objects_methods_and_classes() -> None:
     assert differences(of_function(Scaler(1.0)), of_function(Scaler(1.0))) == []
     assert differences(of_function(Scaler(1.0)), of_function(Scaler(2.0))) == [
@@ -256,6 +272,34 @@ def test_anything_may_stand_in_an_old_fingerprint() -> None:
             assert differences({**new, key: value}, new)
 
 
+def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    if isinstance(value, (dict, list)) and value:
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from _leaves(value[key], (*path, key))
+    else:
+        yield path
+
+
+def test_every_change_but_of_what_is_only_told_shows(tmp_path: Path) -> None:
+    model = tmp_path / "model.bin"
+    model.write_bytes(b"1")
+    ds = hr.from_arrow(TABLE).filter(pc.field("x") > 1).map(lambda r: r).rename({"y": "z"}).select("x", "z")
+    ds = ds.predict(Scaler, input="x", constructor_kwargs={"path": [str(model)], "factor": {"a": 1.5}}).limit(3)
+    ds = ds.map_batches(functools.partial(Scaler(2.0).method)).evaluate(n=hr.metrics.Accuracy("x", "x"))
+    found = of(ds)
+    checked = 0
+    for path in _leaves(found):
+        told = path[0] == "about" or path[-1] == "text" or (path[0] == "steps" and path[2:] == ("digest",))
+        changed = json.loads(json.dumps(found))
+        at = changed
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = "something else"
+        assert bool(differences(found, changed)) != told, path
+        checked += 1
+    assert checked > 50
+
+
 # ---------------------------------------------------------------- values, files, secrets
 
 
@@ -273,6 +317,9 @@ def test_anything_may_stand_in_an_old_fingerprint() -> None:
         (list(range(1000)), list(range(1001))),
         ({i: str(i) for i in range(500)}, {i: str(i + 1) for i in range(500)}),
         (Scaler(1.0), Scaler(2.0)),
+        (Point(1, 2), Point(1, 3)),
+        (Words("a"), Words("b")),
+        (Part(1), Part(2)),
         ("x" * 1000, "x" * 999 + "y"),
     ],
 )

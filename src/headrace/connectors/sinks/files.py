@@ -34,6 +34,7 @@ from headrace.commit.names import (
     PRIVATE,
     SUCCESS,
     check_file,
+    complete_name,
     generation_of,
     lineage_name,
     log_name,
@@ -166,8 +167,8 @@ class FileSink(ABC):
             there.write(SUCCESS, b"")
         self._remove_older(there, files, older)
         there.remove(staging_folder(self._run))
-        for generation in range(self._generation):
-            there.remove(staging_folder(run_name(generation)))
+        for run in self._earlier(given_up=True):
+            there.remove(staging_folder(run))
         there.remove(f"{PRIVATE}/tmp")
         self._let_go()
 
@@ -318,10 +319,15 @@ class FileSink(ABC):
     def _older_outputs(self, manifest: Mapping[str, Any] | None) -> tuple[str, ...]:
         """Outputs that this run replaces: what the manifest lists, and what runs published that were given up."""
         names = dict.fromkeys(listed_names(manifest))
-        for generation in range(self._generation):
-            state = _replay(self._there, run_name(generation))
+        for run in self._earlier(given_up=manifest is not None):
+            state = _replay(self._there, run)
             names |= dict.fromkeys(f.name for f in (state.settled.files if state is not None else ()) if f.kind == "output")
         return tuple(n for n in names if PurePosixPath(n).suffix in _OUTPUTS)
+
+    def _earlier(self, *, given_up: bool) -> list[str]:
+        """Earlier runs. given_up: those only that were never complete; the others have cleaned up after themselves."""
+        runs = [run_name(generation) for generation in range(self._generation)]
+        return [run for run in runs if not given_up or self._there.read(complete_name(run)) is None]
 
     def _remove_older(self, there: LocalRunStore | S3RunStore, files: Sequence[OutputFile], older: Iterable[str]) -> None:
         mine = {f.name for f in files}

@@ -14,6 +14,7 @@ from typing import Any, cast
 FORMAT = 1
 DIFF_LINES = 12
 VALUE_CHARS = 80
+SHORT = 100  # items of lists that are compared one by one
 
 Json = Mapping[str, Any]
 
@@ -87,7 +88,9 @@ def _step(old: Json, new: Json) -> Iterator[str]:
     name = _name(new)
     told = list(_code(name, old, new))
     yield from told
-    without = ("name", "kind", "code", "digest")
+    without = {"name", "kind", "code", "digest"}
+    if old.get("name") != new.get("name") and all(len(_dict(s.get("function"))) == 1 for s in (old, new)):
+        without.add("function")  # that it has another name is told
     if old.get("kind") == "limit" and old.get("rows") != new.get("rows"):
         yield f"{name}: {_show(old.get('rows'))} -> {_show(new.get('rows'))}"
         return
@@ -186,8 +189,19 @@ def _value(name: str, old: Any, new: Any) -> Iterator[str]:
     elif isinstance(old, dict) and isinstance(new, dict):
         yield from _values(name, _dict(cast(Any, old)), _dict(cast(Any, new)))
         return
+    elif _alike(old, new):
+        for i, (was_i, now_i) in enumerate(zip(_list(old), _list(new), strict=True)):
+            yield from _value(f"{name} {i}", was_i, now_i)
+        return
     shown = f"{_show(old)} -> {_show(new)}"
     yield f"{name}: changed" if _show(old) == _show(new) else f"{name}: {shown}"
+
+
+def _alike(old: Any, new: Any) -> bool:
+    """Are these lists whose items are better compared one by one?"""
+    items = (*_list(old), *_list(new))
+    lists = isinstance(old, list) and isinstance(new, list) and len(_list(old)) == len(_list(new)) <= SHORT
+    return lists and any(isinstance(item, dict) for item in items)
 
 
 def _path(value: Any) -> str | None:

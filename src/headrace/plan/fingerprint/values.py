@@ -47,6 +47,7 @@ _UNSTABLE = frozenset((
     "sqlite3", "ssl", "subprocess", "tempfile", "threading", "weakref",
 ))
 # fmt: on
+_BASES = (str, bytes, int, float, list, tuple, set, frozenset, dict)  # of types that add to them, such as named tuples
 _BY_TEXT = frozenset(["datetime", "decimal", "fractions", "uuid", "ipaddress", "zoneinfo", "pathlib"])
 _SCRATCH_FILES = (".log", ".lock", ".tmp", ".pid", ".db", ".sqlite", ".out", ".err")
 # fmt: off
@@ -277,6 +278,9 @@ class Describer:
         state = self._state(value, own, scratch, depth)
         if state is not None and state != {}:
             out["state"] = state
+        base: Any = next((b for b in _BASES if isinstance(value, b)), None)
+        if base is not None:
+            out["value"] = self.value(base(value), depth=depth)
         return out
 
     def _state(self, value: Any, own: bool, scratch: frozenset[str], depth: int) -> Any:
