@@ -132,7 +132,7 @@ def _settled_to_json(r: Settled) -> dict[str, Any]:
     if r.taken:
         out["taken"] = r.taken
     if r.lineage:
-        out["lineage"] = [(x.row, x.rows, x.uri, x.source_row, x.source_rows) for x in r.lineage]
+        out["lineage"] = [(x.row, x.rows, x.uri, x.source_row, x.source_rows, int(x.exact)) for x in r.lineage]
     return out
 
 
@@ -202,7 +202,7 @@ def _settled(run: str, r: dict[str, Any]) -> Settled:
         tuple(_file(run, _mapping(f, "a file")) for f in _list(r, "files")),
         _int(r, "rows"),
         tuple((_whole(x[0]), _whole(x[1])) for x in _rows(r.get("taken", []), 2)),
-        tuple(_lineage(x) for x in _rows(r.get("lineage", []), 5)),
+        tuple(_lineage(x) for x in _rows(r.get("lineage", []), 6)),
     )
 
 
@@ -222,7 +222,7 @@ def _file(run: str, f: dict[str, Any]) -> OutputFile:
 def _lineage(x: list[Any]) -> LineageRun:
     if not isinstance(x[2], str):
         raise _Bad("a lineage without a uri")
-    return LineageRun(_whole(x[0]), _whole(x[1]), x[2], _whole(x[3]), _whole(x[4]))
+    return LineageRun(_whole(x[0]), _whole(x[1]), x[2], _whole(x[3]), _whole(x[4]), exact=_whole(x[5]) != 0)
 
 
 def _whole(value: object) -> int:

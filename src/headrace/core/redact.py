@@ -12,12 +12,12 @@ import re
 
 HIDDEN = "***"
 
-# One look at most texts is enough: none of these, no secret.
-_HINTS = re.compile(
-    r"://|secret|passw|passphrase|pwd|token|key|credential|sig|bearer|basic|authorization|AKIA|ASIA|AROA|AIDA|\bsk-"
-    r"|\bgh[pousr]_|\bhf_|\bxox|\bAIza|\beyJ|StringToSign|CanonicalRequest",
-    re.IGNORECASE,
+# What stands before a secret, or begins one: most texts have none of it.
+_WORDS_BEFORE = tuple(
+    "secret passw passphrase pwd token key credential sig bearer basic auth policy x-amz- x-goog- accessid".split()  # noqa: SIM905
 )
+_SHAPE_BEGINS = ("akia", "asia", "aroa", "aida", "sk-", "gh", "hf_", "xox", "aiza", "eyj")
+_BEGINS = ("://", "stringtosign", "signatureprovided", "canonicalrequest", *_WORDS_BEFORE, *_SHAPE_BEGINS)
 
 _PEM = re.compile(r"-----BEGIN ([A-Z0-9 ]*PRIVATE KEY)-----(?s:.)*?(?:-----END \1-----|\Z)")
 _ELEMENT = re.compile(
@@ -67,16 +67,28 @@ _NAMED = (_QUERY, _QUOTED, _ASSIGNED, _TOLD, _TOKEN, _HEADER, _BEARER)
 
 def redact(text: str) -> str:
     """The text with passwords, keys, tokens and signatures replaced by ***."""
-    if _HINTS.search(text) is None:
+    low = text.lower()
+    if not any(word in low for word in _BEGINS):
         return text
-    text = _PEM.sub(lambda m: f"-----BEGIN {m[1]}-----{HIDDEN}-----END {m[1]}-----", text)
-    text = _ELEMENT.sub(lambda m: f"<{m[1]}>{HIDDEN}</{m[1]}>", text)
+    if "-----begin" in low:
+        text = _PEM.sub(lambda m: f"-----BEGIN {m[1]}-----{HIDDEN}-----END {m[1]}-----", text)
+    if "<" in text:
+        text = _ELEMENT.sub(lambda m: f"<{m[1]}>{HIDDEN}</{m[1]}>", text)
     if "://" in text:
         text = _KEY_PAIR.sub(f"{HIDDEN}@", text)
         text = _USER.sub(f"{HIDDEN}@", text)
-    for pattern in _NAMED:
-        text = pattern.sub(_keep_name, text)
-    return _SHAPES.sub(HIDDEN, text)
+    text = "".join(map(_redact_line, text.splitlines(keepends=True)))
+    return _SHAPES.sub(HIDDEN, text) if any(begin in low for begin in _SHAPE_BEGINS) else text
+
+
+def _redact_line(line: str) -> str:
+    """The line without the values that follow names of secrets."""
+    low = line.lower()
+    gives = "=" in line or ":" in line or "bearer" in low or "basic" in low
+    if gives and any(word in low for word in _WORDS_BEFORE):
+        for pattern in _NAMED:
+            line = pattern.sub(_keep_name, line)
+    return line
 
 
 def _keep_name(match: re.Match[str]) -> str:

@@ -189,6 +189,18 @@ def test_a_base_class_shows(tmp_path: Path) -> None:
     assert line.startswith("map_batches(F): Base changed")
 
 
+def test_what_a_decorator_wraps_and_the_decorator_show(tmp_path: Path) -> None:
+    source = (
+        "import functools\ndef twice(k):\n    def make(f):\n        @functools.wraps(f)\n        def inner(b):\n"
+        "            return [f(b)] * k\n        return inner\n    return make\n@twice(2)\ndef f(b):\n    return b + 1\n"
+    )
+    (line,) = compare(tmp_path, source, source.replace("b + 1", "b + 2"))
+    assert line.startswith("map_batches(f): f changed")
+    lines = compare(tmp_path, source, source.replace("[f(b)] * k", "[f(b) * k]"))
+    assert lines[0].startswith("map_batches(f): its code changed")
+    assert "map_batches(f) k: 2 -> 3" in compare(tmp_path, source, source.replace("@twice(2)", "@twice(3)"))
+
+
 def test_a_version_stands_for_the_code(tmp_path: Path) -> None:
     one = "def f(b):\n    return {'x': b['x'] + 1}\nf.headrace_version = '1'\n"
     assert compare(tmp_path, one, one.replace("+ 1", "+ 2")) == []
@@ -438,6 +450,14 @@ def test_secrets_stay_out(tmp_path: Path) -> None:
     assert differences(one, two) == []
     bare = of_function(Scaler, fn_constructor_kwargs={"api_key": None})
     assert differences(bare, of_function(Scaler, fn_constructor_kwargs={"api_key": "hunter2"})) == []
+
+
+def test_devices_and_threads_of_models_stay_out() -> None:
+    def at(**kwargs: Any) -> dict[str, Any]:
+        return of(hr.from_arrow(TABLE).predict(Scaler, constructor_kwargs=kwargs))
+
+    assert at(device="cuda:0", n_jobs=4) == at(device="cpu", n_jobs=None)
+    assert differences(at(device="phone"), at(device="tablet"))  # a column's value, say
 
 
 def test_models_by_version_or_digest() -> None:

@@ -2,7 +2,7 @@
 
 Numbers and texts stand for themselves; what is large stands as a digest of its content; objects are their type and state; code
 of the user's is in `Describer.code`, by name. Secrets are "(hidden)" and of no meaning. What has no stable content (locks,
-loggers, connections, generators of random numbers) is its type's name, "not compared".
+loggers, connections, generators of random numbers) is its type's name, "not compared"; so are devices and numbers of threads.
 
 Nothing is imported for this: a value can only be of a package that is loaded. Files that arguments name are read.
 """
@@ -49,6 +49,10 @@ _UNSTABLE = frozenset((
 # fmt: on
 _BASES = (str, bytes, int, float, list, tuple, set, frozenset, dict)  # of types that add to them, such as named tuples
 _BY_TEXT = frozenset(["datetime", "decimal", "fractions", "uuid", "ipaddress", "zoneinfo", "pathlib"])
+_DEVICE = re.compile(r"(?:auto|cpu|cuda|mps|xpu|sim)(?::\d+)?")
+_RESOURCES = frozenset(
+    ("n_jobs", "n_threads", "nthread", "num_threads", "num_workers", "max_workers", "verbose", "progress_bar")
+)
 _SCRATCH_FILES = (".log", ".lock", ".tmp", ".pid", ".db", ".sqlite", ".out", ".err")
 # fmt: off
 _SCRATCH_NAMES = frozenset((
@@ -78,7 +82,6 @@ class Describer:
     def __init__(self, destination: str = "") -> None:
         self.code: dict[str, dict[str, Any]] = {}
         self.packages: set[str] = set()
-        self.models: dict[str, str] = {}
         self._labels: dict[int, str] = {}
         self._uses: dict[str, int] = {}  # of a name, as a label
         self._alive: list[Any] = []  # so that ids stay those of one object
@@ -92,6 +95,8 @@ class Describer:
         kind: Any = type(value)
         if is_secret_name(name) and _may_be_secret(value):
             return HIDDEN
+        if _is_resource(name, value):
+            return NOT_COMPARED
         if value is None or kind is bool:
             return value
         if kind is int:
@@ -343,7 +348,9 @@ class Describer:
         wrapped = getattr(function, "__wrapped__", None)
         if wraps and isinstance(wrapped, types.FunctionType) and _version(function) is None:
             return self._function(wrapped, depth)
-        label, new = self._label(function, function.__code__, _plain(function.__qualname__))
+        # A decorator's wrapper bears the name of what it wraps, which is the one that people know by it.
+        name = function.__qualname__ if wrapped is None else function.__code__.co_qualname
+        label, new = self._label(function, _plain(name))
         if not new:
             return label
         entry = self.code[label] = {}
@@ -374,7 +381,7 @@ class Describer:
         if not is_own(cls.__module__):
             self._met(cls.__module__)
             return _type_name(cls)
-        label, new = self._label(cls, cls, _plain(cls.__qualname__))
+        label, new = self._label(cls, _plain(cls.__qualname__))
         if not new:
             return label
         entry = self.code[label] = {}
@@ -441,7 +448,7 @@ class Describer:
                 self._met(module)
         return {k: out[k] for k in sorted(out)}
 
-    def _label(self, key: Any, same: Any, name: str) -> tuple[str, bool]:
+    def _label(self, key: Any, name: str) -> tuple[str, bool]:
         """(label, it is new). Functions made several times from one definition are told apart: closures may differ."""
         known = self._labels.get(id(key))
         if known is not None:
@@ -514,6 +521,14 @@ def _slot_names(base: type) -> Iterable[str]:
     slots = vars(base).get("__slots__", ())
     names = (slots,) if isinstance(slots, str) else tuple(slots)
     return (n for n in names if not n.startswith("__"))
+
+
+def _is_resource(name: str, value: Any) -> bool:
+    """Where or how quickly it is computed: a device, a number of threads. May change while a run is under way."""
+    if name.lstrip("_") in ("device", "devices", "device_map"):
+        text = value if isinstance(value, str) else str(value) if type(value).__module__ == "torch" else None
+        return value is None or type(value) is int or (text is not None and _DEVICE.fullmatch(text) is not None)
+    return name.lstrip("_") in _RESOURCES and (value is None or type(value) in (int, bool))
 
 
 def _may_be_secret(value: Any) -> bool:
