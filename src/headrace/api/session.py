@@ -123,8 +123,9 @@ def write(plan: Plan, sink: Sink, options: ActionOptions, at_end: Columns = ALL)
     store = sink.store()
     if store is None:
         return _run_unlogged(written, parsed, at_end)
-    ready = prepare(written, parsed, at_end)  # all that can be refused is refused before the destination is touched
+    # Before planning, which may try the user's functions, and what they change is no part of what they mean.
     meaning = fingerprint(written, settings={"on_error": parsed.on_error, "deterministic": parsed.deterministic})
+    ready = prepare(written, parsed, at_end)  # all that can be refused is refused before the destination is touched
     opened = open_run(
         store, meaning, fresh=sink.fresh, take_over=parsed.take_over, identity=this_process(), differences=differences
     )

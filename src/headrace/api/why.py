@@ -74,6 +74,18 @@ class Trace:
     traceback: str = ""
     note: str = ""
 
+    @property
+    def source_uri(self) -> str | None:
+        """The input object that the row came from; None when it may be one of several."""
+        uris = {place.uri for place in self.sources}
+        return uris.pop() if len(uris) == 1 else None
+
+    @property
+    def source_row(self) -> int | None:
+        """The row of that object, 0-based; None when it is only known to be among some."""
+        place = self.sources[0] if len(self.sources) == 1 else None
+        return place.row if place is not None and place.exact and place.rows == 1 and place.row >= 0 else None
+
     def __str__(self) -> str:
         began = f"session {self.session}, which began {_at(self.session_began_s)}"
         lines = [f"{_clean(self.file)}" + ("" if self.row is None else f", row {self.row}")]
