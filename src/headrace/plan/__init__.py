@@ -1,1 +1,1 @@
-"""Logical plan, rules and stages. Pure: no I/O, no clock, no threads."""
+"""Logical plan, rules, stages and fingerprints. No clock, no threads; I/O only where a fingerprint reads code and model files."""

@@ -39,6 +39,8 @@ class Lineage:
             self._rows += rows
         if len(self._runs) > self._most:
             self._coarsen()
+            if 4 * len(self._runs) > 3 * self._most:  # rows of that many objects: there is little to merge
+                self._most *= 2
 
     def runs(self) -> tuple[LineageRun, ...]:
         return tuple(LineageRun(*run) for run in self._runs)
@@ -98,4 +100,3 @@ class Lineage:
             out[-1] = (last[0], run[0] + run[1] - last[0], last[2], start, stop - start, stop - start == 1)
             merged = True
         self._runs = out
-        self._most = MOST_RUNS if 4 * len(out) <= 3 * MOST_RUNS else 2 * len(out)  # many objects: little to merge

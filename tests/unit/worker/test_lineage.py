@@ -49,7 +49,7 @@ def test_joined_origins_still_know_every_row(parts):
 
 
 def test_too_many_runs_become_vague_ones(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(lineage, "MOST_RUNS", 10)
+    monkeypatch.setattr(lineage, "MOST_RUNS", 20)
     found = Lineage()
     rows = np.arange(0, 1000, 2)
     for start in range(0, 500, 5):
