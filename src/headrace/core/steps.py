@@ -23,8 +23,8 @@ class Suspect:
     """Rows on which a worker died or hung.
 
     op: index of the plan node at work. segments: where the rows came from: a batch given to `op` whose origin overlaps them is
-    run one row at a time. condemned: (digest of a row's content, reason): such a row is never given to `op` again but set aside.
-    Content identifies a row whatever the route, block or batch that it comes in.
+    run one row at a time. condemned: (digest of a row's content, reason): such a row is never given to `op` again but set
+    aside. Content identifies a row whatever the route, block or batch that it comes in.
     """
 
     op: int
@@ -192,7 +192,7 @@ class WorkerUp:
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
     """The worker died. reason: "killed by signal 9", "no answer for 30 s", ... doing: its last breadcrumb, None when no user
-    code was at work. stack: of all its threads, when it hung. started: it had come up before.
+    code was at work. stack: of all its threads, when it hung. started: it had come up before. pool: that it belonged to.
     """
 
     worker: int
@@ -200,6 +200,7 @@ class WorkerLost:
     doing: Doing | None = None
     stack: str = ""
     started: bool = True
+    pool: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -444,7 +444,7 @@ class Driver:
         now = self._now()
         own_bytes, changed, note = self._governor.sample(self.substrate.memory_bytes, now)
         self._tell(MemorySampled(now, self.scheduler.in_flight, own_bytes))
-        if changed and not last:
+        if (changed or self._governor.level >= 2) and not last:  # at the highest level, each sample lets more go to disk
             if note:
                 self._tell(Noted(now, note))
             self._carry(self.scheduler.handle(MemoryPressure(self._governor.level), now))

@@ -83,7 +83,11 @@ class Dispatcher:
         self.reserved = 0
         self.passed = {s.id: 0 for s in plan.stages if s.limit is not None}
         self.global_next = {s.id: 0 for s in plan.stages if s.order is Order.GLOBAL}  # whose turn it is
-        self.consumer_waiting = 0
+        self.settled_turns: dict[int, set[int]] = {stage: set() for stage in self.global_next}  # settled by earlier sessions
+        self.in_order = any(s.limit is not None for s in plan.stages)  # then splits are settled one after the other
+        self.consumer_waiting: int = 0
+        self.pressure = 0
+        self.draining = False
         self.finished = False
         self._next_step = 0
         self._next_cursor = 0
@@ -100,16 +104,17 @@ class Dispatcher:
         for stage in self.downstream_first:
             if (self.bound[stage.id] or self.shared[stage.id]) and self.pools[stage.pool].has_room:
                 self._start_stage(stage)
-        if self.pending:
+        if self.pending and not self.draining:
             self._open_splits()
-        if self.listing_done and not self.pending and not self.open:
+        nothing_left = self.listing_done and not self.pending
+        if not self.open and (nothing_left or self.draining):
             self.finished = True
-            self._out.append(Finish())
+            self._out.append(Finish(drained=not nothing_left))
         elif not self.steps:
             self._explain_stillness()
 
     def _ask_for_splits(self) -> None:
-        if self.listing or self.listing_done:
+        if self.listing or self.listing_done or self.draining:
             return
         ahead = 2 * max(1, len(self.pools[CPU_POOL].workers)) + 2
         if self.listed == 0:  # a few at once, so that work starts; then enough to know the whole of most runs
@@ -147,7 +152,7 @@ class Dispatcher:
         cursor = entry[3]
         assert isinstance(cursor, CursorEntry)
         assert cursor.worker is not None
-        if not self._admit(stage, cursor.node):
+        if not self._admit(stage, cursor.node) or self._is_enough(stage.pool):
             return False
         heappop(self.bound[stage.id])
         self._submit_advance(self.workers[cursor.worker], cursor)
@@ -155,7 +160,7 @@ class Dispatcher:
 
     def _start_shared(self, stage: Stage, entry: QueueEntry) -> bool:
         worker = self._pick(stage)
-        if worker is None:
+        if worker is None or self._is_enough(stage.pool):
             return False
         item = entry[3]
         if isinstance(item, CursorEntry):
@@ -178,6 +183,10 @@ class Dispatcher:
         item.split.replace(item, cursor.node)
         self._submit_advance(worker, cursor)
         return True
+
+    def _is_enough(self, pool: str) -> bool:
+        """Memory is nearly used up, and the pool has a step running: another one would need more."""
+        return self.pressure >= 2 and any(w.running for w in self.pools[pool].workers.values())
 
     def _pick(self, stage: Stage) -> WorkerState | None:
         """Who shall do a shared piece of this stage's work: with max_workers, its own workers as far as they are free."""
@@ -262,7 +271,7 @@ class Dispatcher:
         return queue_target(consumer.pool, len(self.pools[consumer.pool].workers), per_step)
 
     def _room_for(self, stage: Stage) -> bool:
-        return within_budget(
+        return not self.pressure and within_budget(
             in_flight=self.in_flight,
             reserved=self.reserved,
             expected=int(self.measures[stage.id].made_bytes),
@@ -320,8 +329,10 @@ class Dispatcher:
         return None
 
     def _may_open(self, route: Route, stage: Stage) -> bool:
-        if not self.open or stage.end is End.SINK:
+        if not self.open:
             return True
+        if stage.end is End.SINK:
+            return not self.pressure
         if len(self.open) >= OPEN_PER_WORKER * len(self.workers) + 16:
             return False
         following = self.following[route.name][stage.id]
@@ -345,19 +356,22 @@ class Dispatcher:
     def _open_next(self, worker: WorkerState, route: Route) -> None:
         split = self.pending.popleft()
         self.pending_bytes -= split.bytes
-        state = SplitState(split, 1, self.following[route.name])
+        state = SplitState(split, route, self.following[route.name])
         self.open[split.index] = state
-        for stage_id in reversed(route.stages[1:]):
+        self._submit_advance(worker, self._lay_out(state))
+
+    def _lay_out(self, state: SplitState) -> CursorEntry:
+        """Put the markers of its sequences and its source into the list of a new attempt; the source."""
+        for stage_id in reversed(state.route.stages[1:]):
             stage = self.stages[stage_id]
             if stage.order is Order.SPLIT or stage.order is Order.GLOBAL:
                 marker = self._new_cursor(stage, state)
                 state.markers[stage_id] = marker
                 state.insert_before(state.tail, marker.node)
-        source = self._new_cursor(self.stages[route.stages[0]], state)
+        source = self._new_cursor(self.stages[state.route.stages[0]], state)
         state.source = source
         state.insert_before(state.tail, source.node)
-        worker.sources += 1
-        self._submit_advance(worker, source)
+        return source
 
     # ---------------------------------------------------------------- submitting
 
@@ -372,6 +386,8 @@ class Dispatcher:
         stage, split = cursor.stage, cursor.split
         end = self._feed(cursor) if cursor.sequential else True
         named = not cursor.started and (stage.order is Order.SOURCE or stage.end is End.SINK)
+        if cursor is split.source and not cursor.started:
+            worker.sources += 1
         self._next_step += 1
         step = Advance(
             self._next_step,
@@ -385,7 +401,8 @@ class Dispatcher:
             end,
             self.limits.credit_bytes,
             self.limits.slice_s,
-            None if stage.limit is None else max(0, stage.limit - self.passed[stage.id]),
+            self._limit_left(stage, split),
+            () if cursor.started else split.history.suspects,
         )
         cursor.started = True
         cursor.more = False
@@ -393,6 +410,23 @@ class Dispatcher:
         cursor.worker = worker.id
         cursor.state = CursorState.RUNNING
         self._submit(worker, stage, step, (), cursor)
+
+    def _limit_left(self, stage: Stage, split: SplitState) -> int | None:
+        """How many of the split's rows may still pass; for one that had its turn in an earlier attempt, as many as then."""
+        if stage.limit is None:
+            return None
+        granted = split.granted.get(stage.id)
+        if granted is not None:
+            return max(0, granted - split.taken.get(stage.id, 0))
+        return max(0, stage.limit - self.passed[stage.id])
+
+    def _may_end(self, cursor: CursorEntry) -> bool:
+        """May the cursor take the end of its input? Behind a limit a split is closed when all before it are settled, so that
+        the run log holds the first splits and no others.
+        """
+        if not self.in_order or cursor.stage.end is not End.SINK:
+            return True
+        return next(iter(self.open.values())) is cursor.split
 
     def _feed(self, cursor: CursorEntry) -> bool:
         """Take the blocks that follow the marker into `fed`; true when no input will come after them."""
@@ -408,7 +442,7 @@ class Dispatcher:
             split.unlink(node)
             node = following
         cursor.fed = tuple(fed)
-        return node is split.tail and split.source_done
+        return node is split.tail and split.source_done and self._may_end(cursor)
 
     def _submit_apply(self, worker: WorkerState, stage: Stage) -> None:
         """Gather the oldest blocks for one step; past the budget, only the one that was admitted."""
@@ -435,6 +469,7 @@ class Dispatcher:
             stage.id,
             tuple(n.block for n in nodes if n.block is not None),
             tuple((n.split.index, n.split.attempt) for n in nodes),
+            tuple(dict.fromkeys(s for n in nodes for s in n.split.history.suspects)),
         )
         self._submit(worker, stage, step, tuple(nodes), None)
 

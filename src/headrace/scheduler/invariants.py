@@ -133,13 +133,15 @@ def _check_queues(s: Scheduler) -> None:
 
 def _is_ready(s: Scheduler, cursor: CursorEntry) -> bool:
     """A sequence may take what follows it, told from the list alone."""
-    if cursor.stage.order is Order.GLOBAL and s.global_next[cursor.stage.id] != cursor.split.index:
+    stage, split = cursor.stage, cursor.split
+    if stage.order is Order.GLOBAL and s.global_next[stage.id] != split.index and stage.id not in split.granted:
         return False
     following = cursor.node.next
     if cursor.more:
         return True
-    if following is cursor.split.tail:
-        return not cursor.end_sent and cursor.split.source_done
+    if following is split.tail:
+        closed = s.in_order and stage.end is End.SINK and min(s.open) != split.index
+        return not cursor.end_sent and split.source_done and not closed
     return following is not None and following.block is not None and following.stage == cursor.stage.id
 
 
@@ -214,7 +216,7 @@ def _check_memory(s: Scheduler) -> None:
 def _check_work_conserving(s: Scheduler) -> None:
     """No worker is idle while there is admitted work that it may do. Asks the scheduler's own admission, never its queues."""
     idle = [w for w in s.workers.values() if not w.running]
-    if not idle:
+    if not idle or s.pressure >= 2:
         return
     for split in s.open.values():
         for node in split.nodes():

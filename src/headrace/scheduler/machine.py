@@ -15,27 +15,49 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from headrace.core.errors import HeadraceError, InternalError, WorkerDied
+from headrace.core.errors import HeadraceError, InternalError, TransientError, UserCodeError, WorkerDied
 from headrace.core.receipts import Tally
 from headrace.core.refs import BlockRef, PartRef
 from headrace.core.stages import End, Order, Stage
-from headrace.core.steps import Advance, Apply, Discard, PartsFreed, Step, StepDone, StepFailed, WorkerLost, WorkerUp
+from headrace.core.steps import (
+    Apply,
+    Discard,
+    Doing,
+    PartsFreed,
+    Step,
+    StepDone,
+    StepFailed,
+    WorkerLost,
+    WorkerUp,
+)
 from headrace.scheduler.dispatch import Dispatcher
 from headrace.scheduler.messages import (
+    AddWorker,
     Command,
     ConsumerTook,
     Deliver,
+    Drain,
     Drop,
     Event,
     Fail,
+    Finish,
     Limits,
+    MemoryPressure,
+    PartsSpilled,
     Release,
+    Retry,
     SchedulerPlan,
     Settle,
+    Spill,
     SplitsListed,
     Start,
 )
+from headrace.scheduler.policy.retry import MOST_TRANSIENT, place_of
 from headrace.scheduler.state import DELIVER_STAGE, CursorEntry, CursorState, Node, SplitState, WorkerState
+
+MOST_UNSTARTED = 3  # workers of a pool in a row that die before they come up
+SPILL_BYTES = 64 << 20  # at a time: the driver waits for the disk meanwhile
+FRACTION_ROWS = 1000  # rows before a share of bad ones says something
 
 _NO_ROWS = Tally()
 
@@ -48,13 +70,17 @@ class Scheduler(Dispatcher):
         self.alive: dict[int, int] = {}  # part id -> bytes, from its making until PartsFreed
         self.deliver_next = 0
         self.failed = False
+        self.next_worker = sum(plan.pools.values())
+        self.unstarted: dict[str, int] = {}  # pool -> workers in a row that died before they came up
+        self.read = self.limits.settled_before.rows_in  # rows, of the attempts that count
+        self.bad = self.limits.settled_before.bad
         self.ends_in_sink = any(s.end is End.SINK for s in plan.stages)
 
     # ---------------------------------------------------------------- events
 
     def handle(self, event: Event, now: float = 0.0) -> list[Command]:
         """Take in one event; the commands are in the order in which they must be carried out."""
-        del now  # no decision needs the time yet; retries and hang limits will
+        del now  # no decision needs the time; limits on time are the driver's
         self._out = out = list[Command]()
         if self.finished:
             self._late(event)
@@ -62,8 +88,11 @@ class Scheduler(Dispatcher):
         try:
             self._take_in(event)
             self._dispatch()
+            if self.finished and not self.draining:
+                self._check_share()
         except HeadraceError as error:
             self.finished = self.failed = True
+            out[:] = [command for command in out if not isinstance(command, Finish)]
             out.append(Fail(error))
         return out
 
@@ -73,27 +102,64 @@ class Scheduler(Dispatcher):
                 self._on_done(event)
             case PartsFreed(parts):
                 self._on_freed(parts)
-            case SplitsListed(splits, done):
-                self.listing = False
-                self.listing_done = self.listing_done or done
-                if not self.enough:
-                    self.listed += len(splits)
-                    self.pending.extend(splits)
-                    self.pending_bytes += sum(s.bytes for s in splits)
+            case SplitsListed():
+                self._on_listed(event)
             case ConsumerTook(blocks):
                 self.consumer_waiting -= blocks
                 self._deliver()
             case WorkerUp(worker, pool):
+                self.next_worker = max(self.next_worker, worker + 1)
+                self.unstarted.pop(pool, None)
                 self.workers[worker] = self.pools[pool].workers[worker] = state = WorkerState(worker, pool)
                 self._file(state)
             case StepFailed(step, _, error):
                 if step not in self.steps:
                     raise error
                 self._on_failed(step, error)
-            case WorkerLost(worker, reason):
-                raise self._worker_died(worker, reason)
+            case WorkerLost():
+                self._on_lost(event)
+            case Drain():
+                self.draining = True
+            case MemoryPressure(level):
+                self.pressure = level
+                if level >= 2:
+                    self._spill()
+            case PartsSpilled(parts):
+                self._on_spilled(parts)
             case Start():
                 pass
+
+    def _on_listed(self, event: SplitsListed) -> None:
+        self.listing = False
+        self.listing_done = self.listing_done or event.done
+        for index, passed in event.settled:
+            self._skip_turn(index, dict(passed))
+        for turn in self.global_next.values() if event.settled else ():
+            if (split := self.open.get(turn)) is not None:
+                self._poke_markers(split)
+        if not self.enough:
+            self.listed += len(event.splits)
+            self.pending.extend(event.splits)
+            self.pending_bytes += sum(s.bytes for s in event.splits)
+
+    def _skip_turn(self, index: int, passed: dict[int, int]) -> None:
+        """An earlier session has settled this split: what passed its limits counts, and its turn is over."""
+        for stage_id, turns in self.settled_turns.items():
+            turns.add(index)
+            self._next_turn(stage_id, self.global_next[stage_id])
+            limit = self.stages[stage_id].limit
+            if limit is not None:
+                self.passed[stage_id] += passed.get(self.stages[stage_id].first, 0)
+                if self.passed[stage_id] >= limit and not self.enough:
+                    self._cancel_after(index)
+
+    def _next_turn(self, stage_id: int, index: int) -> None:
+        """It is the turn of split `index`, or of the first one after it that is still to do."""
+        turns = self.settled_turns[stage_id]
+        while index in turns:
+            turns.remove(index)
+            index += 1
+        self.global_next[stage_id] = index
 
     def _late(self, event: Event) -> None:
         """After the end only memory still matters: a cancelled step's inputs and outputs are given back."""
@@ -112,30 +178,130 @@ class Scheduler(Dispatcher):
         for part in parts:
             self.in_flight -= self.alive.pop(part, 0)
 
-    def _on_failed(self, step_id: int, error: HeadraceError) -> None:
-        """Of a cancelled step a failure counts for nothing."""
-        if not self._is_cancelled(step_id):
-            raise error
-        self._abandon(step_id, ())
+    # ---------------------------------------------------------------- what fails or dies
 
-    def _worker_died(self, worker: int, reason: str) -> WorkerDied:
-        """The error that ends the run; the worker is gone from the tables."""
-        state = self.workers.pop(worker, None)
-        label = ""
-        if state is not None:
-            self.pools[state.pool].workers.pop(worker, None)
-            self.pools[state.pool].remove(state)
-            for step in state.running.values():
-                if isinstance(step, Advance):
-                    entry = self.open.get(step.split_index)
-                    label = entry.split.label if entry else f"split {step.split_index}"
-                else:
-                    label = ", ".join(f"split {index}" for index in dict.fromkeys(index for index, _ in step.owners))
-                label += f", stage {self.stages[step.stage].name}"
+    def _on_failed(self, step_id: int, error: HeadraceError) -> None:
+        """Of a cancelled step a failure counts for nothing; trouble with the storage is worth other attempts."""
+        if self._is_cancelled(step_id):
+            self._abandon(step_id, ())
+            return
+        if not isinstance(error, TransientError):
+            raise error
+        for split in self._lose_step(step_id):
+            split.history.transient += 1
+            if split.history.transient >= MOST_TRANSIENT:
+                raise error
+            self._retry(split, error.message, None)
+
+    def _on_lost(self, lost: WorkerLost) -> None:
+        """Splits with anything unfinished in that worker start again, and another worker takes its place."""
+        state = self.workers.pop(lost.worker, None)
+        pool = lost.pool if state is None else state.pool
+        self.next_worker = max(self.next_worker, lost.worker + 1)
+        if state is None:
+            self.unstarted[pool] = self.unstarted.get(pool, 0) + 1
+            if self.unstarted[pool] >= MOST_UNSTARTED:
+                raise self._died(lost, None)
+        else:
+            self._bury(state, lost)
+        self._out.append(AddWorker(self.next_worker, pool, lost.worker, lost.reason))
+        self.next_worker += 1
+
+    def _bury(self, state: WorkerState, lost: WorkerLost) -> None:
+        self.pools[state.pool].workers.pop(state.id, None)
+        self.pools[state.pool].remove(state)
+        for members in self.stage_workers.values():
+            members.discard(state.id)
+        steps = list(state.running)
+        at_work = dict.fromkeys(self._lose_step(steps[0])) if steps else {}
+        touched = dict(at_work)
+        for step in steps[1:]:
+            touched.update(dict.fromkeys(self._lose_step(step)))
+        for split in self.open.values():
+            if any(cursor.worker == state.id for cursor in split.cursors.values()):
+                touched[split] = None
+        for split in at_work:
+            certain = split.history.note(lost.doing, lost.reason)
+            if (certain and self.limits.fail_on_bad_rows) or split.history.exhausted(split.attempt):
+                raise self._died(lost, split)
+        for split in sorted(touched, key=lambda s: s.index):
+            self._retry(split, f"worker {lost.worker} died: {lost.reason}", lost.doing if split in at_work else None)
+
+    def _lose_step(self, step_id: int) -> list[SplitState]:
+        """No answer that counts will come to this step: what it was given is given back. The splits that waited for it."""
+        _, nodes, cursor, _ = self.steps[step_id]
+        step, _, _ = self._retire_step(step_id)
+        for block in step.inputs:
+            self._release(block.parts)
+        if cursor is not None:
+            cursor.fed = ()
+            return [] if cursor.state is CursorState.DONE else [cursor.split]
+        return list(dict.fromkeys(node.split for node in nodes if not node.gone))
+
+    def _retry(self, split: SplitState, why: str, crash: Doing | None) -> None:
+        """Take the attempt apart, and begin the next one in its place."""
+        for node in split.nodes():
+            if node.cursor is not None:
+                self._cancel_cursor(node.cursor)
+            else:
+                self._drop_block(node)
+        split.closed = True
+        self.read -= split.tally.rows_in
+        self.bad -= split.tally.bad
+        for stage_id, turn in self.global_next.items():
+            taken = split.taken.get(stage_id, 0)
+            if turn > split.index:  # it has had its turn, and gets it again for as many rows
+                split.granted.setdefault(stage_id, taken)
+            elif taken:
+                self.passed[stage_id] -= taken
+        again = SplitState(split.split, split.route, split.following, split)
+        self.open[split.index] = again  # the same place among the open ones
+        self._queue(self._lay_out(again))
+        self._out.append(Retry(split.index, again.attempt, why, crash))
+
+    def _died(self, lost: WorkerLost, split: SplitState | None) -> WorkerDied:
+        """The error that ends the run."""
+        where = [("worker", str(lost.worker))]
+        if lost.doing is not None:
+            where += [("stage", lost.doing.name), place_of(lost.doing)]
+        if split is not None:
+            where += [("split", split.split.label), ("attempts", str(split.attempt))]
+        hint = "look for a crash in native code or the out-of-memory killer (dmesg)"
+        if lost.doing is not None and lost.doing.digest:
+            hint = 'on_error="quarantine" sets such a row aside'
+        elif split is None:
+            hint = "workers can't start: look at what they print"
+        return WorkerDied(f"worker {lost.worker} died: {lost.reason}", where=tuple(where), hint=hint, frames=lost.stack)
+
+    # ---------------------------------------------------------------- memory
+
+    def _spill(self) -> None:
+        """Blocks that nobody reads go to disk, those that are needed last first."""
+        found: list[PartRef] = []
+        size = 0
+        for index in reversed(self.open):
+            for node in reversed(list(self.open[index].nodes())):
+                if node.block is None or node.running:
+                    continue
+                for part in node.block.parts:
+                    if self.alive.get(part.id) and size < SPILL_BYTES:
+                        found.append(part)
+                        size += part.bytes
+            if size >= SPILL_BYTES:
                 break
-        where = (("worker", str(worker)), ("doing", label or "nothing"))
-        hint = "look for a crash in native code or the out-of-memory killer (dmesg); nothing half-written was published"
-        return WorkerDied(f"worker {worker} died: {reason}", where=where, hint=hint)
+        if found:
+            self._out.append(Spill(tuple(found)))
+
+    def _on_spilled(self, parts: Sequence[PartRef]) -> None:
+        moved = {part.id: part for part in parts}
+        for part in moved:
+            self.in_flight -= self.alive[part]
+            self.alive[part] = 0
+        for split in self.open.values():
+            for node in split.nodes():
+                if node.block is not None and any(p.id in moved for p in node.block.parts):
+                    kept = (replace(moved[p.id], columns=p.columns) if p.id in moved else p for p in node.block.parts)
+                    node.block = replace(node.block, parts=tuple(kept))
 
     # ---------------------------------------------------------------- a step's answer
 
@@ -188,10 +354,22 @@ class Scheduler(Dispatcher):
         stage = self.stages[step.stage]
         if len(event.outputs) != len(step.inputs):
             raise InternalError(f"stage {stage.name} answered {len(event.outputs)} blocks for {len(step.inputs)}")
-        for node, given, made in zip(nodes, step.inputs, event.outputs, strict=True):
+        owners = {(n.split.index, n.split.attempt): n.split for n in nodes if not n.gone}
+        for share in event.shares:
+            split = owners.get((share.split_index, share.attempt))
+            if split is not None:
+                split.aside.extend(share.aside)
+                self._count_rows(split, share.tally)
+        for i, (node, given, made) in enumerate(zip(nodes, step.inputs, event.outputs, strict=True)):
             if node.gone:
                 self._release(made.parts)
                 self._release(given.parts)
+                continue
+            if i in event.whole:  # rows were lost: what was made takes the input's place
+                self._release(given.parts)
+                if made.rows:
+                    self._place(node, stage, made, node.key)
+                node.split.unlink(node)
                 continue
             kept: list[PartRef] = []
             for part in given.parts:
@@ -202,8 +380,6 @@ class Scheduler(Dispatcher):
                     self._release((part,))
             self._place(node, stage, BlockRef(given.rows, (*kept, *made.parts), given.origin, given.cuts), node.key)
             node.split.unlink(node)
-            if stage.end is End.DELIVER:  # a step over blocks of many splits has no tally of one split
-                node.split.tally += Tally(written=given.rows)
         for split in {node.split: None for node in nodes if not node.split.closed}:
             self._poke_markers(split)
 
@@ -213,7 +389,8 @@ class Scheduler(Dispatcher):
             self._release(block.parts)
         cursor.fed = ()
         if event.tally is not _NO_ROWS:
-            split.tally = split.tally + event.tally
+            self._count_rows(split, event.tally)
+        split.aside.extend(event.aside)
         prefix = cursor.node.key
         for block in event.outputs:
             self._place(cursor.node, stage, block, (*prefix, cursor.made))
@@ -227,13 +404,38 @@ class Scheduler(Dispatcher):
             if not cursor.sequential:
                 self._queue(cursor)
         if stage.limit is not None:
-            self.passed[stage.id] += event.taken
+            split.taken[stage.id] = split.taken.get(stage.id, 0) + event.taken
+            if stage.id not in split.granted:
+                self.passed[stage.id] += event.taken
         if event.finished and stage.order is Order.GLOBAL:
             self._leave_global(split, stage)
         if split.markers:
             self._poke_markers(split)
         if self.ends_in_sink and split.source_done and split.empty:
             self._settle(split)
+
+    def _count_rows(self, split: SplitState, tally: Tally) -> None:
+        """Raises UserCodeError when more rows are bad than may be."""
+        split.tally = split.tally + tally
+        self.read += tally.rows_in
+        if tally.bad:
+            self.bad += tally.bad
+            most, share = self.limits.max_bad_rows, self.limits.max_bad_fraction
+            if most is not None and self.bad > most:
+                raise self._too_many(f"max_bad_rows is {most}")
+            if share is not None and self.read >= FRACTION_ROWS and self.bad > share * self.read:
+                raise self._too_many(f"max_bad_fraction is {share:g}")
+
+    def _check_share(self) -> None:
+        share = self.limits.max_bad_fraction
+        if share is not None and self.bad > share * self.read:
+            raise self._too_many(f"max_bad_fraction is {share:g}")
+
+    def _too_many(self, limit: str) -> UserCodeError:
+        return UserCodeError(
+            f"too many bad rows: {self.bad:,} of {self.read:,} read, and {limit}",
+            hint='look at what was set aside (on_error="quarantine" keeps rows and reasons), or raise the limit',
+        )
 
     def _close_cursor(self, cursor: CursorEntry) -> None:
         cursor.state = CursorState.DONE
@@ -270,7 +472,8 @@ class Scheduler(Dispatcher):
                 self._queue(cursor)
 
     def _marker_ready(self, cursor: CursorEntry) -> bool:
-        if cursor.stage.order is Order.GLOBAL and self.global_next[cursor.stage.id] != cursor.split.index:
+        stage, split = cursor.stage, cursor.split
+        if stage.order is Order.GLOBAL and self.global_next[stage.id] != split.index and stage.id not in split.granted:
             return False
         if cursor.more:
             return True
@@ -278,8 +481,8 @@ class Scheduler(Dispatcher):
             return False
         node = cursor.node.next
         assert node is not None
-        if node is cursor.split.tail:
-            return cursor.split.source_done
+        if node is split.tail:
+            return split.source_done and self._may_end(cursor)
         return node.block is not None and node.stage == cursor.stage.id
 
     def _deliver(self) -> None:
@@ -296,9 +499,18 @@ class Scheduler(Dispatcher):
                 return
             split.unlink(node)
             self.waiting[DELIVER_STAGE] -= 1
-            self.consumer_waiting += 1
-            self._out.append(Deliver(split.index, node.block))
+            self._hand_over(split, node.block)
             self._release(node.block.parts)
+
+    def _hand_over(self, split: SplitState, block: BlockRef) -> None:
+        """Deliver what an earlier attempt has not delivered yet."""
+        if split.skip >= block.rows:
+            split.skip -= block.rows
+            return
+        self.consumer_waiting += 1
+        self._out.append(Deliver(split.index, block, split.skip))
+        split.delivered += block.rows - split.skip
+        split.skip = 0
 
     def _settle(self, split: SplitState) -> None:
         del self.open[split.index]
@@ -312,17 +524,23 @@ class Scheduler(Dispatcher):
             tally = replace(tally, cut=gained - tally.written - tally.filtered - tally.skipped - tally.quarantined)
         if not tally.balanced or tally.cut < 0:
             raise InternalError(f"the rows of {split.split.label} don't add up: {tally}")
-        self._out.append(Settle(split.split, split.attempt, split.receipt, tally))
+        taken = tuple(sorted((self.stages[stage].first, rows) for stage, rows in split.taken.items()))
+        self._out.append(Settle(split.split, split.attempt, split.receipt, tally, aside=tuple(split.aside), taken=taken))
+        if self.in_order and self.open:  # it is the next one's turn to be closed
+            self._poke_markers(next(iter(self.open.values())))
 
     # ---------------------------------------------------------------- limits and cancelling
 
     def _leave_global(self, split: SplitState, stage: Stage) -> None:
         """A split has passed a stage that takes splits one after the other: it is the next one's turn, or the limit's end."""
-        self.global_next[stage.id] = split.index + 1
+        if stage.id in split.granted:  # it had its turn in an earlier attempt
+            self._cut_rest_of(split, stage)
+            return
+        self._next_turn(stage.id, split.index + 1)
         self._cut_rest_of(split, stage)
         if stage.limit is not None and self.passed[stage.id] >= stage.limit:
             self._cancel_after(split.index)
-        elif (later := self.open.get(split.index + 1)) is not None:
+        elif (later := self.open.get(self.global_next[stage.id])) is not None:
             self._poke_markers(later)
 
     def _cut_rest_of(self, split: SplitState, stage: Stage) -> None:
@@ -352,7 +570,8 @@ class Scheduler(Dispatcher):
             self._out.append(Settle(split.split, split.attempt, None, _NO_ROWS, cancelled=True))
 
     def _cancel_cursor(self, cursor: CursorEntry) -> None:
-        if cursor.started and cursor.worker is not None:
+        if cursor.started and cursor.worker in self.workers:
+            assert cursor.worker is not None
             self._out.append(Drop(Discard(cursor.worker, cursor.id)))
         self._close_cursor(cursor)
 

@@ -30,8 +30,8 @@ class Limits:
     block, so that a block of ordinary size ends the step). slice_s: how long a step may run before it reports at
     the next block boundary (long enough that messages cost nothing, short enough for a live progress line).
     deliver_blocks: blocks that the consumer may have waiting.
-    fail_on_bad_rows: a row that kills its worker ends the run (on_error="fail"). max_bad_rows, max_bad_fraction: see RunOptions.
-    settled_before: rows of splits that earlier sessions of this run settled.
+    fail_on_bad_rows: a row that kills its worker ends the run (on_error="fail"). max_bad_rows, max_bad_fraction: see
+    RunOptions. settled_before: rows of splits that earlier sessions of this run settled.
     """
 
     budget_bytes: int = 1 << 30
@@ -52,8 +52,8 @@ class Limits:
 class SplitsListed:
     """The answer to ListSplits. done: there are no more.
 
-    splits: those still to do. settled: those in between that an earlier session settled: (index, rows that passed each limit, by
-    the limit's operator index). Together they are consecutive.
+    splits: those still to do. settled: those in between that an earlier session settled: (index, rows that passed each limit,
+    by the limit's operator index). Together they are consecutive.
     """
 
     splits: tuple[Split, ...]

@@ -17,11 +17,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from enum import Enum
 
-from headrace.core.receipts import Receipt, Tally
+from headrace.core.receipts import OutputFile, Receipt, Tally
 from headrace.core.refs import BlockRef
 from headrace.core.splits import Split
-from headrace.core.stages import Order, Stage
+from headrace.core.stages import Order, Route, Stage
 from headrace.core.steps import Step
+from headrace.scheduler.policy.retry import History
 
 DELIVER_STAGE = -1  # the "next stage" of a block that waits for the consumer
 MAX_DEPTH = 4  # steps that a worker may hold: one runs, the others are queued behind it
@@ -79,27 +80,46 @@ class CursorEntry:
 
 
 class SplitState:
-    """An open split. following: stage id -> the next stage of its route (DELIVER_STAGE at the end, None after a sink)."""
+    """One attempt at an open split. following: stage id -> the next stage of its route (DELIVER_STAGE at the end, None after a
+    sink).
+
+    aside: quarantine files. taken: rows that passed each limit, by stage. granted: of limits that an earlier attempt had left,
+    the rows that may pass again. delivered: rows that the consumer has; skip: those of them that this attempt is still to make
+    again. history: of all attempts.
+    """
 
     __slots__ = (
+        "aside",
         "attempt",
         "closed",
         "cursors",
+        "delivered",
         "following",
+        "granted",
         "head",
+        "history",
         "markers",
         "receipt",
+        "route",
+        "skip",
         "source",
         "source_done",
         "split",
         "tail",
+        "taken",
         "tally",
     )
 
-    def __init__(self, split: Split, attempt: int, following: dict[int, int | None]) -> None:
+    def __init__(self, split: Split, route: Route, following: dict[int, int | None], before: SplitState | None = None) -> None:
         self.split = split
-        self.attempt = attempt
+        self.attempt = 1 if before is None else before.attempt + 1
+        self.route = route
         self.following = following
+        self.history = History() if before is None else before.history
+        self.delivered = self.skip = 0 if before is None else before.delivered
+        self.granted: dict[int, int] = {} if before is None else before.granted
+        self.taken: dict[int, int] = {}
+        self.aside: list[OutputFile] = []
         self.head = Node(self, -2)
         self.tail = Node(self, -2)
         self.head.next = self.tail

@@ -163,7 +163,7 @@ class _WorkerThread(threading.Thread):
         except BaseException as exc:  # also SystemExit from a constructor: the driver must hear of a lost worker
             if not self._finishing:
                 reason = f"its thread ended: {describe_exception(exc)}"
-                self._outbox.put(WorkerLost(self._spec.id, reason, started=self._up))
+                self._outbox.put(WorkerLost(self._spec.id, reason, started=self._up, pool=self._spec.pool))
 
     def _serve(self) -> None:
         if self._limits is not None:

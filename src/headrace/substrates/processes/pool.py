@@ -223,7 +223,8 @@ class ProcessesSubstrate:
         try:
             worker = _start(spec, self._threads)
         except OSError as exc:
-            self._events.append(WorkerLost(spec.id, f"its process could not be started: {exc}", started=False))
+            reason = f"its process could not be started: {exc}"
+            self._events.append(WorkerLost(spec.id, reason, started=False, pool=spec.pool))
             return None
         self._ledger.open_arena(spec.id, self._arena_bytes or arena_bytes(1))
         self._workers[spec.id] = worker
@@ -333,7 +334,7 @@ class ProcessesSubstrate:
                 print(crash, file=sys.stderr, flush=True)
         doing = read_crumb(worker.crumb)
         reason = self._reason(worker, code)
-        self._events.append(WorkerLost(worker.spec.id, reason, doing, worker.stack or crash, worker.up))
+        self._events.append(WorkerLost(worker.spec.id, reason, doing, worker.stack or crash, worker.up, worker.spec.pool))
         self._forget(worker)
         self._ledger.worker_died(worker.spec.id)
 

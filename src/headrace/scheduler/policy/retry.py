@@ -1,0 +1,74 @@
+"""What becomes of a split whose worker died on it: tried again, with what is known of the rows that kill, or given up.
+
+A poison row is found in three deaths at most. The first breadcrumb names a batch: its rows are then run one at a time. The next
+death names one row: it is accused. A row that is alone at work at two deaths is condemned, since a worker may also be killed by
+chance, and no innocent row shall be set aside for it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from headrace.core.refs import Segment
+from headrace.core.steps import Doing, Suspect
+
+MOST_BLIND = 3  # attempts that ended without a word of what killed the worker
+MOST_TRANSIENT = 3  # attempts that storage trouble ended, beyond what the storage's own retries cure
+MOST_ATTEMPTS = 100  # in all: each brings something new, and yet there must be an end
+CONFIRMATIONS = 2  # deaths on the very same row
+
+
+@dataclass(slots=True)
+class History:
+    """What the attempts at one split have met."""
+
+    blind: int = 0
+    transient: int = 0
+    segments: dict[int, tuple[Segment, ...]] = field(default_factory=dict[int, tuple[Segment, ...]])
+    accused: Counter[tuple[int, str]] = field(default_factory=Counter[tuple[int, str]])
+    condemned: dict[int, tuple[tuple[str, str], ...]] = field(default_factory=dict[int, tuple[tuple[str, str], ...]])
+    suspects: tuple[Suspect, ...] = ()
+
+    def note(self, doing: Doing | None, reason: str) -> bool:
+        """Take in a death. True: it is certain now which row kills, and that row is condemned."""
+        if doing is None:
+            self.blind += 1
+            return False
+        known = self.segments.get(doing.op, ())
+        new = tuple(s for s in doing.segments if s not in known)
+        certain = False
+        if new:
+            self.segments[doing.op] = known + new
+        if doing.digest:
+            row = (doing.op, doing.digest)
+            self.accused[row] += 1
+            certain = self.accused[row] == CONFIRMATIONS
+            if certain:
+                self.condemned[doing.op] = (*self.condemned.get(doing.op, ()), (doing.digest, reason))
+            elif self.accused[row] > CONFIRMATIONS:
+                self.blind += 1  # it must not have been run
+        elif not new:
+            self.blind += 1
+        if self.segments or self.condemned:
+            self.suspects = tuple(
+                Suspect(op, segments, self.condemned.get(op, ())) for op, segments in sorted(self.segments.items())
+            )
+        return certain
+
+    def exhausted(self, attempt: int) -> bool:
+        """There is no sense in another attempt after this one."""
+        return self.blind >= MOST_BLIND or attempt >= MOST_ATTEMPTS
+
+
+def place_of(doing: Doing) -> tuple[str, str]:
+    """(label, value): the rows at work, for an error."""
+    segments = doing.segments
+    if not segments:
+        return "rows", "not known"
+    first, last = segments[0], segments[-1]
+    if len(segments) == 1 and first.rows == 1:
+        return "row", f"{first.row} of {first.uri}"
+    if len(segments) == 1:
+        return "rows", f"among {first.row}-{first.row + first.rows - 1} of {first.uri}"
+    return "rows", f"among row {first.row} of {first.uri} to row {last.row + last.rows - 1} of {last.uri}"
