@@ -17,7 +17,12 @@ DEVICE = "sim"
 
 @dataclass(frozen=True)
 class Case:
-    """One simulated run. listing_s, consumer_s: the longest that a listing and the consumer take."""
+    """One simulated run. listing_s, consumer_s: the longest that a listing and the consumer take.
+
+    pressure_s: about how often the node's memory level changes, 0 for never. drain_s: when the run is asked to drain, None for
+    never. crash: the event after which the driver dies, None for never. settled: what earlier sessions settled, by split, with
+    the rows that passed each limit.
+    """
 
     plan: SchedulerPlan
     program: SimulatedProgram
@@ -26,6 +31,10 @@ class Case:
     limits: Limits
     listing_s: float = 0.0
     consumer_s: float = 0.0
+    pressure_s: float = 0.0
+    drain_s: float | None = None
+    crash: int | None = None
+    settled: Mapping[int, tuple[tuple[int, int], ...]] = field(default_factory=dict[int, tuple[tuple[int, int], ...]])
     seed: int = 0
 
     @property
@@ -45,6 +54,7 @@ def expected(case: Case) -> dict[int, list[int]]:
             if stage_id in left:
                 rows = rows[: left[stage_id]]
                 left[stage_id] -= len(rows)
+            rows = case.program.works[stage_id].good(rows)
             if not case.plan.stages[stage_id].model:
                 rows = case.program.works[stage_id].of(rows)
         found[split.index] = list(rows)
@@ -248,6 +258,4 @@ def _finish(rnd: Random, table: Table) -> None:
     else:
         table.add(Order.SPLIT, Work(step_blocks=rnd.choice((1, 1 << 30))), end=End.SINK)
         return
-    table.stages[-1] = Stage(
-        **{name: getattr(last, name) for name in Stage.__dataclass_fields__ if name != "end"}, end=ends
-    )
+    table.stages[-1] = Stage(**{name: getattr(last, name) for name in Stage.__dataclass_fields__ if name != "end"}, end=ends)

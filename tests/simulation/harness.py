@@ -9,19 +9,26 @@ from tests.simulation.cases import Case
 
 from headrace.core.errors import HeadraceError
 from headrace.core.receipts import Tally
+from headrace.core.resources import WorkerSpec
 from headrace.core.steps import Advance, Apply, Step
 from headrace.scheduler.invariants import check, story
 from headrace.scheduler.machine import Scheduler
 from headrace.scheduler.messages import (
+    AddWorker,
     Command,
     ConsumerTook,
     Deliver,
+    Drain,
     Drop,
     Fail,
     Finish,
     ListSplits,
+    MemoryPressure,
+    PartsSpilled,
     Release,
+    Retry,
     Settle,
+    Spill,
     SplitsListed,
     Start,
     Submit,
@@ -45,6 +52,10 @@ class Simulation:
         self.started: list[Step] = []
         self.error: HeadraceError | None = None
         self.finished = False
+        self.drained = False
+        self.crashed = False
+        self.published: dict[int, list[int]] = {}
+        self.retries: list[Retry] = []
         self.peak = 0
         self.events = 0
         self._unlisted = list(case.splits)
@@ -54,10 +65,17 @@ class Simulation:
     def run(self) -> Simulation:
         """To the end, and on until nothing happens any more."""
         self.substrate.start(self.case.program, self.case.workers)
+        if self.case.pressure_s:
+            self._change_pressure()
+        if self.case.drain_s is not None:
+            self.substrate.later(self.case.drain_s, Drain())
         self.tell(Start())
         while not self.substrate.idle:
             for event in self.substrate.wait(0.0):
                 self.tell(event)
+                if self.events == self.case.crash:
+                    self.crashed = True
+                    return self
         if not self.finished and self.error is None:
             raise AssertionError(self._stalled())
         return self
@@ -91,19 +109,31 @@ class Simulation:
                 self.substrate.release(parts)
             case ListSplits(count):
                 self.substrate.later(self.random.random() * self.case.listing_s, lambda: self._list(count))
-            case Deliver(split, block):
+            case Deliver(split, block, skip):
                 assert split >= self._delivered_last, "blocks are delivered out of order"
+                assert skip < block.rows
                 self._delivered_last = split
-                self.delivered.setdefault(split, []).extend(self.substrate.fetch(block))
+                self.delivered.setdefault(split, []).extend(self.substrate.fetch(block)[skip:])
                 self._taking += 1
                 if self._taking == 1:
                     self._take_later()
             case Settle(split):
                 assert split.index not in self.settled, f"{split.label} is settled twice"
                 self.settled[split.index] = command
-            case Finish():
+                if command.receipt is not None:
+                    assert command.receipt.attempt == command.attempt
+                    self.published[split.index] = self.substrate.staged[split.index, command.attempt]
+            case Retry():
+                assert command.index not in self.settled, f"split {command.index} is retried, and was settled"
+                self.retries.append(command)
+            case AddWorker(worker, pool):
+                self.substrate.add_worker(WorkerSpec(worker, pool, f"{pool}:{worker}"))
+            case Spill(parts):
+                self.tell(PartsSpilled(self.substrate.spill(parts)))
+            case Finish(drained):
                 assert not self.finished, "Finish twice"
                 self.finished = True
+                self.drained = drained
             case Fail(error):
                 self.error = error
 
@@ -112,7 +142,18 @@ class Simulation:
         count = asked if self.case.listing_s == 0.0 else self.random.choice((0, 1, asked // 2, asked))
         found, self._unlisted = self._unlisted[:count], self._unlisted[count:]
         done = not self._unlisted and (self.case.listing_s == 0.0 or self.random.random() < 0.5)
-        return SplitsListed(tuple(found), done)
+        known = tuple((s.index, self.case.settled[s.index]) for s in found if s.index in self.case.settled)
+        return SplitsListed(tuple(s for s in found if s.index not in self.case.settled), done, known)
+
+    def _change_pressure(self) -> None:
+        """Levels come and go as long as the run is under way; the last one is 0."""
+        self.substrate.later(self.random.random() * 2 * self.case.pressure_s, self._pressure)
+
+    def _pressure(self) -> MemoryPressure | None:
+        if self.finished or self.error is not None:
+            return None
+        self._change_pressure()
+        return MemoryPressure(self.random.choice((0, 0, 1, 2)))
 
     def _take_later(self) -> None:
         self.substrate.later(self.random.random() * self.case.consumer_s, self._take)
@@ -131,7 +172,7 @@ class Simulation:
         total = s.in_flight + s.reserved
         for command in reversed(commands):
             if isinstance(command, Submit) and (entry := s.steps.get(command.step.id)) is not None:
-                if entry[3] and total > s.limits.budget_bytes:
+                if entry[3] and total > s.limits.budget_bytes and not s.pressure:
                     oldest = next(iter(s.open))
                     step = command.step
                     splits = [step.split_index] if isinstance(step, Advance) else [i for i, _ in step.owners]
@@ -150,7 +191,7 @@ def run_checked(case: Case, rows: dict[int, list[int]]) -> Simulation:
     if done.error is not None:
         raise done.error
     assert done.finished
-    got = done.delivered if case.delivers else done.substrate.published
+    got = done.delivered if case.delivers else done.published
     if case.delivers:
         got = {i: got.get(i, []) for i in rows}
     assert got == rows, _difference(got, rows)

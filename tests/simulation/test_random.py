@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from random import Random
 
 import pytest
-from tests.simulation.cases import expected, random_case
+from tests.simulation.cases import Case, expected, random_case
 from tests.simulation.harness import Simulation, run_checked
 
-from headrace.core.errors import UserCodeError, WorkerDied
+from headrace.core.errors import TransientError, UserCodeError, WorkerDied
+from headrace.substrates.simulated import source_rows
 
 CHUNKS = 20
 SEEDS = 110  # per chunk
 FAULTS = 20  # seeds per chunk that are run again with a fault
+TROUBLES = 50  # seeds per chunk of runs with troubles, and of runs in several sessions
 
 
 def run_seed(seed: int) -> None:
@@ -22,21 +25,87 @@ def run_seed(seed: int) -> None:
 
 
 def run_fault(seed: int) -> None:
-    """One step raises, or one worker dies: Fail is said once, and nothing after it."""
+    """One step raises: Fail is said once, and nothing after it."""
     case = random_case(seed)
     steps = len(Simulation(case, checked=False).run().started)
     if not steps:
         return
-    rnd = Random(seed)
-    nth = rnd.randint(1, steps)
-    dies = rnd.random() < 0.5
-    program = replace(case.program, loses=nth) if dies else replace(case.program, fails=nth)
-    failed = Simulation(replace(case, program=program)).run()
+    nth = Random(seed).randint(1, steps)
+    failed = Simulation(replace(case, program=replace(case.program, fails=nth))).run()
     if failed.error is None:  # a limit was reached while the step ran: it counts for nothing
         assert failed.finished
         assert any(stage.limit is not None for stage in case.plan.stages)
         return
-    assert isinstance(failed.error, WorkerDied if dies else UserCodeError)
+    assert isinstance(failed.error, UserCodeError)
+
+
+def with_troubles(seed: int) -> Case:
+    """A random case in which workers die, storage stumbles, rows fail, rows kill, and memory comes and goes."""
+    case = random_case(seed)
+    rnd = Random(seed + 7)
+    works = dict(case.program.works)
+    same = [(1, 2)] if len(case.plan.routes) > 1 else [(stage,) for stage in works]  # a row's way must not matter
+    for stages in same:
+        if rnd.random() < 0.3:
+            bad = rnd.choice((2, 5, 17))
+            works |= {stage: replace(works[stage], bad=bad) for stage in stages}
+    if rnd.random() < 0.3 and case.splits:
+        rows = list(source_rows(rnd.choice(case.splits)))
+        poison = frozenset(rnd.sample(rows, min(len(rows), rnd.choice((1, 1, 2)))))
+        works |= {stage: replace(works[stage], poison=poison) for stage in rnd.choice(same)}
+    case = replace(case, program=replace(case.program, works=works), limits=replace(case.limits, fail_on_bad_rows=False))
+    quiet = replace(case.program, works={stage: replace(work, poison=frozenset()) for stage, work in works.items()})
+    steps = len(Simulation(replace(case, program=quiet), checked=False).run().started) + 1
+    spread = max(1, steps // rnd.choice((1, 2, 5)))  # few enough that no split runs out of attempts by chance
+    deaths = frozenset(rnd.randint(1, 2 * steps) for _ in range(min(rnd.choice((0, 1, 2, 5)), spread)))
+    stumbles = frozenset(rnd.randint(1, 2 * steps) for _ in range(min(rnd.choice((0, 0, 1, 2)), spread))) - deaths
+    program = replace(case.program, loses=deaths, tells=rnd.random() < 0.5, stumbles=stumbles)
+    return replace(case, program=program, pressure_s=rnd.choice((0.0, 0.0, 0.01, 0.1)))
+
+
+def run_troubled(seed: int) -> None:
+    """Whatever befalls the workers, the output is that of a run in which nothing happened."""
+    case = with_troubles(seed)
+    done = Simulation(case).run()
+    if done.error is not None and gave_up(done):
+        return
+    run_checked(case, expected(case))
+
+
+def gave_up(done: Simulation) -> bool:
+    """Chance may hit one split so often that the scheduler must take it for the split's fault."""
+    counts = Counter(retry.index for retry in done.retries)
+    return isinstance(done.error, WorkerDied | TransientError) and max(counts.values(), default=0) >= 2
+
+
+def run_resumed(seed: int) -> None:
+    """Sessions that drain, or whose driver dies at any event; the next goes on from what was settled."""
+    case = with_troubles(seed)
+    if case.delivers:
+        return
+    rnd = Random(seed + 13)
+    wanted = expected(case)
+    settled: dict[int, tuple[tuple[int, int], ...]] = {}
+    published: dict[int, list[int]] = {}
+    for session in range(40):
+        last = session == 39
+        crash = None if last else rnd.choice((None, rnd.randint(1, 60), rnd.randint(1, 400)))
+        drain_s = None if last or crash is not None else rnd.choice((None, rnd.random() * 0.5, 0.0))
+        if session > 5:  # chance has had its way
+            case = replace(case, program=replace(case.program, loses=frozenset(), stumbles=frozenset()))
+        part = Simulation(replace(case, settled=dict(settled), crash=crash, drain_s=drain_s, seed=seed + session)).run()
+        if part.error is not None and not gave_up(part):
+            raise part.error
+        limited = any(stage.limit is not None for stage in case.plan.stages)
+        for index, settle in part.settled.items():
+            assert index not in settled
+            if not settle.cancelled:
+                assert not limited or settled.keys() == set(range(index)), "not the first splits are settled"
+                settled[index] = settle.taken
+                published[index] = part.published[index]
+        if part.finished and not part.drained:
+            break
+    assert published == wanted
 
 
 def _named(run: str, seed: int) -> str:
@@ -51,6 +120,24 @@ def test_random_runs(chunk: int) -> None:
             run_seed(seed)
         except Exception as error:
             raise AssertionError(_named("run_seed", seed)) from error
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_random_troubles(chunk: int) -> None:
+    for seed in range(chunk * TROUBLES, (chunk + 1) * TROUBLES):
+        try:
+            run_troubled(seed)
+        except Exception as error:
+            raise AssertionError(_named("run_troubled", seed)) from error
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_random_sessions(chunk: int) -> None:
+    for seed in range(chunk * TROUBLES, (chunk + 1) * TROUBLES):
+        try:
+            run_resumed(seed)
+        except Exception as error:
+            raise AssertionError(_named("run_resumed", seed)) from error
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))

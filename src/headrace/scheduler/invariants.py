@@ -256,7 +256,7 @@ def _closed_to(s: Scheduler, worker: WorkerState, stage: Stage) -> bool:
 
 def _check_end(s: Scheduler) -> None:
     assert not s.open, f"finished with open splits {list(s.open)}"
-    assert not s.pending, "finished with pending splits"
+    assert not s.pending or s.draining, "finished with pending splits"
     assert not any(s.waiting.values()), f"finished while blocks wait: {s.waiting}"
     for _, nodes, cursor, _ in s.steps.values():
         assert cursor is None or cursor.state is CursorState.DONE, "finished while work that counts runs"

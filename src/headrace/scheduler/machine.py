@@ -171,6 +171,9 @@ class Scheduler(Dispatcher):
                 self._abandon(step, outputs)
             case StepFailed(step) if not self.failed and step in self.steps:
                 self._abandon(step, ())
+            case WorkerLost(worker) if not self.failed and (state := self.workers.pop(worker, None)) is not None:
+                for step in list(state.running):
+                    self._lose_step(step)
             case _:
                 pass
 

@@ -18,9 +18,9 @@ from heapq import heappop, heappush
 from random import Random
 from typing import Any
 
-from headrace.core.errors import InternalError, UserCodeError
+from headrace.core.errors import InternalError, TransientError, UserCodeError
 from headrace.core.receipts import Receipt, Tally
-from headrace.core.refs import BlockRef, PartRef
+from headrace.core.refs import BlockRef, PartRef, Segment
 from headrace.core.resources import WorkerSpec
 from headrace.core.splits import Split
 from headrace.core.stages import End, Order, Stage
@@ -28,11 +28,14 @@ from headrace.core.steps import (
     Advance,
     Apply,
     Discard,
+    Doing,
     PartsFreed,
+    Share,
     Step,
     StepDone,
     StepFailed,
     SubstrateEvent,
+    Suspect,
     Timing,
     WorkerLost,
     WorkerUp,
@@ -51,11 +54,12 @@ def source_rows(split: Split) -> range:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a stage's code does and costs.
+    """What a stage's code does and costs. Its operator's index is the stage's `first`.
 
     step_s + row_s * rows is a step's time. block_rows: rows of an output block, at most. row_bytes: of one output row.
     expand: children per row (1: the row itself). drop: every row whose number is divisible by it is dropped (0: none).
     step_blocks: input pieces that a sink, which makes no output, takes per step before its time slice is over.
+    bad: every row whose number leaves 1 when divided by it fails and is skipped (0: none). poison: rows that kill the worker.
     """
 
     step_s: float = 1e-3
@@ -65,9 +69,17 @@ class Work:
     expand: int = 1
     drop: int = 0
     step_blocks: int = 1 << 30
+    bad: int = 0
+    poison: frozenset[int] = frozenset()
+
+    def good(self, rows: Rows) -> Rows:
+        """Those of the input rows that don't fail."""
+        if self.bad or self.poison:
+            return [row for row in rows if not (self.bad and row % self.bad == 1) and row not in self.poison]
+        return rows
 
     def of(self, rows: Rows) -> Rows:
-        """The output rows of input rows: what a test compares with."""
+        """The output rows of good input rows: what a test compares with."""
         if self.expand > 1:
             rows = [row * CHILDREN + k for row in rows for k in range(self.expand)]
         if self.drop:
@@ -81,7 +93,8 @@ class SimulatedProgram:
 
     jitter: step times are stretched or shrunk by a random factor in [1 - jitter, 1 + jitter]; one step in fifty then takes
     twenty times as long. start_s, free_s: the longest that a worker takes to come up, and a part to be freed.
-    fails: the n-th step of the run raises. loses: at the n-th step its worker dies. record: keep the rows of sinks.
+    fails: the n-th step of the run raises. loses: at these steps of the run their workers die; tells: with a breadcrumb.
+    stumbles: these steps meet trouble with the storage. record: keep the rows of sinks.
     """
 
     stages: tuple[Stage, ...]
@@ -91,7 +104,9 @@ class SimulatedProgram:
     start_s: float = 0.0
     free_s: float = 0.0
     fails: int | None = None
-    loses: int | None = None
+    loses: frozenset[int] = frozenset()
+    tells: bool = False
+    stumbles: frozenset[int] = frozenset()
     record: bool = True
 
 
@@ -106,13 +121,13 @@ class _Worker:
 
 
 class SimulatedSubstrate:
-    """See the module. now_s: virtual time. published: split index -> rows that its sink published."""
+    """See the module. now_s: virtual time. staged: (split index, attempt) -> rows that its sink wrote."""
 
     name = "simulated"
 
     def __init__(self) -> None:
         self.now_s = 0.0
-        self.published: dict[int, list[int]] = {}
+        self.staged: dict[tuple[int, int], list[int]] = {}
         self.steps_run = 0
         self._program: SimulatedProgram = SimulatedProgram((), {})
         self._random = Random(0)
@@ -121,6 +136,7 @@ class SimulatedSubstrate:
         self._tie = 0
         self._next_part = 0
         self._parts: dict[int, int] = {}  # part id -> bytes, until released
+        self._sizes: dict[int, int] = {}  # the same as far as memory is concerned: 0 once it is on disk
         self._unfreed_bytes = 0
         self._reading: dict[int, int] = {}  # part id -> steps that read it
         self._woken = threading.Event()
@@ -145,6 +161,7 @@ class SimulatedSubstrate:
 
     def submit(self, step: Step | Discard) -> None:
         worker = self._workers[step.worker]
+        assert not worker.dead or isinstance(step, Discard), f"a step for worker {step.worker}, which is dead"
         assert worker.up, f"a step for worker {step.worker}, which is not up"
         if not isinstance(step, Discard):
             for block in step.inputs:
@@ -161,7 +178,7 @@ class SimulatedSubstrate:
             assert part.id not in self._reading, f"part {part.id} is released while a step reads it"
             del self._parts[part.id]
         event = PartsFreed(tuple(p.id for p in parts))
-        size = sum(p.bytes for p in parts)
+        size = sum(self._sizes.pop(p.id) for p in parts)
 
         def freed() -> PartsFreed:
             self._unfreed_bytes -= size
@@ -188,6 +205,22 @@ class SimulatedSubstrate:
     def fetch(self, block: BlockRef) -> Any:
         """The block's rows (there is no Arrow here)."""
         return self._rows(block)
+
+    def kill(self, worker: int, reason: str) -> bool:
+        """Nothing hangs here."""
+        return False
+
+    def spill(self, parts: Sequence[PartRef]) -> tuple[PartRef, ...]:
+        """To a disk of which half of the parts find no room."""
+        moved: list[PartRef] = []
+        for part in parts:
+            assert part.id in self._parts, f"part {part.id} is spilled, and was released"
+            assert part.id not in self._reading, f"part {part.id} is spilled while a step reads it"
+            if self._random.random() < 0.5:
+                self._unfreed_bytes -= self._sizes[part.id]
+                self._sizes[part.id] = 0
+                moved.append(part)
+        return tuple(moved)
 
     def memory_bytes(self) -> int:
         return self._unfreed_bytes
@@ -235,12 +268,21 @@ class SimulatedSubstrate:
             def ends(step: Step = step, answer: SubstrateEvent = answer) -> SubstrateEvent:
                 self._end_reading(step)
                 worker.busy = False
-                worker.dead = isinstance(answer, WorkerLost)
+                if isinstance(answer, WorkerLost):
+                    self._die(worker)
                 self._begin(worker)
                 return answer
 
             self.later(seconds, ends)
             return
+
+    def _die(self, worker: _Worker) -> None:
+        worker.dead = True
+        worker.cursors.clear()
+        for step in worker.queue:
+            if not isinstance(step, Discard):
+                self._end_reading(step)
+        worker.queue.clear()
 
     def _end_reading(self, step: Step) -> None:
         for block in step.inputs:
@@ -255,8 +297,23 @@ class SimulatedSubstrate:
         self.steps_run += 1
         if self.steps_run == self._program.fails:
             return StepFailed(step.id, worker.spec.id, UserCodeError("the simulated code raises"))
-        if self.steps_run == self._program.loses:
-            return WorkerLost(worker.spec.id, "killed by the simulation")
+        if self.steps_run in self._program.stumbles:
+            if isinstance(step, Advance):
+                worker.cursors.pop(step.cursor, None)
+            return StepFailed(step.id, worker.spec.id, TransientError("the simulated storage is busy"))
+        try:
+            if self.steps_run in self._program.loses:
+                raise Death(self._crumb(step) if self._program.tells else None)
+            return self._work(worker, step)
+        except Death as death:
+            return WorkerLost(worker.spec.id, "killed by the simulation", death.doing, pool=worker.spec.pool)
+
+    def _crumb(self, step: Step) -> Doing:
+        rows = [row for block in step.inputs for row in self._rows(block)] or [0]
+        first = self._program.stages[step.stage].first
+        return Doing(first, f"op {first}", (Segment("rows", min(rows), max(rows) - min(rows) + 1),))
+
+    def _work(self, worker: _Worker, step: Step) -> SubstrateEvent:
         if isinstance(step, Apply):
             return self._apply(worker, step)
         cursor = worker.cursors.get(step.cursor)
@@ -269,20 +326,33 @@ class SimulatedSubstrate:
         return done
 
     def _apply(self, worker: _Worker, step: Apply) -> StepDone:
-        work = self._program.works[step.stage]
+        stage, work = self._program.stages[step.stage], self._program.works[step.stage]
         outputs: list[BlockRef] = []
+        whole: set[int] = set()
+        shares: dict[tuple[int, int], Tally] = {}
         rows = 0
-        for block in step.inputs:
-            part = self.put(worker.spec.id, self._rows(block), work.row_bytes * block.rows, (f"model{step.stage}",))
-            outputs.append(BlockRef(block.rows, (part,)))
+        for i, (block, owner) in enumerate(zip(step.inputs, step.owners, strict=True)):
+            given = self._rows(block)
+            survive(work, stage, given, step.suspects)
+            good = work.good(given)
+            written = len(good) if stage.end is End.DELIVER else 0
+            shares[owner] = shares.get(owner, Tally()) + Tally(skipped=len(given) - len(good), written=written)
             rows += block.rows
+            if len(good) < len(given):
+                whole.add(i)
+                part = (self.put(worker.spec.id, good, work.row_bytes * len(good), ("id",)),) if good else ()
+                outputs.append(BlockRef(len(good), part))
+            else:
+                part = (self.put(worker.spec.id, given, work.row_bytes * block.rows, (f"model{step.stage}",)),)
+                outputs.append(BlockRef(block.rows, part))
         timing = Timing(self.now_s, self.stretch(work.step_s + work.row_s * rows), 0.0)
-        return StepDone(step.id, worker.spec.id, tuple(outputs), timing=timing)
+        told = tuple(Share(split, attempt, tally) for (split, attempt), tally in shares.items() if tally != Tally())
+        return StepDone(step.id, worker.spec.id, tuple(outputs), timing=timing, shares=told, whole=frozenset(whole))
 
     def put(self, owner: int, rows: Rows, size: int, columns: tuple[str, ...]) -> PartRef:
         """A new part."""
         self._next_part += 1
-        self._parts[self._next_part] = size
+        self._parts[self._next_part] = self._sizes[self._next_part] = size
         self._unfreed_bytes += size
         return PartRef(self._next_part, owner, size, columns, rows)
 
@@ -294,12 +364,12 @@ class SimulatedSubstrate:
         seconds *= 1.0 + jitter * (2.0 * self._random.random() - 1.0)
         return seconds * 20.0 if self._random.random() < 0.02 else seconds
 
-    def publish(self, split: int, rows: list[int]) -> None:
-        """A sink's output. A split is published once."""
-        if split in self.published:
-            raise InternalError(f"split {split} is published twice")
+    def stage(self, split: int, attempt: int, rows: list[int]) -> None:
+        """A sink's output. An attempt ends once."""
+        if (split, attempt) in self.staged:
+            raise InternalError(f"attempt {attempt} at split {split} ends twice")
         if self._program.record:
-            self.published[split] = rows
+            self.staged[split, attempt] = rows
 
     @property
     def records(self) -> bool:
@@ -313,6 +383,30 @@ class SimulatedSubstrate:
         return rows
 
 
+class Death(Exception):
+    """The worker dies. doing: its breadcrumb."""
+
+    def __init__(self, doing: Doing | None) -> None:
+        super().__init__(doing)
+        self.doing = doing
+
+
+def survive(work: Work, stage: Stage, rows: Rows, suspects: tuple[Suspect, ...]) -> None:
+    """Raises Death if poison is among the rows; what was condemned is not touched. Suspect rows are tried one by one."""
+    if not work.poison or not rows:
+        return
+    mine = [s for s in suspects if s.op == stage.first]
+    condemned = {digest for s in mine for digest, _ in s.condemned}
+    killers = [row for row in rows if row in work.poison and str(row) not in condemned]
+    if not killers:
+        return
+    segment = Segment("rows", min(rows), max(rows) - min(rows) + 1)
+    alone = any(a.row < segment.row + segment.rows and segment.row < a.row + a.rows for s in mine for a in s.segments)
+    if alone:
+        raise Death(Doing(stage.first, f"op {stage.first}", (Segment("rows", killers[0], 1),), str(killers[0])))
+    raise Death(Doing(stage.first, f"op {stage.first}", (segment,)))
+
+
 class _Cursor:
     """A stage's generator over one split or block. pieces: input not yet taken. out: output not yet given, from `given` on."""
 
@@ -321,6 +415,7 @@ class _Cursor:
         self.work = work
         self.worker = step.worker
         self.split: Split | None = step.split
+        self.suspects = step.suspects
         self.pieces: deque[Rows] = deque()
         self.out: list[int] | Rows = []
         self.given = 0
@@ -343,7 +438,7 @@ class _Cursor:
         if left == 0:
             self._use_up()
         outputs: list[BlockRef] = []
-        size = seen = read = expanded = filtered = taken = written = blocks = 0
+        size = seen = read = expanded = filtered = taken = written = blocks = skipped = 0
         while size < step.credit_bytes and blocks < work.step_blocks:
             if self._has_output(step.end):
                 outputs.append(block := self._give(substrate))
@@ -361,6 +456,10 @@ class _Cursor:
                 if not left:
                     self._use_up()
             seen += len(piece)
+            survive(work, stage, piece, self.suspects)
+            good = work.good(piece)
+            skipped += len(piece) - len(good)
+            piece = good
             made = work.of(piece)
             expanded += len(piece) * (work.expand - 1)
             filtered += len(piece) * work.expand - len(made)
@@ -376,11 +475,12 @@ class _Cursor:
         self.ended = finished
         if stage.end is End.DELIVER:
             written = sum(b.rows for b in outputs)
-        tally = Tally(rows_in=read if stage.order is Order.SOURCE else 0, expanded=expanded, filtered=filtered, written=written)
+        rows_in = read if stage.order is Order.SOURCE else 0
+        tally = Tally(rows_in=rows_in, expanded=expanded, filtered=filtered, written=written, skipped=skipped)
         self.written_rows += written
         receipt = None
         if finished and stage.end is End.SINK:
-            substrate.publish(step.split_index, self.written)
+            substrate.stage(step.split_index, step.attempt, self.written)
             receipt = Receipt(step.split_index, "", step.attempt, rows=self.written_rows)
         timing = Timing(substrate.now_s, substrate.stretch(work.step_s + work.row_s * seen), 0.0)
         return StepDone(step.id, step.worker, tuple(outputs), finished, more, receipt, tally=tally, taken=taken, timing=timing)
