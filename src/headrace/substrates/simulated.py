@@ -301,11 +301,15 @@ class SimulatedSubstrate:
             if isinstance(step, Advance):
                 worker.cursors.pop(step.cursor, None)
             return StepFailed(step.id, worker.spec.id, TransientError("the simulated storage is busy"))
+        known = self._next_part
         try:
             if self.steps_run in self._program.loses:
                 raise Death(self._crumb(step) if self._program.tells else None)
             return self._work(worker, step)
         except Death as death:
+            for part in range(known + 1, self._next_part + 1):  # made and never told: they go with their worker
+                del self._parts[part]
+                self._unfreed_bytes -= self._sizes.pop(part)
             return WorkerLost(worker.spec.id, "killed by the simulation", death.doing, pool=worker.spec.pool)
 
     def _crumb(self, step: Step) -> Doing:
