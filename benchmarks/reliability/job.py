@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-FILES = 30
-ROWS = 200
-PAUSE_S = 0.004  # per batch of 50: a run takes a second or two, so that kills fall everywhere
+FILES = 120
+ROWS = 50
+PAUSE_S = 0.02  # per file: a run takes two seconds, so that kills fall everywhere
 
 
 def prepare(folder: Path, files: int = FILES, rows: int = ROWS) -> None:

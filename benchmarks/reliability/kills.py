@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -25,7 +26,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ import pyarrow.parquet as pq  # noqa: E402
 from common import record  # noqa: E402
 
 JOB = str(Path(job.__file__))
-PUBLISHING = ("staged", "logged", "finishing")
+PUBLISHING = ("logged", "finishing")
 
 
 # ---------------------------------------------------------------- destinations
@@ -55,9 +55,10 @@ class Local:
         self.env: dict[str, str] = {}
 
     def names(self) -> list[str]:
-        if not self.root.is_dir():
-            return []
-        return sorted(p.relative_to(self.root).as_posix() for p in self.root.rglob("*") if p.is_file())
+        found: list[str] = []
+        for folder, _, files in os.walk(self.root):  # what vanishes meanwhile is left out
+            found += [os.path.relpath(os.path.join(folder, f), self.root) for f in files]
+        return sorted(found)
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -73,6 +74,7 @@ class S3:
     """A destination on a strict server of our own, in a process of its own."""
 
     def __init__(self, port: int) -> None:
+        self.port = port
         self.prefix = "out"
         self.uri = f"s3://bucket/{self.prefix}"
         endpoint = f"http://127.0.0.1:{port}"
@@ -145,7 +147,7 @@ def phase(there: Destination) -> str:
     if logged - shown or any(".tmp" in n and "/log/" in n for n in names):
         return "logged"  # in the log, not all visible: in the middle of publishing
     if any("/staging/" in n and n.endswith(".parquet") for n in names):
-        return "staged"  # whole or partial files wait for the next segment
+        return "staged"  # files are being made, or wait for the next segment
     return "working"
 
 
@@ -173,46 +175,52 @@ class Findings:
 
 
 class Reader:
-    """Opens every visible output file again and again, as another program would."""
+    """Opens every visible output file again and again, as another program would, in a process of its own."""
 
     def __init__(self, there: Destination, findings: Findings) -> None:
-        self._there = there
         self._findings = findings
-        self._seen: dict[str, str] = {}
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._loop, daemon=True)
-        self._thread.start()
+        self._answer = multiprocessing.get_context("spawn").SimpleQueue()
+        self._stop = multiprocessing.get_context("spawn").Event()
+        make = (type(there), there.root if isinstance(there, Local) else there.port)
+        arguments = (make, self._answer, self._stop)
+        self._process = multiprocessing.get_context("spawn").Process(target=watch_outputs, args=arguments, daemon=True)
+        self._process.start()
         self.reads = 0
-
-    def _loop(self) -> None:
-        while not self._stop.wait(0.02):
-            self.look()
-
-    def look(self) -> None:
-        for name in outputs_of(self._there.names()):
-            data = self._there.read(name)
-            if data is None:
-                self._note("changed", f"{name} vanished")
-                continue
-            self.reads += 1
-            digest = hashlib.sha256(data).hexdigest()
-            before = self._seen.setdefault(name, digest)
-            if before != digest:
-                self._note("changed", f"{name} changed")
-            elif self.reads < 20_000:
-                try:
-                    pq.read_table(pa.BufferReader(data))
-                except pa.ArrowException as error:
-                    self._note("torn", f"{name}: {error}")
-
-    def _note(self, what: str, text: str) -> None:
-        setattr(self._findings, what, getattr(self._findings, what) + 1)
-        self._findings.notes.append(text)
 
     def close(self) -> None:
         self._stop.set()
-        self._thread.join()
-        self.look()
+        self.reads, notes = self._answer.get()
+        self._process.join()
+        for what, text in notes:
+            setattr(self._findings, what, getattr(self._findings, what) + 1)
+            self._findings.notes.append(text)
+
+
+def watch_outputs(make: tuple[Any, Any], answer: Any, stop: Any) -> None:
+    """The reader's process."""
+    there: Destination = make[0](make[1])
+    seen: dict[str, str] = {}
+    notes: list[tuple[str, str]] = []
+    reads = 0
+    last = False
+    while not last:
+        last = stop.wait(0.05)
+        for name in outputs_of(there.names()):
+            data = there.read(name)
+            if data is None:
+                notes.append(("changed", f"{name} vanished"))
+                continue
+            reads += 1
+            digest = hashlib.sha256(data).hexdigest()
+            if name not in seen:
+                seen[name] = digest
+                try:
+                    pq.read_table(pa.BufferReader(data))
+                except pa.ArrowException as error:
+                    notes.append(("torn", f"{name}: {error}"))
+            elif seen[name] != digest:
+                notes.append(("changed", f"{name} changed"))
+    answer.put((reads, notes))
 
 
 def check_output(there: Destination, findings: Findings, clean: dict[str, Any]) -> None:
@@ -318,7 +326,7 @@ def wait_for(job_: Job, random_: random.Random, aim: str) -> None:
         return
     log, seen = None, -1
     deadline = time.monotonic() + random_.uniform(0.5, 4.0)
-    skip = random_.randrange(4)
+    skip = random_.randrange(1, 4)
     root = job_.there.root if isinstance(job_.there, Local) else None
     while time.monotonic() < deadline and job_.alive():
         if root is None:
@@ -330,9 +338,9 @@ def wait_for(job_: Job, random_: random.Random, aim: str) -> None:
         if count != seen:
             seen, skip = count, skip - 1
             if skip < 0:
-                time.sleep(random_.choice((0, 0, 0.0003, 0.001, 0.003)))
+                time.sleep(random_.choice((0, 0, 0, 0.0005, 0.002)))
                 return
-        time.sleep(0)
+        time.sleep(0.00005)
 
 
 # ---------------------------------------------------------------- the loops

@@ -224,6 +224,7 @@ def test_ctrl_c_drains(script: Path, engine: str) -> None:
 
 
 def test_a_second_driver_is_refused_and_may_take_over(script: Path) -> None:
+    script.write_text(script.read_text().replace("sleep(0.05)", "sleep(0.2)"))
     job = begin(script, "processes")
     wait_for_files(script.parent / "out", 2)
     second = begin(script, "processes")

@@ -1,102 +1,164 @@
 """Lineage: which rows of the input the rows of an output came from, as runs.
 
+Rows that are listed one by one wait until there are many of them: arrays of a few rows cost as much as arrays of many.
+
 Invariant: the runs of a split name every output row, in order; at most about MOST_RUNS of them, unless there are more objects.
 """
 
 from __future__ import annotations
 
-from itertools import repeat
+from typing import Any
 
 import numpy as np
 
-from headrace.core.receipts import LineageRun
+from headrace.core.lineage import LineageColumns, columns
 from headrace.core.refs import Origin
 
-MOST_RUNS = 100_000  # of a split: some 10 MB while they are collected
+MOST_RUNS = 100_000  # of a split: some 5 MB while they are collected
+WAITING_ROWS = 1 << 16  # rows listed one by one that wait to become runs
+TAIL_RUNS = 1 << 12  # runs that wait to become arrays
 
-_Run = tuple[int, int, str, int, int, bool]  # as LineageRun; tuples of such are nothing that the garbage collector looks at
+_Array = Any  # of NumPy
+_Run = tuple[int, int, int, int, int, bool]  # as LineageRun, with the number of the uri
 
 
 class Lineage:
     """Of one split's output, as its rows are written."""
 
     def __init__(self) -> None:
-        self._runs: list[_Run] = []
-        self._rows = 0
+        self._uris: dict[str, int] = {}
+        self._done: list[tuple[_Array, ...]] = []  # columns of runs
+        self._done_runs = 0
+        self._tail: list[_Run] = []  # the runs after those
+        self._waiting: list[tuple[_Array, _Array]] = []  # where the rows after those came from
+        self._waiting_rows = 0
+        self._rows = 0  # without those that wait
         self._most = MOST_RUNS
 
     def add(self, origin: Origin, rows: int) -> None:
         """The next rows of the output."""
+        if origin.index is not None:
+            self._waiting.append(self._place(origin))
+            self._waiting_rows += rows
+            if self._waiting_rows >= WAITING_ROWS:
+                self._list()
+            return
+        if self._waiting:
+            self._list()
         if origin.exact:
             for s in origin.segments:
-                self._exact(s.uri, s.row, s.rows)
-        elif origin.index is not None:
-            self._indexed(origin)
+                self._exact(self._number(s.uri), s.row, s.rows)
         else:
-            single = origin.rows == 1
+            single = len(origin.segments) == 1 and origin.segments[0].rows == 1
             for s in origin.segments:
-                self._runs.append((self._rows, rows, s.uri, s.row, s.rows, single))
+                self._tail.append((self._rows, rows, self._number(s.uri), s.row, s.rows, single))
             self._rows += rows
-        if len(self._runs) > self._most:
-            self._coarsen()
-            if 4 * len(self._runs) > 3 * self._most:  # rows of that many objects: there is little to merge
-                self._most *= 2
+        if len(self._tail) >= TAIL_RUNS:
+            self._store()
 
-    def runs(self) -> tuple[LineageRun, ...]:
-        return tuple(LineageRun(*run) for run in self._runs)
+    def runs(self) -> LineageColumns:
+        """All that were added."""
+        if self._waiting:
+            self._list()
+        self._store()
+        return LineageColumns(tuple(self._uris), *self._joined())
 
-    def _exact(self, uri: str, row: int, rows: int) -> None:
-        if self._runs:
-            at, count, last_uri, source, sources, exact = self._runs[-1]
+    def _number(self, uri: str) -> int:
+        return self._uris.setdefault(uri, len(self._uris))
+
+    def _exact(self, uri: int, row: int, rows: int) -> None:
+        if self._tail:
+            at, count, last_uri, source, sources, exact = self._tail[-1]
             if exact and last_uri == uri and count == sources and source + sources == row:
-                self._runs[-1] = (at, count + rows, uri, source, count + rows, True)
+                self._tail[-1] = (at, count + rows, uri, source, count + rows, True)
                 self._rows += rows
                 return
-        self._runs.append((self._rows, rows, uri, row, rows, True))
+        self._tail.append((self._rows, rows, uri, row, rows, True))
         self._rows += rows
 
-    def _indexed(self, origin: Origin) -> None:
-        """Rows that are listed one by one: consecutive ones make a run, and so do repetitions of one."""
-        positions = np.asarray(origin.index)
-        firsts = np.flatnonzero(np.diff(positions, prepend=-1))
-        values = positions[firsts]
-        counts = np.diff(firsts, append=len(positions))
-        ends = np.cumsum([s.rows for s in origin.segments])
-        owner = np.searchsorted(ends, values, side="right")
-        joined = (counts[1:] == 1) & (counts[:-1] == 1) & (np.diff(values) == 1) & (np.diff(owner) == 0)
-        begins = np.flatnonzero(np.concatenate(([True], ~joined)))
+    # --- rows that are listed one by one
+
+    def _list(self) -> None:
+        """Those that wait become runs: consecutive rows make one, and so do repetitions of one."""
+        source, uri = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting, self._waiting_rows = [], 0
+        firsts = _starts((source[1:] == source[:-1]) & (uri[1:] == uri[:-1]))
+        counts = np.diff(firsts, append=len(source))
+        values, uris = source[firsts], uri[firsts]
+        single = counts == 1
+        begins = _starts(single[1:] & single[:-1] & (values[1:] - values[:-1] == 1) & (uris[1:] == uris[:-1]))
         lengths = np.diff(begins, append=len(values))
-        repeats = counts[begins]  # 1 wherever rows were joined
-        owner = owner[begins]
-        places = np.asarray([s.row - stop + s.rows for s, stop in zip(origin.segments, ends.tolist(), strict=True)])
-        sources = values[begins] + places[owner]
-        made = lengths * repeats
-        starts = np.cumsum(made) - made + self._rows
-        uris = [s.uri for s in origin.segments]
-        named = [uris[k] for k in owner.tolist()]
-        runs: list[_Run] = list(
-            zip(starts.tolist(), made.tolist(), named, sources.tolist(), lengths.tolist(), repeat(True), strict=False)
-        )
-        _, rows, uri, source, count, _ = runs[0]
-        if rows == count:  # it may go on where the last one ended
-            del runs[0]
-            self._exact(uri, source, rows)
-            self._rows -= rows
-        self._runs += runs
-        self._rows += len(positions)
+        made = lengths * counts[begins]  # one of them is 1
+        rows = np.cumsum(made) - made + self._rows
+        self._rows += len(source)
+        self._add_listed(rows, made, uris[begins], values[begins], lengths)
+
+    def _add_listed(self, row: _Array, rows: _Array, uri: _Array, source: _Array, sources: _Array) -> None:
+        """Exact runs; the first may go on where the last one ended, and the last one stays open in turn."""
+        if self._tail and rows[0] == sources[0]:
+            at, count, last_uri, first, among, exact = self._tail[-1]
+            if exact and count == among and last_uri == uri[0] and first + among == source[0]:
+                self._tail.pop()
+                row[0], source[0] = at, first
+                rows[0] += count
+                sources[0] += among
+        self._store()
+        last = len(row) - 1
+        if last:
+            self._append(row[:last], rows[:last], uri[:last], source[:last], sources[:last], np.ones(last, np.bool_))
+        self._tail.append((int(row[last]), int(rows[last]), int(uri[last]), int(source[last]), int(sources[last]), True))
+
+    def _place(self, origin: Origin) -> tuple[_Array, _Array]:
+        """(row in its object, number of the object) of each row. New arrays: the index may be a view of a block."""
+        index, segments = origin.index, origin.segments
+        if len(segments) == 1:
+            (segment,) = segments
+            return index + segment.row, np.full(len(index), self._number(segment.uri))
+        sizes = np.array([s.rows for s in segments])
+        ends = np.cumsum(sizes)
+        owner = np.searchsorted(ends, index, side="right")
+        starts = np.array([s.row for s in segments]) - ends + sizes
+        return index + starts[owner], np.array([self._number(s.uri) for s in segments])[owner]
+
+    # --- runs as columns
+
+    def _append(self, *chunk: _Array) -> None:
+        self._done.append(chunk)
+        self._done_runs += len(chunk[0])
+        if self._done_runs > self._most:
+            self._coarsen()
+            if 4 * self._done_runs > 3 * self._most:  # rows of that many objects: there is little to merge
+                self._most *= 2
+
+    def _store(self) -> None:
+        if self._tail:
+            tail, self._tail = self._tail, []
+            self._append(*columns(tail))
+
+    def _joined(self) -> tuple[_Array, ...]:
+        if not self._done:
+            return columns(())
+        return tuple(np.concatenate(parts) for parts in zip(*self._done, strict=True))
 
     def _coarsen(self) -> None:
         """Halve the runs: neighbours of one object become one vague run."""
-        out: list[_Run] = []
-        merged = False  # the last one, already
-        for run in self._runs:
-            last = out[-1] if out else None
-            if last is None or merged or last[2] != run[2] or last[0] == run[0]:
-                out.append(run)
-                merged = False
-                continue
-            start = min(last[3], run[3])
-            stop = max(last[3] + last[4], run[3] + run[4])
-            out[-1] = (last[0], run[0] + run[1] - last[0], last[2], start, stop - start, stop - start == 1)
-            merged = True
-        self._runs = out
+        row, rows, uri, source, sources, exact = self._joined()
+        starts = _starts((uri[1:] == uri[:-1]) & (row[1:] != row[:-1]))
+        lengths = np.diff(starts, append=len(row))
+        second = (np.arange(len(row)) - np.repeat(starts, lengths)) % 2 == 1
+        b = np.flatnonzero(second)
+        a = b - 1
+        start = np.minimum(source[a], source[b])
+        stop = np.maximum(source[a] + sources[a], source[b] + sources[b])
+        rows[a] = row[b] + rows[b] - row[a]
+        source[a] = start
+        sources[a] = stop - start
+        exact[a] &= exact[b] & (stop - start == 1)
+        left = ~second
+        self._done = [tuple(column[left] for column in (row, rows, uri, source, sources, exact))]
+        self._done_runs = len(row) - len(b)
+
+
+def _starts(continued: _Array) -> _Array:
+    """Where runs begin. continued[i]: row i + 1 goes on where row i ends."""
+    return np.concatenate(([0], np.flatnonzero(~continued) + 1))

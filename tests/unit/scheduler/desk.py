@@ -9,7 +9,7 @@ from headrace.core.refs import BlockRef, PartRef
 from headrace.core.resources import CPU_POOL
 from headrace.core.splits import Split
 from headrace.core.stages import End, Order, Route, Stage
-from headrace.core.steps import Advance, Apply, Step, StepDone, Timing, WorkerUp
+from headrace.core.steps import Advance, Apply, Share, Step, StepDone, Timing, WorkerUp
 from headrace.scheduler.invariants import check
 from headrace.scheduler.machine import Scheduler
 from headrace.scheduler.messages import Command, Limits, ListSplits, Release, SchedulerPlan, SplitsListed, Start, Submit
@@ -93,6 +93,12 @@ class Desk:
         read = blocks * rows + written if at.order is Order.SOURCE else 0
         timing = Timing(0.0, wall_s, 0.0)
         tally = Tally(rows_in=read, written=written)
+        if isinstance(step, Apply) and at.end is End.DELIVER:
+            tallies: dict[tuple[int, int], Tally] = {}
+            for owner, block in zip(step.owners, step.inputs, strict=True):
+                tallies[owner] = tallies.get(owner, Tally()) + Tally(written=block.rows)
+            shares = tuple(Share(split, attempt, told) for (split, attempt), told in tallies.items())
+            return self.tell(StepDone(step.id, step.worker, outputs, timing=timing, shares=shares))
         done = StepDone(step.id, step.worker, outputs, finished, more, receipt, tally, taken=taken, timing=timing)
         return self.tell(done)
 

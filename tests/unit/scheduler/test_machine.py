@@ -7,11 +7,12 @@ from tests.unit.scheduler.desk import Desk, of, released, split, stage
 
 from headrace.core.errors import InternalError, UserCodeError, WorkerDied
 from headrace.core.receipts import Tally
+from headrace.core.refs import Segment
 from headrace.core.resources import CPU_POOL
 from headrace.core.stages import End, Order
-from headrace.core.steps import Discard, PartsFreed, StepDone, StepFailed, WorkerLost, WorkerUp
+from headrace.core.steps import Discard, Doing, PartsFreed, StepDone, StepFailed, WorkerLost, WorkerUp
 from headrace.scheduler.invariants import check
-from headrace.scheduler.messages import Deliver, Drop, Fail, Finish, Release, Settle, Submit
+from headrace.scheduler.messages import AddWorker, Deliver, Drop, Fail, Finish, Limits, Release, Retry, Settle, Submit
 from headrace.scheduler.state import DELIVER_STAGE
 
 FUSED = (stage(0, Order.SOURCE, End.SINK),)
@@ -120,13 +121,44 @@ def test_a_failure_ends_the_run_with_one_fail() -> None:
     assert desk.tell(WorkerUp(7, CPU_POOL)) == []
 
 
-def test_a_lost_worker_says_what_it_did() -> None:
+def test_a_split_is_tried_again_elsewhere_and_not_for_ever() -> None:
     desk = Desk(FUSED, {CPU_POOL: 1})
     desk.list_splits(split(3))
-    (fail,) = desk.tell(WorkerLost(0, "killed by signal 9"))
+    for attempt in (1, 2):
+        commands = desk.tell(WorkerLost(attempt - 1, "killed by signal 9"))
+        assert [(r.index, r.attempt) for r in of(commands, Retry)] == [(3, attempt + 1)]
+        assert [(a.worker, a.replaces) for a in of(commands, AddWorker)] == [(attempt, attempt - 1)]
+        (submit,) = of(desk.tell(WorkerUp(attempt, CPU_POOL)), Submit)
+        assert (submit.step.worker, submit.step.attempt) == (attempt, attempt + 1)
+    (fail,) = desk.tell(WorkerLost(2, "killed by signal 9"))
     assert isinstance(fail, Fail)
     assert isinstance(fail.error, WorkerDied)
-    assert dict(fail.error.where)["doing"].startswith("split 3")
+    assert dict(fail.error.where)["split"].startswith("split 3")
+    assert dict(fail.error.where)["attempts"] == "3"
+
+
+def test_a_row_is_condemned_at_its_second_death_alone() -> None:
+    desk = Desk(FUSED, {CPU_POOL: 1}, limits=Limits(fail_on_bad_rows=False))
+    desk.list_splits(split(0))
+    batch = Doing(0, "map(f)", (Segment("a", 0, 100),))
+    row = Doing(0, "map(f)", (Segment("a", 7, 1),), "digest of 7")
+    for worker, doing in enumerate((batch, row, row)):
+        assert of(desk.tell(WorkerLost(worker, "killed by signal 11", doing)), Retry)
+        (submit,) = of(desk.tell(WorkerUp(worker + 1, CPU_POOL)), Submit)
+        condemned = [c for s in submit.step.suspects for c in s.condemned]
+        assert bool(condemned) == (worker == 2)
+    assert condemned == [("digest of 7", "killed by signal 11")]
+
+
+def test_without_quarantine_the_row_ends_the_run() -> None:
+    desk = Desk(FUSED, {CPU_POOL: 1})
+    desk.list_splits(split(0))
+    row = Doing(0, "map(f)", (Segment("a", 7, 1),), "digest of 7")
+    for worker in range(1):
+        desk.tell(WorkerLost(worker, "killed by signal 11", row))
+        desk.tell(WorkerUp(worker + 1, CPU_POOL))
+    (fail,) = desk.tell(WorkerLost(1, "killed by signal 11", row))
+    assert dict(fail.error.where)["row"] == "7 of a"
 
 
 def test_a_worker_that_comes_up_after_the_end_gets_nothing() -> None:
@@ -170,9 +202,7 @@ def test_an_answer_that_nobody_waits_for_ends_the_run() -> None:
 def test_memory_is_counted_until_it_is_free() -> None:
     desk = Desk((stage(0, Order.SOURCE, End.DELIVER),), {CPU_POOL: 1})
     desk.list_splits(split(0))
-    commands = desk.tell(
-        StepDone(desk.running[0].id, 0, desk.blocks(1, bytes=70), True, tally=Tally(rows_in=10, written=10))
-    )
+    commands = desk.tell(StepDone(desk.running[0].id, 0, desk.blocks(1, bytes=70), True, tally=Tally(rows_in=10, written=10)))
     assert of(commands, Release)
     assert of(commands, Finish)
     assert desk.scheduler.in_flight == 70, "released, but perhaps still looked at"

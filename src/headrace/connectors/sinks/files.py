@@ -421,16 +421,15 @@ class FileSplitWriter:
         self._files = []
 
     def _receipt(self, lineage: Sequence[LineageRun]) -> Receipt:
-        lineage = tuple(lineage)
         if len(lineage) > LINEAGE_IN_RECEIPT:
-            self._files.append(self._stage_lineage(lineage))
+            self._files.append(self._stage_lineage(LineageColumns.of(lineage)))
             lineage = ()
-        return Receipt(self._split.index, self._split.id, self._attempt, tuple(self._files), self._rows, lineage)
+        return Receipt(self._split.index, self._split.id, self._attempt, tuple(self._files), self._rows, tuple(lineage))
 
-    def _stage_lineage(self, lineage: Sequence[LineageRun]) -> OutputFile:
-        columns = [[getattr(run, f.name) for run in lineage] for f in _LINEAGE_SCHEMA]
-        arrays = [pa.array(values, f.type) for values, f in zip(columns, _LINEAGE_SCHEMA, strict=True)]
-        table = pa.Table.from_arrays(arrays, schema=_LINEAGE_SCHEMA)
+    def _stage_lineage(self, lineage: LineageColumns) -> OutputFile:
+        uris = pa.array(lineage.uris, pa.string()).take(pa.array(lineage.uri))
+        columns = [uris if f.name == "uri" else pa.array(getattr(lineage, f.name), f.type) for f in _LINEAGE_SCHEMA]
+        table = pa.Table.from_arrays(columns, schema=_LINEAGE_SCHEMA)
         staged = self._sink._staged_name(f"{self._split.index:06d}-{self._attempt}-lineage.parquet")
         return self._sink._stage_table(staged, lineage_name(self._sink._run, self._split.index), table, "lineage")
 
