@@ -14,7 +14,7 @@ import pytest
 
 import headrace as hr
 
-from .conftest import outputs
+from .conftest import outputs, read_back
 
 Options = dict[str, Any]
 
@@ -66,8 +66,9 @@ def test_a_finished_destination_is_not_overwritten(data: Path, tmp_path: Path, q
     ds = hr.read_parquet(data)
     ds.write_parquet(tmp_path / "out", **quiet)
     first = outputs(tmp_path / "out")
+    assert ds.write_parquet(tmp_path / "out", **quiet).already_done
     with pytest.raises(hr.DestinationError, match="fresh"):
-        ds.write_parquet(tmp_path / "out", **quiet)
+        ds.limit(3).write_parquet(tmp_path / "out", **quiet)
     assert outputs(tmp_path / "out") == first
     ds.limit(3).write_parquet(tmp_path / "out", fresh=True, **quiet)
     assert hr.read_parquet(tmp_path / "out").count() == 3
@@ -101,7 +102,7 @@ def test_a_function_that_calls_exit(data: Path, quiet: Options) -> None:
         hr.read_parquet(data).map_batches(leave).run(**quiet)
 
 
-def test_interrupting_the_driver_leaves_nothing(data: Path, tmp_path: Path, quiet: Options) -> None:
+def test_interrupting_the_driver_loses_nothing(data: Path, tmp_path: Path, quiet: Options) -> None:
     def interrupt(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with contextlib.suppress(FileExistsError):  # once, whichever worker comes first
             os.close(os.open(sent, os.O_CREAT | os.O_EXCL))
@@ -109,6 +110,8 @@ def test_interrupting_the_driver_leaves_nothing(data: Path, tmp_path: Path, quie
         return batch
 
     parent, sent = os.getpid(), tmp_path / "sent"
+    ds = hr.read_parquet(data).map_batches(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        hr.read_parquet(data).map_batches(interrupt).write_parquet(tmp_path / "out", **quiet)
-    assert not (tmp_path / "out" / "_SUCCESS").exists()
+        ds.write_parquet(tmp_path / "out", outputs="per_input", **quiet)
+    ds.write_parquet(tmp_path / "out", outputs="per_input", **quiet)
+    assert read_back(tmp_path / "out")["id"].to_pylist() == list(range(200))

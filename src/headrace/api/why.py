@@ -333,7 +333,7 @@ def _places(runs: Sequence[LineageRun], first: int, rows: int) -> Iterator[Place
         if run.exact and run.rows == run.source_rows:
             yield Place(run.uri, run.source_row + start - run.row, stop - start)
         else:
-            yield Place(run.uri, run.source_row, run.source_rows, exact=run.source_rows == 1)
+            yield Place(run.uri, run.source_row, run.source_rows, exact=run.exact and run.source_rows == 1)
 
 
 def _lineage_file(store: RunStore, record: Settled) -> tuple[LineageRun, ...]:

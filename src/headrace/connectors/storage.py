@@ -347,7 +347,12 @@ def _fetch(uri: str, version: str, span: tuple[int, int] | None) -> pa.Buffer:
         options["if_match"] = version
 
     def get() -> pa.Buffer:
-        got = obstore.get(s3_store(bucket), key, options=options)  # type: ignore[arg-type]
+        try:
+            got = obstore.get(s3_store(bucket), key, options=options)  # type: ignore[arg-type]
+        except FileNotFoundError as e:
+            if "NoSuchBucket" in str(e):
+                raise
+            raise changed(uri) from e  # it was there when it was listed
         if version and got.meta["e_tag"] not in (None, version):
             raise changed(uri)
         return pa.py_buffer(got.buffer())

@@ -42,9 +42,10 @@ class Source(Protocol):
     remote: bool
 
     def schema(self) -> pa.Schema:
-        """The schema of every block that `open` yields. Reads the first object only.
+        """The schema of every block that `open` yields. Reads the first object only, or where that is broken the first of the
+        next few that is not.
 
-        Raises DataError when there is no input or it can't be understood.
+        Raises DataError when there is no input or none of those can be understood.
         """
         ...
 

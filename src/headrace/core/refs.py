@@ -76,6 +76,9 @@ class Origin:
 
     def _cut(self, start: int, rows: int) -> tuple[Segment, ...]:
         """Positions [start, start + rows) of the concatenated segments."""
+        if len(self.segments) == 1 and rows > 0:
+            (only,) = self.segments
+            return (Segment(only.uri, only.row + start, min(rows, only.rows - start)),) if start < only.rows else ()
         out: list[Segment] = []
         for s in self.segments:
             if rows <= 0:

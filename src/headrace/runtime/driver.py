@@ -401,6 +401,8 @@ class Driver:
         for split, attempt, tally, metrics in told:
             known = self._counts(split, attempt)
             if known is not None:
+                for text in event.unreadable:
+                    self._tell(Noted(self._now(), text))
                 known.tally += tally
                 total += tally
                 if metrics:

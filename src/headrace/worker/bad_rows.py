@@ -24,6 +24,7 @@ from headrace.worker.user_code import exception_text, user_frames
 
 STAGE_BYTES = 8 << 20  # rows of one operator held before they are staged
 NOTE_BYTES = 1024  # about what an exception's text and frames take
+MOST_TEXTS = 3  # of ranges without a row count that are told in a step
 
 RowError = (Exception, KeyboardInterrupt, SystemExit)  # what user code may raise
 
@@ -83,6 +84,8 @@ class BadRows:
         self._attempt = attempt
         self._held: dict[int, _Held] = {}
         self._files: list[OutputFile] = []
+        self._uncounted: list[str] = []
+        self._more = 0  # uncounted ranges beyond those
 
     def add(self, op: int, name: str, piece: Piece, lost: list[Lost]) -> None:
         """Rows of `piece`, with all columns that entered the operator."""
@@ -98,9 +101,14 @@ class BadRows:
     def add_range(self, op: int, name: str, bad: BadRange) -> None:
         """A part of the input that can't be read."""
         self.count += bad.rows
+        where = "; ".join(f"{label}: {value}" for label, value in bad.error.where)
+        failure = Failure(redact(f"{type(bad.error).__name__}: {bad.error.message} ({where})"))
+        if not self._keep and not bad.rows:
+            if len(self._uncounted) < MOST_TEXTS:
+                self._uncounted.append(f"skipped input of which nobody can tell the rows: {failure.exception}")
+            else:
+                self._more += 1
         if self._sink is not None:
-            where = "; ".join(f"{label}: {value}" for label, value in bad.error.where)
-            failure = Failure(redact(f"{type(bad.error).__name__}: {bad.error.message} ({where})"))
             self._hold(op, name, make_batch({}, 1), (bad.uri, bad.row if bad.row >= 0 else None, bad.rows, failure))
 
     def finish(self) -> None:
@@ -113,6 +121,12 @@ class BadRows:
         """What has been staged and was not told yet."""
         files, self._files = tuple(self._files), []
         return files
+
+    def take_unreadable(self) -> tuple[str, ...]:
+        """The ranges without a row count that were skipped and not told yet: they are in no tally."""
+        texts, self._uncounted = self._uncounted, []
+        more, self._more = self._more, 0
+        return (*texts, f"skipped {more} more such parts of the input") if more else tuple(texts)
 
     def take_tally(self) -> Tally:
         """The rows that were not told yet."""

@@ -62,6 +62,7 @@ class Batcher:
         self.rows = rows
         self._held: deque[Piece] = deque()
         self._held_rows = 0
+        self._start = 0  # rows of the first piece that are given already
 
     def push(self, piece: Piece) -> Iterator[Piece]:
         self._held.append(piece)
@@ -77,13 +78,15 @@ class Batcher:
         self._held_rows -= rows
         taken: list[Piece] = []
         while rows:
-            piece = self._held.popleft()
-            n = piece.batch.num_rows
-            if n > rows:
-                self._held.appendleft(piece.slice(rows, n - rows))
-                piece = piece.slice(0, rows)
-                n = rows
-            taken.append(piece)
+            piece = self._held[0]
+            start, left = self._start, piece.batch.num_rows - self._start
+            n = min(rows, left)
+            taken.append(piece if n == piece.batch.num_rows else piece.slice(start, n))
+            if n == left:
+                self._held.popleft()
+                self._start = 0
+            else:
+                self._start += n
             rows -= n
         return join(taken)
 

@@ -102,6 +102,7 @@ class WorkerBody:
             metrics=progress.metrics,
             taken=progress.taken,
             aside=progress.aside,
+            unreadable=progress.unreadable,
         )
 
     def _apply(self, stage: Stage, step: Apply, clock: Clock) -> StepDone:

@@ -67,6 +67,7 @@ class Progress:
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])
     taken: int = 0
     aside: tuple[OutputFile, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
     def emit(self, block: BlockRef) -> None:
         """An output is ready."""
@@ -127,7 +128,9 @@ class Cursor:
             self._guarded("writing a block", self._output.flush, progress.emit)
             progress.more = bool(self._stack or self._pieces or self._inputs or self._ended)
         progress.tally = self._tally()
-        progress.aside = self._bad.take_files() if self._bad is not None else ()
+        if self._bad is not None:
+            progress.aside = self._bad.take_files()
+            progress.unreadable = self._bad.take_unreadable()
         progress.taken, self._counts.taken = self._counts.taken, 0
         return progress
 

@@ -125,9 +125,10 @@ class Lineage:
     def _append(self, *chunk: _Array) -> None:
         self._done.append(chunk)
         self._done_runs += len(chunk[0])
-        if self._done_runs > self._most:
+        while self._done_runs > self._most:
+            before = self._done_runs
             self._coarsen()
-            if 4 * self._done_runs > 3 * self._most:  # rows of that many objects: there is little to merge
+            if 4 * self._done_runs > 3 * before:  # rows of that many objects: there is little to merge
                 self._most *= 2
 
     def _store(self) -> None:

@@ -26,6 +26,7 @@ from headrace.worker.user_code import explain
 FLAT_ROWS = 8192  # rows of a flat_map that leave together, however small they are
 
 Row = dict[str, Any]
+_NUMBERS = frozenset((int, float, bool, type(None)))
 
 
 class RowOperator(Operator):
@@ -44,18 +45,31 @@ class RowOperator(Operator):
             part = piece.slice(start, min(step, rows - start))
             yield part, to_rows(part.batch)
 
-    def _call_all(self, part: Piece, rows: list[Row], check: Callable[[Any], Any], lost: list[Lost]) -> list[Any]:
-        """check(what fn makes of each row), without the rows that fail: those go to `lost`."""
+    def _call_all(self, part: Piece, rows: list[Row], lost: list[Lost]) -> list[Any]:
+        """What fn makes of each row, without the rows that fail: those go to `lost`."""
         fn, args, kwargs = self._fn, self._args, self._kwargs
         out: list[Any] = []
         source = self._watched(part, rows, lost)
         while True:
             try:
                 for row in source:
-                    out.append(check(fn(row, *args, **kwargs)))
+                    out.append(fn(row, *args, **kwargs))
                 return out
             except RowError as exc:
                 self._fail(exc, part, len(out) + len(lost), lost)
+
+    def _checked(self, values: list[Any], check: Callable[[Any], Any], part: Piece, lost: list[Lost]) -> list[Any]:
+        """check(each of what fn made), without what it refuses: those rows go to `lost` as well."""
+        out: list[Any] = []
+        refused: list[Lost] = []
+        for at, value in zip(_left(part.batch.num_rows, lost), values, strict=True):
+            try:
+                out.append(check(value))
+            except RowError as exc:
+                self._fail(exc, part, at, refused)
+        lost += refused
+        lost.sort(key=lambda pair: pair[0])
+        return out
 
     def _watched(self, part: Piece, rows: list[Row], lost: list[Lost]) -> Iterator[Row]:
         """The rows that may be run, announced: all at once, or one by one where a worker has died before."""
@@ -115,7 +129,7 @@ class FilterRowsOp(RowOperator):
     def push(self, piece: Piece) -> Iterator[Piece]:
         for part, rows in self._chunks(piece):
             lost: list[Lost] = []
-            keep = self._call_all(part, rows, _truth, lost)
+            keep = self._truths(self._call_all(part, rows, lost), part, lost)
             if lost:
                 self.lose(part, lost)
             kept = sum(keep)
@@ -126,12 +140,20 @@ class FilterRowsOp(RowOperator):
                 positions = np.flatnonzero(keep)
                 yield part.take(np.asarray(_left(len(rows), lost))[positions] if lost else positions)
 
+    def _truths(self, values: list[Any], part: Piece, lost: list[Lost]) -> list[bool]:
+        try:
+            return list(map(bool, values))
+        except RowError:  # the truth of an array: which row's?
+            return self._checked(values, _truth, part, lost)
+
 
 class MapRowsOp(RowOperator):
     def push(self, piece: Piece) -> Iterator[Piece]:
         for part, rows in self._chunks(piece):
             lost: list[Lost] = []
-            made = self._call_all(part, rows, _row, lost)
+            made = self._call_all(part, rows, lost)
+            if any(kind is not dict for kind in set(map(type, made))):
+                made = self._checked(made, _row, part, lost)
             if self.bad is None:
                 yield Piece(self._batch(made, part), part.origin)
                 continue
@@ -162,34 +184,34 @@ class FlatMapOp(RowOperator):
         held: list[Mapping[str, Any]] = []
         parents: list[int] = []
         size = 0
-        for i, source in enumerate(self._watched(part, rows, [])):
-            for row in self._each(part, i, source):
-                held.append(row)
-                parents.append(i)
-                size += estimated_bytes(row)
-                if size >= TARGET_BYTES or len(held) >= FLAT_ROWS:
-                    full, held, size = held, [], 0
-                    yield self._batch(full, part), parents
-                    parents = []
+        for i, row in self._each(part, rows):
+            held.append(row)
+            parents.append(i)
+            size += estimated_bytes(row)
+            if size >= TARGET_BYTES or len(held) >= FLAT_ROWS:
+                full, held, size = held, [], 0
+                yield self._batch(full, part), parents
+                parents = []
         if held:
             yield self._batch(held, part), parents
 
-    def _each(self, part: Piece, i: int, row: Row) -> Iterator[Mapping[str, Any]]:
-        """The rows that the function makes of one, one by one. Only what the user's code raises is blamed on it."""
-        try:
-            source = self._iterator(row)
-        except RowError as exc:
-            raise self._blame(exc, part, i) from None
-        while True:
+    def _each(self, part: Piece, rows: list[Row]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """(the row's position, what the function makes of it), one by one. Only what the user's code raises is blamed on it."""
+        for i, row in enumerate(self._watched(part, rows, [])):
             try:
-                item = next(source)
-            except StopIteration:
-                break
+                source = self._iterator(row)
             except RowError as exc:
                 raise self._blame(exc, part, i) from None
-            if not isinstance(item, Mapping):
-                raise self._blame(_no_row(item), part, i)
-            yield item
+            while True:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    break
+                except RowError as exc:
+                    raise self._blame(exc, part, i) from None
+                if not isinstance(item, Mapping):
+                    raise self._blame(_no_row(item), part, i)
+                yield i, item
 
     def _flat_whole(self, part: Piece, rows: list[Row], lost: list[Lost]) -> Iterator[tuple[pa.RecordBatch, list[int]]]:
         """The same where bad rows are set aside: all that one row makes leaves together."""
@@ -232,6 +254,8 @@ def estimated_bytes(row: Mapping[str, Any]) -> int:
 
 
 def _value_bytes(value: Any) -> int:
+    if type(value) in _NUMBERS:
+        return 8
     if isinstance(value, (str, bytes, bytearray)):
         return len(value) + 4
     if isinstance(value, (list, tuple)):

@@ -20,7 +20,7 @@ def test_exact_pieces_make_one_run_an_object():
     found = Lineage()
     found.add(FILES.slice(0, 3), 3)
     found.add(FILES.slice(3, 6), 6)
-    assert found.runs() == (LineageRun(0, 5, "a", 10, 5), LineageRun(5, 4, "b", 0, 4))
+    assert list(found.runs()) == [LineageRun(0, 5, "a", 10, 5), LineageRun(5, 4, "b", 0, 4)]
 
 
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=30).map(sorted), st.integers(1, 29))

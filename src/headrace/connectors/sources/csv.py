@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pyarrow as pa
 
@@ -71,11 +72,13 @@ class CsvSource(FileSource):
         data = next((chunk for _, chunk in lines.line_chunks(fragment, lines.INFER_BYTES)), b"")
         if not data.strip():
             raise DataError("the file is empty: it has no header line", where=where)
+        parse_options = self._parse_options(first.uri)
+        parse_options.invalid_row_handler = _skipped  # whoever reads the row will say so, or set it aside
         with _explained(where):
             table = pc.read_csv(
                 pa.BufferReader(data),
                 read_options=pc.ReadOptions(column_names=self._names, use_threads=False, block_size=len(data) + 1),
-                parse_options=self._parse_options(first.uri),
+                parse_options=parse_options,
                 convert_options=pc.ConvertOptions(column_types=self._types),
             )
         return _without_nulls(table.schema)
@@ -172,7 +175,7 @@ class CsvSource(FileSource):
             table = pc.read_csv(pa.BufferReader(line.removeprefix(lines.BOM)), parse_options=self._parse_options(uri))
         return table.schema.names
 
-    def _parse_options(self, uri: str) -> object:
+    def _parse_options(self, uri: str) -> Any:
         import pyarrow.csv as pc
 
         tabs = any(uri.lower().endswith(f".tsv{c}") for c in ("", ".gz", ".bz2", ".zst"))
@@ -192,6 +195,10 @@ class CsvSource(FileSource):
                 raise Mismatch(f"column {c!r} is missing (there are: {', '.join(names[:20])})", where=where)
         types = {c: full.field(c).type for c in wanted}
         return pc.ConvertOptions(include_columns=wanted, column_types=types)
+
+
+def _skipped(row: Any) -> str:
+    return "skip"
 
 
 def _without_nulls(schema: pa.Schema) -> pa.Schema:

@@ -1,6 +1,6 @@
 """What all sources of stored objects share: listing, a schema resolved once, projection, opening fragments.
 
-A subclass gives `_read_schema` (of the first object), `_divide` and `_pieces`. Invariant: a source pickles, schema included,
+A subclass gives `_read_schema` (of one object), `_divide` and `_pieces`. Invariant: a source pickles, schema included,
 so that workers don't look it up again.
 """
 
@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from typing import Any, ClassVar, Self
 
 import pyarrow as pa
@@ -18,12 +19,16 @@ import pyarrow as pa
 from headrace.connectors import packing
 from headrace.connectors.blocks import Piece, rechunk
 from headrace.connectors.listing import Listing, Paths
+from headrace.connectors.sources.unreadable import is_bad
 from headrace.connectors.storage import Stored
 from headrace.contracts.source import OnBad
-from headrace.core.errors import PlanError
+from headrace.core.errors import DataError, PlanError
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin
 from headrace.core.splits import Fragment, Split
+
+
+SCHEMA_OBJECTS = 32  # looked at for one that can be understood
 
 
 class FileSource(ABC):
@@ -52,8 +57,23 @@ class FileSource(ABC):
     def _full_schema(self) -> pa.Schema:
         """Of all columns; read once."""
         if self._full is None:
-            self._full = self._read_schema(self._listing.first())
+            self._full = self._first_schema()
         return self._full
+
+    def _first_schema(self) -> pa.Schema:
+        """Of the first object that can be understood: a run that sets bad input aside starts where the first one is broken, and
+        any other ends when that one is read.
+        """
+        first: DataError | None = None
+        for o in islice(self._listing.objects(), SCHEMA_OBJECTS):
+            try:
+                return self._read_schema(o)
+            except DataError as error:
+                if not is_bad(error):
+                    raise
+                first = first or error
+        assert first is not None, "a listing holds an object or raises"
+        raise first
 
     def splits(self, *, per_input: bool) -> Iterator[Split]:
         objects = self._listing.objects()
@@ -95,7 +115,9 @@ class FileSource(ABC):
         return f"{self.name} {self._listing.label}{columns}"
 
     @abstractmethod
-    def _read_schema(self, first: Stored) -> pa.Schema: ...
+    def _read_schema(self, first: Stored) -> pa.Schema:
+        """Raises DataError for an object that can't be understood."""
+        ...
 
     def _divide(self, o: Stored) -> list[Fragment]:
         """The fragments of a large object; one when it can't be divided."""

@@ -11,6 +11,7 @@ from headrace.connectors.blocks import Piece, goes_into
 from headrace.connectors.listing import Paths
 from headrace.connectors.sources import lines
 from headrace.connectors.sources.files import FileSource
+from headrace.connectors.sources.unreadable import halves
 from headrace.connectors.storage import Stored
 from headrace.contracts.source import OnBad
 from headrace.core.errors import DataError
@@ -37,7 +38,7 @@ class JsonSource(FileSource):
         data = next((chunk for _, chunk in lines.line_chunks(packing.whole(first), lines.INFER_BYTES)), b"")
         if not data.strip():
             raise DataError("the file is empty, so its columns are unknown", where=(("file", first.uri),))
-        return _parse(data, None, "error", (("file", first.uri),)).schema
+        return _inferred(data, (("file", first.uri),))
 
     def _divide(self, o: Stored) -> list[Fragment]:
         return lines.divide_lines(o)
@@ -56,6 +57,39 @@ class JsonSource(FileSource):
             return table.select(schema.names)
 
         yield from lines.tables(fragment, lines.chunk_bytes(limits, fragment), parse, limits, on_bad)
+
+
+def _inferred(data: bytes, where: tuple[tuple[str, str], ...]) -> pa.Schema:
+    """Columns and types of the lines that can be parsed. Whoever reads the others will say so, or set them aside."""
+    try:
+        return _parse(data, None, "error", where).schema
+    except DataError:
+        starts = lines.line_starts(data)
+        def read(start: int, stop: int) -> tuple[bytes, pa.Schema]:
+            some = data[starts[start] : starts[stop]]
+            return some, _parse(some, None, "error", where).schema
+
+        good = [pair for pair in halves(0, len(starts) - 1, read, lambda line, error: None) if pair[0].strip()]
+        if not good:
+            raise
+        try:
+            return _parse(b"".join(some for some, _ in good), None, "error", where).schema
+        except DataError:
+            return _prevailing(good)
+
+
+def _prevailing(parts: list[tuple[bytes, pa.Schema]]) -> pa.Schema:
+    """Where types contradict each other, those of the longer parts."""
+    fields: dict[str, pa.Field] = {}
+    for _, schema in sorted(parts, key=lambda part: -len(part[0])):
+        for f in schema:
+            have = pa.schema([fields.get(f.name, f)])
+            try:
+                fields[f.name] = pa.unify_schemas([have, pa.schema([f])], promote_options="permissive").field(0)
+            except pa.ArrowException:
+                fields[f.name] = have.field(0)
+    names = dict.fromkeys(name for _, schema in parts for name in schema.names)
+    return pa.schema([fields[name] for name in names])
 
 
 def _parse(data: bytes, schema: pa.Schema | None, unexpected: str, where: tuple[tuple[str, str], ...]) -> pa.Table:

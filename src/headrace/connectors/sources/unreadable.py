@@ -21,13 +21,18 @@ class Mismatch(DataError):
 _NOT_BAD = (InputChanged, Mismatch)
 
 
+def is_bad(error: DataError) -> bool:
+    """Is it the data's own fault?"""
+    missing = isinstance(error.__cause__, FileNotFoundError)  # it was there when it was listed
+    return not missing and not isinstance(error, _NOT_BAD)
+
+
 def reported(on_bad: OnBad | None, uri: str, row: int, rows: int, error: DataError) -> None:
     """Tell of a range that can't be read, so that reading may go on; raises `error` where nobody wants to be told.
 
     row: -1 when unknown.
     """
-    missing = isinstance(error.__cause__, FileNotFoundError)  # it was there when it was listed
-    if on_bad is None or missing or isinstance(error, _NOT_BAD):
+    if on_bad is None or not is_bad(error):
         raise error
     on_bad(BadRange(uri, row, rows, error))
 
