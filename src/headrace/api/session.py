@@ -127,7 +127,13 @@ def write(plan: Plan, sink: Sink, options: ActionOptions, at_end: Columns = ALL)
     meaning = fingerprint(written, settings={"on_error": parsed.on_error, "deterministic": parsed.deterministic})
     ready = prepare(written, parsed, at_end)  # all that can be refused is refused before the destination is touched
     opened = open_run(
-        store, meaning, fresh=sink.fresh, take_over=parsed.take_over, identity=this_process(), differences=differences
+        store,
+        meaning,
+        fresh=sink.fresh,
+        take_over=parsed.take_over,
+        identity=this_process(),
+        differences=differences,
+        sleep=_Waiting(parsed.progress != "quiet"),
     )
     if opened.after_crash:
         ready = prepare(written, parsed, at_end, after_crash=True)
@@ -210,6 +216,20 @@ def _finished_before(ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.
     if ready.options.progress != "quiet":
         print(f"headrace: {run.name}: nothing to do: finished before ({run.rows:,} rows)", file=sys.stderr)
     return run
+
+
+class _Waiting:
+    """Sleeps, and says at the first time what for."""
+
+    def __init__(self, says: bool) -> None:
+        self._says = says
+
+    def __call__(self, seconds: float) -> None:
+        if self._says:
+            self._says = False
+            text = "waiting half a minute at most to see whether an earlier driver, or the storage, is still alive"
+            print(f"headrace: {text}", file=sys.stderr, flush=True)
+        time.sleep(seconds)
 
 
 def _no_place_for_bad_rows() -> PlanError:
