@@ -21,6 +21,7 @@ from headrace.connectors.sinks.parquet import ParquetSink
 from headrace.connectors.sources.csv import CsvSource
 from headrace.connectors.sources.images import ImageSource
 from headrace.connectors.sources.parquet import ParquetSource
+from headrace.contracts.source import BadRange
 from headrace.core.errors import DataError, DestinationError, InputChanged
 from headrace.core.options import BlockLimits
 from headrace.testing.check_sink import Session, check_per_input, check_sink
@@ -108,6 +109,23 @@ def test_a_changed_object_is_told(bucket: str, monkeypatch: pytest.MonkeyPatch) 
         put(bucket, "a.parquet", parquet(table(5, 100)))
         with pytest.raises(InputChanged):
             list(source.open(split, BlockLimits()))
+
+
+def test_an_object_that_is_gone_has_changed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import obstore
+
+    monkeypatch.setattr(storage, "FOOTER_BYTES", 1000)
+    for whole in (0, 1 << 20):
+        monkeypatch.setattr(storage, "WHOLE_S3_BYTES", whole)
+        put(bucket, "a.parquet", parquet(table(0, 100)))
+        source = ParquetSource(f"s3://{bucket}/a.parquet")
+        source.schema()
+        (split,) = source.splits(per_input=False)
+        obstore.delete(storage.s3_store(bucket), "a.parquet")
+        bad: list[BadRange] = []
+        with pytest.raises(InputChanged):
+            list(source.open(split, BlockLimits(), bad.append))
+        assert not bad
 
 
 def test_missing_bucket(bucket: str) -> None:

@@ -217,8 +217,8 @@ class Dataset:
         Every row counts exactly once, whatever dies: the same call again goes on where it was, and does nothing when the run
         is finished (Run.already_done). A file appears under its final name only when it is whole and the run log holds it;
         `_SUCCESS` and `_manifest.json` come last.
-        Raises DestinationError, with the difference, when `path` holds a run of another plan and fresh is False, or when another
-        driver is at work there; InputChanged when the input is not what the run began with.
+        Raises DestinationError, with the difference, when `path` holds a run of another plan and fresh is False, or when
+        another driver is at work there; InputChanged when the input is not what the run began with.
         """
         from headrace.connectors.sinks.parquet import ParquetSink
 

@@ -338,6 +338,7 @@ def _fetch(uri: str, version: str, span: tuple[int, int] | None) -> pa.Buffer:
     import obstore
 
     bucket, key = split_s3(uri)
+    listed = bool(version)
     options: dict[str, Any] = {}
     if span is not None:
         options["range"] = span
@@ -350,9 +351,9 @@ def _fetch(uri: str, version: str, span: tuple[int, int] | None) -> pa.Buffer:
         try:
             got = obstore.get(s3_store(bucket), key, options=options)  # type: ignore[arg-type]
         except FileNotFoundError as e:
-            if "NoSuchBucket" in str(e):
+            if not listed or "NoSuchBucket" in str(e):
                 raise
-            raise changed(uri) from e  # it was there when it was listed
+            raise changed(uri) from e
         if version and got.meta["e_tag"] not in (None, version):
             raise changed(uri)
         return pa.py_buffer(got.buffer())

@@ -44,9 +44,7 @@ class LineageColumns(Sequence[LineageRun]):
         if isinstance(runs, cls):
             return runs
         numbers: dict[str, int] = {}
-        table = [
-            (r.row, r.rows, numbers.setdefault(r.uri, len(numbers)), r.source_row, r.source_rows, r.exact) for r in runs
-        ]
+        table = [(r.row, r.rows, numbers.setdefault(r.uri, len(numbers)), r.source_row, r.source_rows, r.exact) for r in runs]
         return cls(tuple(numbers), *columns(table))
 
     def __len__(self) -> int:
@@ -60,7 +58,7 @@ class LineageColumns(Sequence[LineageRun]):
         if isinstance(at, slice):
             return LineageColumns(self.uris, *(column[at] for column in self._columns))
         row, rows, uri, source_row, source_rows, exact = (column[at].item() for column in self._columns)
-        return LineageRun(row, rows, self.uris[uri], source_row, source_rows, exact)
+        return LineageRun(row, rows, self.uris[int(uri)], source_row, source_rows, exact)
 
     def __iter__(self) -> Iterator[LineageRun]:
         row, rows, uri, source_row, source_rows, exact = (column.tolist() for column in self._columns)

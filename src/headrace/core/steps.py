@@ -157,7 +157,7 @@ class StepDone:
     For an Apply tally, metrics and aside are told per owner, in `shares` (none for an owner with nothing to tell).
     whole: indexes of an Apply's outputs that lost rows: such an output is the whole block (carried columns included) that takes
     the input's place, or a block of no rows and no parts when none is left.
-    unreadable: what was skipped of the input and counts in no tally, because nobody can tell how many rows it held; a few texts.
+    unreadable: what was skipped of the input and is in no tally, because nobody can tell how many rows it held; a few texts.
     """
 
     step: int

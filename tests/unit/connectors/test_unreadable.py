@@ -248,3 +248,79 @@ def test_a_file_that_can_not_be_read_is_a_bad_row(tmp_path: Path, monkeypatch: p
     assert [row["bytes"] for _, _, row in rows] == [b"a", b"c"]
     assert [(Path(b.uri).name, b.row, b.rows) for b in bad] == [("b", 0, 1)]
     assert "not yours" in str(bad[0].error)
+
+
+# --- the schema when the first object is broken ----------------------------------------------------------------------
+
+
+def test_the_schema_is_that_of_the_first_object_that_can_be_read(tmp_path: Path) -> None:
+    for name, data in (("a", b"no parquet"), ("b", b""), ("c", None)):
+        path = tmp_path / f"{name}.parquet"
+        path.write_bytes(data) if data is not None else pq.write_table(pa.table({"x": [1, 2]}), path)
+    source = ParquetSource(tmp_path)
+    assert source.schema().names == ["x"]
+    rows, bad = read(source)
+    assert [name for name, _, _ in rows] == ["c.parquet"] * 2
+    assert [Path(b.uri).name for b in bad] == ["a.parquet", "b.parquet"]
+    with pytest.raises(DataError, match=r"a\.parquet"):
+        read_all(source)
+
+
+def test_with_no_object_that_can_be_read_the_first_error_counts(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DataError, match=r"a\.parquet"):
+        ParquetSource(tmp_path).schema()
+
+
+def test_storage_trouble_is_no_reason_to_look_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        pq.write_table(pa.table({"x": [1, 2]}), tmp_path / f"{name}.parquet")
+    source = ParquetSource(tmp_path)
+    opened = storage.open_reader
+
+    def gone(uri: str, size: int, version: str) -> Any:
+        if uri.endswith("a.parquet"):
+            raise storage.changed(uri)
+        return opened(uri, size, version)
+
+    monkeypatch.setattr(storage, "open_reader", gone)
+    with pytest.raises(InputChanged):
+        source.schema()
+
+
+def test_json_types_come_from_the_lines_that_can_be_parsed(tmp_path: Path) -> None:
+    lines = [f'{{"id": {i}, "x": {i}.5}}' for i in range(50)]
+    lines[3] = '{"id": 3, "x": '
+    lines[0] = "no json"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    source = JsonSource(tmp_path)
+    assert source.schema() == pa.schema([("id", pa.int64()), ("x", pa.float64())])
+    rows, bad = read(source)
+    assert [r["id"] for _, _, r in rows] == [1, 2, *range(4, 50)]
+    assert [b.row for b in bad] == [0, 3]
+    with pytest.raises(DataError, match="JSON"):
+        read_all(source)
+
+
+def test_json_types_that_contradict_each_other_are_those_of_most(tmp_path: Path) -> None:
+    lines = [json.dumps({"id": i, "x": i if i % 2 else i + 0.5, "tags": {"a": 1}}) for i in range(50)]
+    lines[4] = json.dumps({"id": "four", "more": 1})
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    source = JsonSource(tmp_path)
+    assert source.schema().field("id").type == pa.int64()
+    assert source.schema().field("x").type == pa.float64()
+    rows, bad = read(source)
+    assert [r["id"] for _, _, r in rows] == [*range(4), *range(5, 50)]
+    assert [b.row for b in bad] == [4]
+
+
+def test_csv_types_come_from_the_rows_that_have_all_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n3,4,5\n6,7\n")
+    source = CsvSource(tmp_path)
+    assert source.schema() == pa.schema([("x", pa.int64()), ("y", pa.int64())])
+    rows, bad = read(source)
+    assert [r["x"] for _, _, r in rows] == [1, 6]
+    assert [b.row for b in bad] == [1]
+    with pytest.raises(DataError, match="Expected 2 columns"):
+        read_all(source)

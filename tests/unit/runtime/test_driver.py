@@ -89,6 +89,18 @@ def test_an_apply_speaks_for_each_of_its_owners() -> None:
     assert stand.ear.of(StepFinished)[0].tally == Tally(skipped=5)
 
 
+def test_input_that_was_skipped_uncounted_is_told() -> None:
+    first = StepDone(1, 0, unreadable=("skipped a.parquet",))
+    late = StepDone(2, 0, unreadable=("skipped it again",))
+    script = {1: [Retry(0, 2, "the disk hiccuped")], 2: [Finish()]}
+    begin = [Submit(advance(1)), Submit(advance(2))]
+    stand = Stand(
+        lambda e: begin if isinstance(e, Start) else script[e.step] if isinstance(e, StepDone) else None, [[first], [late]]
+    )
+    stand.driver.run()
+    assert [e.text for e in stand.ear.of(Noted)] == ["skipped a.parquet"]
+
+
 def test_a_worker_takes_the_place_and_the_device_of_the_one_that_died() -> None:
     stand = Stand(
         answers(Start=[Submit(advance(1))], WorkerLost=[AddWorker(4, "sim", 0, "killed by signal 9"), Finish()]),

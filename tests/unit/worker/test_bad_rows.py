@@ -416,6 +416,21 @@ def test_unreadable_ranges_are_counted_and_set_aside(remote):
     rows = [row for _, _, t in sink.aside for row in t.to_pylist()]
     assert [(r["_source_uri"], r["_source_row"], r["_rows"]) for r in rows] == [("a.parquet", 5, 3), ("b.parquet", None, 0)]
     assert rows[0]["_exception"] == "DataError: broken page (row group: 1)"
+    assert not any(answer.unreadable for answer in bench.answers)
+
+
+def test_skipped_input_that_no_tally_can_hold_is_told():
+    lost = [
+        BadRange(f"{name}.parquet", -1, 0, DataError("no footer", where=(("file", f"{name}.parquet"),))) for name in "abcde"
+    ]
+    counted = BadRange("f.parquet", 5, 3, DataError("broken page"))
+    source = BatchSource([numbers(5), numbers(2, 8)], unreadable={1: [*lost, counted]})
+    bench = Bench([], source=source, sink=KeepingSink(), on_error="skip")
+    bench.run()
+    assert bench.tally == Tally(rows_in=10, written=7, skipped=3)
+    texts = [text for answer in bench.answers for text in answer.unreadable]
+    assert [name for name in "abcdef" if any(f"{name}.parquet" in text for text in texts)] == ["a", "b", "c"]
+    assert texts[-1] == "skipped 2 more such parts of the input"
 
 
 # --- model steps -----------------------------------------------------------------------------------------------------

@@ -61,8 +61,8 @@ from headrace.connectors.run_store import (
 from headrace.connectors.sinks import claims
 from headrace.connectors.sinks.manifest import encode_manifest, listed_names, read_manifest
 from headrace.core.errors import DataError, DestinationError, HeadraceError, PlanError
-from headrace.core.options import Outputs
 from headrace.core.lineage import LineageColumns
+from headrace.core.options import Outputs
 from headrace.core.receipts import LineageRun, OutputFile, Receipt
 from headrace.core.splits import Split
 
@@ -438,7 +438,9 @@ class FileSplitWriter:
         columns = [uris if f.name == "uri" else pa.array(getattr(lineage, f.name), f.type) for f in _LINEAGE_SCHEMA]
         table = pa.Table.from_arrays(columns, schema=_LINEAGE_SCHEMA)
         staged = self._sink._staged_name(f"{self._split.index:06d}-{self._attempt}-lineage.parquet")
-        return self._sink._stage_table(staged, lineage_name(self._sink._run, self._split.index), table, "lineage", **_LINEAGE_STORED)
+        return self._sink._stage_table(
+            staged, lineage_name(self._sink._run, self._split.index), table, "lineage", **_LINEAGE_STORED
+        )
 
     def _begin(self, schema: pa.Schema, sample: pa.RecordBatch | None) -> None:
         self._schema = schema

@@ -27,7 +27,6 @@ from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin
 from headrace.core.splits import Fragment, Split
 
-
 SCHEMA_OBJECTS = 32  # looked at for one that can be understood
 
 

@@ -65,6 +65,7 @@ def _inferred(data: bytes, where: tuple[tuple[str, str], ...]) -> pa.Schema:
         return _parse(data, None, "error", where).schema
     except DataError:
         starts = lines.line_starts(data)
+
         def read(start: int, stop: int) -> tuple[bytes, pa.Schema]:
             some = data[starts[start] : starts[stop]]
             return some, _parse(some, None, "error", where).schema
