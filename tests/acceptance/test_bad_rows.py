@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,45 @@ def test_quarantine_needs_a_destination(data: Path, quiet: Options) -> None:
         list(hr.read_parquet(data).map(per_row).iter_batches(on_error="quarantine", **quiet))
     rows = hr.read_parquet(data).map(per_row).to_arrow(on_error="skip", **quiet)
     assert rows["id"].to_pylist() == [i for i in range(200) if i not in BAD]
+
+
+class Panic(BaseException):
+    """As extensions in Rust raise it: no Exception."""
+
+
+class Panicking:
+    def __call__(self, ids: np.ndarray) -> np.ndarray:
+        if set(ids.tolist()) & BAD:
+            raise Panic("panicked")
+        return ids
+
+
+def panicking(row: dict[str, Any]) -> dict[str, Any]:
+    if row["id"] in BAD:
+        raise Panic("panicked")
+    return row
+
+
+@pytest.mark.parametrize("what", ["map", "predict"])
+def test_a_panic_is_blamed_on_its_row(data: Path, tmp_path: Path, quiet: Options, what: str) -> None:
+    ds = hr.read_parquet(data)
+    ds = ds.map(panicking) if what == "map" else ds.predict(Panicking, input="id", output="y")
+    run = ds.write_parquet(tmp_path / "out", on_error="quarantine", **quiet)
+    assert run.tally.quarantined == len(BAD)
+    assert set(quarantined(tmp_path / "out")["_exception"].to_pylist()) == {"Panic: panicked"}
+    with pytest.raises(UserCodeError, match=r"raised Panic: panicked"):
+        ds.write_parquet(tmp_path / "other", **quiet)
+
+
+def forking(row: dict[str, Any]) -> dict[str, Any]:
+    if row["id"] == 57:
+        child = os.fork()
+        if child:
+            os.waitpid(child, 0)
+    return row
+
+
+def test_a_forked_child_that_comes_back_answers_nothing(data: Path, tmp_path: Path, quiet: Options) -> None:
+    run = hr.read_parquet(data).map(forking).write_parquet(tmp_path / "out", **{**quiet, "engine": "processes"})
+    assert run.rows == 200
+    assert read_back(tmp_path / "out")["id"].to_pylist() == list(range(200))

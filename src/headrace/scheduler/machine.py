@@ -55,7 +55,7 @@ from headrace.scheduler.messages import (
 from headrace.scheduler.policy.retry import MOST_TRANSIENT, place_of
 from headrace.scheduler.state import DELIVER_STAGE, CursorEntry, CursorState, Node, SplitState, WorkerState
 
-MOST_UNSTARTED = 3  # workers of a pool in a row that die before they come up
+MOST_UNSTARTED = 6  # workers of a pool in a row that die before they come up; after that none is started in their place
 SPILL_BYTES = 64 << 20  # at a time: the driver waits for the disk meanwhile
 FRACTION_ROWS = 1000  # rows before a share of bad ones says something
 
@@ -71,6 +71,7 @@ class Scheduler(Dispatcher):
         self.deliver_next = 0
         self.failed = False
         self.next_worker = sum(plan.pools.values())
+        self.starting = dict(plan.pools)  # pool -> workers that are not up yet
         self.unstarted: dict[str, int] = {}  # pool -> workers in a row that died before they came up
         self.read = self.limits.settled_before.rows_in  # rows, of the attempts that count
         self.bad = self.limits.settled_before.bad
@@ -110,6 +111,7 @@ class Scheduler(Dispatcher):
             case WorkerUp(worker, pool):
                 self.next_worker = max(self.next_worker, worker + 1)
                 self.unstarted.pop(pool, None)
+                self.starting[pool] = self.starting.get(pool, 0) - 1
                 self.workers[worker] = self.pools[pool].workers[worker] = state = WorkerState(worker, pool)
                 self._file(state)
             case StepFailed(step, _, error):
@@ -201,14 +203,21 @@ class Scheduler(Dispatcher):
         state = self.workers.pop(lost.worker, None)
         pool = lost.pool if state is None else state.pool
         self.next_worker = max(self.next_worker, lost.worker + 1)
-        if state is None:
-            self.unstarted[pool] = self.unstarted.get(pool, 0) + 1
-            if self.unstarted[pool] >= MOST_UNSTARTED:
-                raise self._died(lost, None)
-        else:
+        if state is not None:
             self._bury(state, lost)
+        elif not self._worth_another(pool):
+            if not self.pools[pool].workers and self.starting[pool] <= 0:
+                raise self._died(lost, None)
+            return  # the others do its work
+        self.starting[pool] = self.starting.get(pool, 0) + 1
         self._out.append(AddWorker(self.next_worker, pool, lost.worker, lost.reason))
         self.next_worker += 1
+
+    def _worth_another(self, pool: str) -> bool:
+        """A worker of the pool has died before it came up: may another one do better?"""
+        self.starting[pool] = self.starting.get(pool, 0) - 1
+        self.unstarted[pool] = self.unstarted.get(pool, 0) + 1
+        return self.unstarted[pool] < MOST_UNSTARTED
 
     def _bury(self, state: WorkerState, lost: WorkerLost) -> None:
         self.pools[state.pool].workers.pop(state.id, None)

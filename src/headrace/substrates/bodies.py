@@ -40,8 +40,10 @@ def default_body(program: Any, spec: WorkerSpec, store: BlockStore) -> Body:
 def run_guarded(body: Body, step: Step, *, interruptible: bool = False) -> StepDone | StepFailed:
     """body.run, with anything that escapes it turned into StepFailed.
 
-    interruptible: the step runs in the caller's own thread, where Ctrl-C belongs to the caller.
+    interruptible: the step runs in the caller's own thread, where Ctrl-C belongs to the caller. A child that user code forked
+    ends if it comes back to here: it must not answer in its parent's place.
     """
+    pid = os.getpid()
     try:
         return body.run(step)
     except KeyboardInterrupt as exc:
@@ -50,6 +52,9 @@ def run_guarded(body: Body, step: Step, *, interruptible: bool = False) -> StepD
         return StepFailed(step.id, step.worker, _as_error(exc))
     except BaseException as exc:
         return StepFailed(step.id, step.worker, _as_error(exc))
+    finally:
+        if os.getpid() != pid:
+            os._exit(1)
 
 
 def usable_cores() -> int:

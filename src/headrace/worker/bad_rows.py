@@ -26,7 +26,7 @@ STAGE_BYTES = 8 << 20  # rows of one operator held before they are staged
 NOTE_BYTES = 1024  # about what an exception's text and frames take
 MOST_TEXTS = 3  # of ranges without a row count that are told in a step
 
-RowError = (Exception, KeyboardInterrupt, SystemExit)  # what user code may raise
+RowError = BaseException  # what user code may raise: panics of Rust extensions and asyncio's CancelledError are no Exceptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def blames_rows(exc: BaseException) -> bool:
         return threading.current_thread() is not threading.main_thread()
     if isinstance(exc, HeadraceError):
         return isinstance(exc, (DataError, UserCodeError)) and not isinstance(exc, InputChanged)
-    return isinstance(exc, (Exception, SystemExit))
+    return True
 
 
 def failure_of(exc: BaseException, op: str) -> Failure:

@@ -66,7 +66,7 @@ class Functions:
                 kwargs["device"] = self.device
             try:
                 made = fn.target(*fn.ctor_args, **kwargs)
-            except (Exception, KeyboardInterrupt, SystemExit) as exc:
+            except BaseException as exc:
                 raise explain(exc, op, doing=f"constructing {fn.name}") from None
             self._constructed.append(made)
         return _module_model(made, self.device) if is_instance(made, "torch.nn", "Module") else made

@@ -226,3 +226,12 @@ def test_a_terminal_is_not_at_the_mercy_of_what_is_shown(tmp_path: Path) -> None
     text = str(why(tmp_path / "out" / "part-00-000003.parquet", 0))
     assert "\x1b" not in text
     assert "hunter2" not in text
+
+
+def test_one_of_several_places_is_not_exact(tmp_path: Path) -> None:
+    written = Written(tmp_path / "out", finished=False)
+    places = tuple(LineageRun(0, 2, uri, 4, 1, exact=False) for uri in ("/in/a.csv", "/in/b.csv"))
+    written.settle(3, (written.file("part-00-000003.parquet", 2),), 2, lineage=places)
+    found = why(tmp_path / "out" / "part-00-000003.parquet", 1)
+    assert found.sources == (Place("/in/a.csv", 4, 1, False), Place("/in/b.csv", 4, 1, False))
+    assert (found.source_uri, found.source_row) == (None, None)

@@ -434,7 +434,7 @@ class FileSplitWriter:
         return Receipt(self._split.index, self._split.id, self._attempt, tuple(self._files), self._rows, tuple(lineage))
 
     def _stage_lineage(self, lineage: LineageColumns) -> OutputFile:
-        uris = pa.array(lineage.uris, pa.string()).take(pa.array(lineage.uri))
+        uris = pa.DictionaryArray.from_arrays(pa.array(lineage.uri, pa.int32()), pa.array(lineage.uris, pa.string()))
         columns = [uris if f.name == "uri" else pa.array(getattr(lineage, f.name), f.type) for f in _LINEAGE_SCHEMA]
         table = pa.Table.from_arrays(columns, schema=_LINEAGE_SCHEMA)
         staged = self._sink._staged_name(f"{self._split.index:06d}-{self._attempt}-lineage.parquet")
