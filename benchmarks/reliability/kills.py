@@ -456,7 +456,8 @@ def two(args: argparse.Namespace, source: Path, there: Destination) -> dict[str,
             findings.failed_runs += 1
             findings.notes.append(f"second: {err[-1500:]}")
             continue
-        if first_code and "taken over" not in first_err:
+        stopped = "taken over" in first_err or "another driver is at work" in first_err  # the latter: before it had begun
+        if first_code and not stopped:
             findings.failed_runs += 1
             findings.notes.append(f"first: {first_err[-1500:]}")
         ends["first had finished" if first_code == 0 else "first stopped: taken over"] += 1

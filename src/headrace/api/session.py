@@ -26,7 +26,15 @@ from headrace.plan.fingerprint.compare import differences
 from headrace.plan.nodes import Evaluate, Plan, Write
 from headrace.runtime.committer import Committer
 from headrace.runtime.driver import Driver
-from headrace.runtime.ledger import OpenedRun, check_latest, compare_listing, mark_complete, open_run, this_process
+from headrace.runtime.ledger import (
+    OpenedRun,
+    check_latest,
+    compare_listing,
+    mark_complete,
+    open_run,
+    successor,
+    this_process,
+)
 from headrace.runtime.signals import handling_signals
 from headrace.runtime.stream import stream_blocks
 from headrace.scheduler.machine import Scheduler
@@ -184,6 +192,9 @@ def _run_logged(ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.Schem
             committer.finish(run.to_dict())
             _show(sink, opened, committer, run.to_dict(), schema)
             done = True
+    except HeadraceError as error:
+        committer.close(released=True)
+        raise plain(successor(opened) or error) from error.__cause__
     except BaseException as error:
         raise plain(error) from error.__cause__
     finally:

@@ -105,6 +105,7 @@ _SECRET_WORDS = frozenset(
         "passwd",
         "passphrase",
         "pwd",
+        "pw",
         "secret",
         "secrets",
         "credential",

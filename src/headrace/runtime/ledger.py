@@ -35,6 +35,7 @@ from headrace.commit.names import (
     staged_epoch,
     staging_folder,
 )
+from headrace.commit.protocol import taken_over
 from headrace.commit.records import Claim, Listed, Record, Replaced, Segment, decode, encode
 from headrace.commit.state import LogState
 from headrace.contracts.run_store import RunStore
@@ -385,6 +386,22 @@ def check_latest(opened: OpenedRun) -> None:
 def mark_complete(opened: OpenedRun) -> None:
     """After the sink has finished: nothing is left to redo."""
     opened.store.create(complete_name(opened.run), b"")
+
+
+def successor(opened: OpenedRun) -> HeadraceError | None:
+    """The error to raise in place of any other when another driver has taken over; None when none has, or nobody can tell.
+
+    A later driver removes what this one staged and had not logged: what this one then meets are only its effects. To be called
+    when the committer's thread has ended.
+    """
+    try:
+        for index, data in enumerate(read_log(opened.store, opened.run, opened.state.next), start=opened.state.next):
+            for record in decode(opened.run, index, data).records:
+                if isinstance(record, Claim) and record.epoch > opened.epoch:
+                    return taken_over(record)
+    except HeadraceError:
+        return None
+    return None
 
 
 def write_heartbeat(store: RunStore, run: str, epoch: int, identity: Identity, at: float) -> None:

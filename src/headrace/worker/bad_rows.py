@@ -103,9 +103,9 @@ class BadRows:
         self.count += bad.rows
         where = "; ".join(f"{label}: {value}" for label, value in bad.error.where)
         failure = Failure(redact(f"{type(bad.error).__name__}: {bad.error.message} ({where})"))
-        if not self._keep and not bad.rows:
+        if not bad.rows:
             if len(self._uncounted) < MOST_TEXTS:
-                self._uncounted.append(f"skipped input of which nobody can tell the rows: {failure.exception}")
+                self._uncounted.append(f"{self._became} input of which nobody can tell the rows: {failure.exception}")
             else:
                 self._more += 1
         if self._sink is not None:
@@ -123,10 +123,14 @@ class BadRows:
         return files
 
     def take_unreadable(self) -> tuple[str, ...]:
-        """The ranges without a row count that were skipped and not told yet: they are in no tally."""
+        """The ranges without a row count that are bad and were not told yet: they are in no tally."""
         texts, self._uncounted = self._uncounted, []
         more, self._more = self._more, 0
-        return (*texts, f"skipped {more} more such parts of the input") if more else tuple(texts)
+        return (*texts, f"{self._became} {more} more such parts of the input") if more else tuple(texts)
+
+    @property
+    def _became(self) -> str:
+        return "set aside" if self._keep else "skipped"
 
     def take_tally(self) -> Tally:
         """The rows that were not told yet."""

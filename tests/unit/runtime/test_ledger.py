@@ -14,6 +14,7 @@ from headrace.runtime.ledger import (
     compare_listing,
     mark_complete,
     process_alive,
+    successor,
     this_process,
     write_heartbeat,
 )
@@ -336,3 +337,13 @@ def test_this_process_is_alive() -> None:
     assert not process_alive(me.pid, me.started - 100)
     assert me.nonce != this_process().nonce
     assert differences({}, {}) == []
+
+
+def test_who_has_taken_over_is_named_whatever_else_went_wrong() -> None:
+    store = MemoryRunStore()
+    first = opened(store)
+    assert successor(first) is None
+    opened(store, identity=YOU, take_over=True)
+    error = successor(first)
+    assert error is not None
+    assert "taken over" in error.message
