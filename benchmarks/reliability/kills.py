@@ -476,7 +476,7 @@ def sigterm(args: argparse.Namespace, source: Path, there: Destination) -> dict[
         for _ in range(2):
             run = Job(source, there, "--engine", engine)
             wait_for(run, random_, "publishing" if random_.random() < 0.5 else "any")
-            in_work = phase(there) != "starting" and run.alive()
+            in_work = bool(outputs_of(there.names())) and run.alive()  # before that it may not be listening to signals yet
             run.process.terminate()
             code, _, err = run.end()
             run.gone(findings)

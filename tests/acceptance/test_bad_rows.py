@@ -243,3 +243,17 @@ def test_a_file_of_unknown_rows_is_told_of(data: Path, tmp_path: Path, quiet: Op
     run = hr.read_parquet(data).write_parquet(tmp_path / "out", on_error=how, **quiet)
     assert run.rows == 160
     assert [note for note in run.notes if note.startswith(became) and broken.name in note]
+
+
+def test_a_file_that_nobody_can_count_is_a_bad_row_to_the_limits(data: Path, tmp_path: Path, quiet: Options) -> None:
+    path = data / "f2.parquet"
+    path.write_bytes(path.read_bytes()[:-200])
+    for how in ("skip", "quarantine"):
+        with pytest.raises(UserCodeError, match="bad rows"):
+            hr.read_parquet(data).write_parquet(tmp_path / how, on_error=how, max_bad_rows=0, **quiet)
+        run = hr.read_parquet(data).write_parquet(tmp_path / how, on_error=how, max_bad_rows=1, **quiet)
+        assert run.rows == 160
+
+
+def test_a_builtin_class_is_a_function(data: Path, tmp_path: Path, quiet: Options) -> None:
+    assert hr.read_parquet(data).map(dict).to_arrow(**quiet).num_rows == 200

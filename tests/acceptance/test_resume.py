@@ -237,3 +237,35 @@ def test_only_whole_files_and_nothing_private_is_left(data: Path, tmp_path: Path
     assert not [name for name in left if "staging" in name]
     assert not [name for name in left if name.endswith(".tmp")]
     assert pa.concat_tables([pq.read_table(p) for p in sorted((tmp_path / "out").glob("part-*"))]).num_rows == 200
+
+
+def test_files_of_others_stay(data: Path, tmp_path: Path, quiet: Options) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    pq.write_table(pa.table({"theirs": [1]}), out / "part-00-000000.parquet")
+    theirs = (out / "part-00-000000.parquet").read_bytes()
+    hr.read_parquet(data).write_parquet(out, **quiet)
+    hr.read_parquet(data).limit(50).write_parquet(out, fresh=True, **quiet)
+    assert (out / "part-00-000000.parquet").read_bytes() == theirs
+    assert sorted(p.name for p in out.glob("part-*")) == ["part-00-000000.parquet", "part-02-000000.parquet"]
+
+
+def test_a_finished_run_whose_files_are_gone_says_so(data: Path, tmp_path: Path, quiet: Options) -> None:
+    hr.read_parquet(data).write_parquet(tmp_path / "out", outputs="per_input", **quiet)
+    (tmp_path / "out" / "f2.parquet").unlink()
+    with pytest.raises(DestinationError, match=r"f2\.parquet"):
+        hr.read_parquet(data).write_parquet(tmp_path / "out", outputs="per_input", **quiet)
+
+
+def test_a_failed_run_may_go_on_setting_rows_aside(data: Path, tmp_path: Path, quiet: Options) -> None:
+    def fussy(row: dict[str, Any]) -> dict[str, Any]:
+        if row["id"] == 150:
+            raise ValueError("never")
+        return row
+
+    ds = hr.read_parquet(data).map(fussy)
+    with pytest.raises(UserCodeError):
+        ds.write_parquet(tmp_path / "out", outputs="per_input", **quiet)
+    run = ds.write_parquet(tmp_path / "out", outputs="per_input", on_error="quarantine", **quiet)
+    assert read_back(tmp_path / "out")["id"].to_pylist() == [i for i in range(200) if i != 150]
+    assert run.tally.quarantined == 1

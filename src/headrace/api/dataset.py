@@ -344,6 +344,11 @@ def _rows(what: str, value: int | str | None) -> int | None:
     return value
 
 
+def _makes_callables(cls: type) -> bool:
+    """Is it a class to construct, or one that is itself the function, as `dict` is?"""
+    return hasattr(cls, "stream") or any("__call__" in vars(base) for base in cls.__mro__)
+
+
 def _function(
     target: Any,
     args: Sequence[Any],
@@ -351,7 +356,7 @@ def _function(
     ctor_args: Sequence[Any],
     ctor_kwargs: Mapping[str, Any] | None,
 ) -> UserFunction:
-    is_class = inspect.isclass(target)
+    is_class = inspect.isclass(target) and _makes_callables(target)
     if not is_class and (ctor_args or ctor_kwargs):
         raise PlanError("constructor arguments go with a class", hint="give the class itself, not an object of it")
     if not callable(target) and not hasattr(target, "stream"):

@@ -17,7 +17,7 @@ from headrace.connectors.storage import is_remote
 from headrace.contracts.accumulator import Accumulator
 from headrace.contracts.observer import Observer
 from headrace.contracts.sink import Sink
-from headrace.core.errors import HeadraceError, InternalError, PlanError
+from headrace.core.errors import DestinationError, HeadraceError, InternalError, PlanError
 from headrace.core.events import RunStarted
 from headrace.core.options import ActionOptions, RunOptions
 from headrace.plan.columns import ALL, Columns
@@ -204,9 +204,7 @@ def _run_logged(ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.Schem
     return run
 
 
-def _show(
-    sink: Sink, opened: OpenedRun, committer: Committer, summary: Mapping[str, Any], schema: pa.Schema | None
-) -> None:
+def _show(sink: Sink, opened: OpenedRun, committer: Committer, summary: Mapping[str, Any], schema: pa.Schema | None) -> None:
     """What is left to do when the log is complete; harmless to do again."""
     check_latest(opened)
     sink.finish(committer.files, {**summary, "sessions": opened.epoch}, schema)
@@ -223,10 +221,23 @@ def _finished_before(ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.
     summary = opened.state.finished
     if not opened.complete:
         _show(sink, opened, committer, summary, schema)
+    _check_presence(opened, committer)
     run = finished_before(summary, committer.results(), opened.run, committer.tally, committer.splits, committer.files)
     if ready.options.progress != "quiet":
         print(f"headrace: {run.name}: nothing to do: finished before ({run.rows:,} rows)", file=sys.stderr)
     return run
+
+
+def _check_presence(opened: OpenedRun, committer: Committer) -> None:
+    """Raises DestinationError when output files of a finished run have been removed since."""
+    there = set(opened.store.names(""))
+    missing = [f.name for f in committer.files if f.kind == "output" and f.name not in there]
+    if missing:
+        raise DestinationError(
+            f"the run was finished, but {len(missing):,} of its output files are no longer there",
+            where=(("destination", opened.store.root), ("missing", ", ".join(missing[:5]))),
+            hint="fresh=True writes the output anew; headrace.verify tells what is left of it",
+        )
 
 
 class _Waiting:

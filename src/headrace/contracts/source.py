@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BadRange:
-    """A part of the input that can't be read: a row group, a line, a file. rows: how many rows it holds, 0 when nobody can tell.
+    """A part of the input that can't be read: a row group, a line, a file.
 
-    row: the first of them in the object, -1 when unknown. error: says file, and row group or byte offset.
+    rows: how many rows it holds, 0 when nobody can tell. row: the first of them in the object, -1 when unknown. error: says file, and row group or byte offset.
     """
 
     uri: str
@@ -67,9 +67,7 @@ class Source(Protocol):
         """
         ...
 
-    def open(
-        self, split: Split, limits: BlockLimits, on_bad: OnBad | None = None
-    ) -> Iterator[tuple[pa.RecordBatch, Origin]]:
+    def open(self, split: Split, limits: BlockLimits, on_bad: OnBad | None = None) -> Iterator[tuple[pa.RecordBatch, Origin]]:
         """Blocks of the split, in order. Memory held is bounded by the block, not by the file or row group.
 
         on_bad: called for each range that can't be read; reading goes on after it. None: the first one is raised.

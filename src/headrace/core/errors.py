@@ -14,9 +14,7 @@ class HeadraceError(Exception):
 
     frames_title = "in your code"
 
-    def __init__(
-        self, message: str, *, where: tuple[tuple[str, str], ...] = (), hint: str = "", frames: str = ""
-    ) -> None:
+    def __init__(self, message: str, *, where: tuple[tuple[str, str], ...] = (), hint: str = "", frames: str = "") -> None:
         self.message = redact(message)
         super().__init__(self.message)
         self.where = _redacted(where)

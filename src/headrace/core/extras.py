@@ -24,9 +24,7 @@ def require(extra: str, what: str) -> None:
     """Raise PlanError, with what to install, unless everything that `extra` brings is there. what: that which needs it."""
     missing = [module for module in _EXTRAS[extra] if find_spec(module) is None]
     if missing:
-        raise PlanError(
-            f"{what} needs {' and '.join(missing)}, not installed here", hint=f"pip install 'headrace[{extra}]'"
-        )
+        raise PlanError(f"{what} needs {' and '.join(missing)}, not installed here", hint=f"pip install 'headrace[{extra}]'")
 
 
 def require_format(batch_format: str, what: str) -> None:

@@ -1,1 +1,1 @@
-"""Logical plan, rules, stages and fingerprints. No clock, no threads; I/O only where a fingerprint reads code and model files."""
+"""Logical plan, rules, stages, fingerprints. No clock, no threads; I/O only where a fingerprint reads code and model files."""

@@ -259,7 +259,7 @@ class Scheduler(Dispatcher):
                 self._drop_block(node)
         split.closed = True
         self.read -= split.tally.rows_in
-        self.bad -= split.tally.bad
+        self.bad -= split.tally.bad + split.unreadable
         for stage_id, turn in self.global_next.items():
             taken = split.taken.get(stage_id, 0)
             if turn > split.index:  # it has had its turn, and gets it again for as many rows
@@ -403,6 +403,8 @@ class Scheduler(Dispatcher):
         if event.tally is not _NO_ROWS:
             self._count_rows(split, event.tally)
         split.aside.extend(event.aside)
+        if event.unreadable:
+            self._count_unreadable(split, len(event.unreadable))
         prefix = cursor.node.key
         for block in event.outputs:
             self._place(cursor.node, stage, block, (*prefix, cursor.made))
@@ -432,11 +434,20 @@ class Scheduler(Dispatcher):
         self.read += tally.rows_in
         if tally.bad:
             self.bad += tally.bad
-            most, share = self.limits.max_bad_rows, self.limits.max_bad_fraction
-            if most is not None and self.bad > most:
-                raise self._too_many(f"max_bad_rows is {most}")
-            if share is not None and self.read >= FRACTION_ROWS and self.bad > share * self.read:
-                raise self._too_many(f"max_bad_fraction is {share:g}")
+            self._check_limits()
+
+    def _count_unreadable(self, split: SplitState, parts: int) -> None:
+        """Parts of the input with nobody knows how many rows: towards the limits each is one bad row at least."""
+        split.unreadable += parts
+        self.bad += parts
+        self._check_limits()
+
+    def _check_limits(self) -> None:
+        most, share = self.limits.max_bad_rows, self.limits.max_bad_fraction
+        if most is not None and self.bad > most:
+            raise self._too_many(f"max_bad_rows is {most}")
+        if share is not None and self.read >= FRACTION_ROWS and self.bad > share * self.read:
+            raise self._too_many(f"max_bad_fraction is {share:g}")
 
     def _check_share(self) -> None:
         share = self.limits.max_bad_fraction

@@ -83,9 +83,9 @@ class SplitState:
     """One attempt at an open split. following: stage id -> the next stage of its route (DELIVER_STAGE at the end, None after a
     sink).
 
-    aside: quarantine files. taken: rows that passed each limit, by stage. granted: of limits that an earlier attempt had left,
-    the rows that may pass again. delivered: rows that the consumer has; skip: those of them that this attempt is still to make
-    again. history: of all attempts.
+    aside: quarantine files. unreadable: parts of the input that can't be read and hold nobody knows how many rows. taken: rows
+    that passed each limit, by stage. granted: of limits that an earlier attempt had left, the rows that may pass again.
+    delivered: rows that the consumer has; skip: those of them that this attempt is still to make again. history: of all attempts.
     """
 
     __slots__ = (
@@ -108,6 +108,7 @@ class SplitState:
         "tail",
         "taken",
         "tally",
+        "unreadable",
     )
 
     def __init__(self, split: Split, route: Route, following: dict[int, int | None], before: SplitState | None = None) -> None:
@@ -120,6 +121,7 @@ class SplitState:
         self.granted: dict[int, int] = {} if before is None else before.granted
         self.taken: dict[int, int] = {}
         self.aside: list[OutputFile] = []
+        self.unreadable = 0
         self.head = Node(self, -2)
         self.tail = Node(self, -2)
         self.head.next = self.tail

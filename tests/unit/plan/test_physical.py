@@ -46,7 +46,10 @@ def cut(*ops: object, delivers: bool = False, at_end: object = None) -> Physical
     plan = Plan(Read(_Source()), tuple(ops), write)  # type: ignore[arg-type]
     more = {} if at_end is None else {"at_end": at_end}
     return make_physical(
-        plan, delivers=delivers, pool_of=lambda op: CPU_POOL if op.device == "cpu" else op.device, **more  # type: ignore[arg-type]
+        plan,
+        delivers=delivers,
+        pool_of=lambda op: CPU_POOL if op.device == "cpu" else op.device,
+        **more,  # type: ignore[arg-type]
     )
 
 

@@ -337,9 +337,9 @@ class FileSink(ABC):
         return [run for run in runs if not given_up or self._there.read(complete_name(run)) is None]
 
     def _remove_older(self, there: LocalRunStore | S3RunStore, files: Sequence[OutputFile], older: Iterable[str]) -> None:
+        """Only what an earlier run's manifest or log names: other files, whatever they are called, belong to somebody else."""
         mine = {f.name for f in files}
-        parts = (name for name in there.top() if (m := _PART.fullmatch(name)) and int(m[1]) < self._generation)
-        there.remove_all(name for name in dict.fromkeys([*parts, *older]) if name not in mine)
+        there.remove_all(name for name in dict.fromkeys(older) if name not in mine)
 
     def _remove_unlogged(self) -> None:
         there = self._there

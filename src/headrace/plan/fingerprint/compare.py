@@ -28,10 +28,17 @@ def differences(old: Json, new: Json) -> list[str]:
     out += _values("input", _dict(old.get("input")), _dict(new.get("input")))
     out += _steps(_list(old.get("steps")), _list(new.get("steps")))
     out += _values("output", _dict(old.get("output")), _dict(new.get("output")))
-    out += _values("", _dict(old.get("settings")), _dict(new.get("settings")))
+    out += _values("", _tolerant(_dict(old.get("settings")), _dict(new.get("settings"))), _dict(new.get("settings")))
     if old.get("split_planning") != new.get("split_planning"):
         out.append("this version of Headrace divides inputs into splits in another way")
     return out
+
+
+def _tolerant(old: Json, new: Json) -> Json:
+    """Whatever was settled under on_error="fail" holds no bad row: it is as good under "skip" or "quarantine"."""
+    if old.get("on_error") == "fail" and "on_error" in new:
+        return {**old, "on_error": new["on_error"]}
+    return old
 
 
 def models_of(fingerprint: Json) -> dict[str, str]:
