@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import Timed, interleave, median, record, run_timed, summary
 
-SHARED = '''
+SHARED = """
 import io, sys, time
 import numpy as np
 
@@ -34,7 +34,7 @@ def pillow(data):
     w, h = image.size
     left, top = (w - 224) // 2, (h - 224) // 2
     return np.asarray(image.crop((left, top, left + 224, top + 224)))
-'''
+"""
 
 OURS = (
     SHARED
@@ -74,7 +74,7 @@ if __name__ == "__main__":
 
 SCRIPT = (
     SHARED
-    + '''
+    + """
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import Lock
 from pathlib import Path
@@ -118,7 +118,7 @@ if __name__ == "__main__":
     files = sorted(Path(sys.argv[1]).glob("*.parquet"))
     with ProcessPoolExecutor(2, initializer=start, initargs=(Lock(),)) as pool:
         print("ROWS", sum(pool.map(work, [(f, 64) for f in files])))
-'''
+"""
 )
 
 
@@ -178,7 +178,9 @@ def photographs(folder: Path, files: int, rows: int) -> Path:
 
 def decode_rate(data: Path, decoder: str) -> float:
     """Images per second of one core that does nothing but decode, measured in this run."""
-    code = SHARED + '''
+    code = (
+        SHARED
+        + """
 from pathlib import Path
 import pyarrow.parquet as pq
 import headrace as hr
@@ -192,7 +194,8 @@ work(batch.slice(0, 50))
 start = time.process_time()
 work(batch)
 print(batch.num_rows / (time.process_time() - start))
-'''
+"""
+    )
     done = subprocess.run([sys.executable, "-c", code, data, "-", "1", decoder], capture_output=True, text=True, check=True)
     return float(json.loads(done.stdout))
 

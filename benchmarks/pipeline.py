@@ -75,8 +75,10 @@ def steps(splits: int) -> dict[str, Any]:
             pq.write_table(table.slice(i * 20, 20), Path(folder, f"{i:06d}.parquet"))
         Driver._note_done = note  # type: ignore[method-assign]
         try:
-            run = hr.read_parquet(folder).map_batches(lambda b: b).write_parquet(
-                folder + "-out", outputs="per_input", engine="processes", progress="quiet"
+            run = (
+                hr.read_parquet(folder)
+                .map_batches(lambda b: b)
+                .write_parquet(folder + "-out", outputs="per_input", engine="processes", progress="quiet")
             )
         finally:
             Driver._note_done = original  # type: ignore[method-assign]

@@ -187,7 +187,10 @@ class LocalRunStore:
             except (IsADirectoryError, PermissionError):
                 if not os.path.isdir(path) or os.path.islink(path):
                     raise
-                _remove_tree(path)
+                # Out of the way first: a worker of a driver that was given up may be making files there.
+                gone = self._path(f"{_TEMPORARY}-{secrets.token_hex(8)}")
+                os.rename(path, gone)
+                _remove_tree(gone)
                 self._inside.clear()
                 self._durable.clear()
 

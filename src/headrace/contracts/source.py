@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class BadRange:
     """A part of the input that can't be read: a row group, a line, a file.
 
-    rows: how many rows it holds, 0 when nobody can tell. row: the first of them in the object, -1 when unknown. error: says file, and row group or byte offset.
+    rows: how many rows it holds, 0 when nobody can tell. row: the first of them in the object, -1 when unknown. error: says
+    file, and row group or byte offset.
     """
 
     uri: str

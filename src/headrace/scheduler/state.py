@@ -85,7 +85,8 @@ class SplitState:
 
     aside: quarantine files. unreadable: parts of the input that can't be read and hold nobody knows how many rows. taken: rows
     that passed each limit, by stage. granted: of limits that an earlier attempt had left, the rows that may pass again.
-    delivered: rows that the consumer has; skip: those of them that this attempt is still to make again. history: of all attempts.
+    delivered: rows that the consumer has; skip: those of them that this attempt is still to make again. history: of all
+    attempts.
     """
 
     __slots__ = (

@@ -176,7 +176,8 @@ class FileSink(ABC):
         there.remove(staging_folder(self._run))
         for run in self._earlier(given_up=True):
             there.remove(staging_folder(run))
-        there.remove(f"{PRIVATE}/tmp")
+        for folder in {"/".join(name.split("/")[:2]) for name in there.names(PRIVATE) if name.startswith(f"{PRIVATE}/tmp")}:
+            there.remove(folder)  # what a process that died in the middle of something has left
         self._let_go()
 
     def release(self) -> None:
