@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 from headrace.core.resources import CPU_POOL, WorkerSpec
@@ -162,6 +162,36 @@ def random_case(seed: int) -> Case:
         consumer_s=rnd.choice((0.0, 0.001, 0.3)),
         seed=seed,
     )
+
+
+def small_case(seed: int) -> Case:
+    """One to eight splits of a few rows into a sink, for one to three workers of a pool: rows fail, and some kill."""
+    rnd = Random(seed)
+    cpus, devices = rnd.choice((1, 2, 2, 3)), rnd.choice((1, 2))
+    splits = make_splits([rnd.choice((0, 1, 3, 6, 6)) for _ in range(rnd.choice((1, 2, 3, 4, 5, 8)))])
+    total = sum(s.rows or 0 for s in splits)
+    plan, works = _fused(rnd, cpus) if rnd.random() < 0.2 else _chain(rnd, cpus, devices, total)
+    while any(s.end is End.DELIVER for s in plan.stages):
+        plan, works = _chain(rnd, cpus, devices, total)
+    works = {stage: replace(work, block_rows=rnd.choice((2, 3, 6))) for stage, work in works.items()}
+    same = [(1, 2)] if len(plan.routes) > 1 else [(stage,) for stage in works]  # a row's way must not matter
+    for stages in same:
+        if rnd.random() < 0.3:
+            bad = rnd.choice((2, 3, 5))
+            works |= {stage: replace(works[stage], bad=bad) for stage in stages}
+    rows = [row for split in splits for row in source_rows(split)]
+    if rows and rnd.random() < 0.15:
+        works |= {stage: replace(works[stage], poison=frozenset({rnd.choice(rows)})) for stage in rnd.choice(same)}
+    block = rnd.choice((1, 50, 400))
+    limits = Limits(
+        budget_bytes=rnd.choice((300, 2_000, 1 << 30)),
+        block_bytes=block,
+        credit_bytes=rnd.choice((1, block, 4 * block)),
+        fail_on_bad_rows=False,
+    )
+    program = SimulatedProgram(plan.stages, works, seed=seed, jitter=rnd.choice((0.0, 1.0)), start_s=rnd.choice((0.0, 0.01)))
+    workers = make_workers(cpus, plan.pools.get(DEVICE, 0))
+    return Case(plan, program, splits, workers, limits, listing_s=rnd.choice((0.0, 0.01, 0.1)), seed=seed)
 
 
 def _split_rows(rnd: Random) -> list[int]:
