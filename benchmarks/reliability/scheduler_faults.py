@@ -2,8 +2,8 @@
 
     PYTHONPATH=. python benchmarks/reliability/scheduler_faults.py --seeds 20000 [--record]
 
-Each seed is a random plan on random workers, once with troubles in one session (`run_troubled` of tests/simulation/test_random.py)
-and once in several sessions that drain or whose driver dies (`run_resumed`). The output must be that of an undisturbed run.
+Each seed is a random plan on random workers, once with troubles in one session (`run_troubled` in tests/simulation) and once in
+several sessions that drain or whose driver dies (`run_resumed`). The output must be that of an undisturbed run.
 """
 
 from __future__ import annotations
