@@ -170,8 +170,9 @@ def small_case(seed: int) -> Case:
     cpus, devices = rnd.choice((1, 2, 2, 3)), rnd.choice((1, 2))
     splits = make_splits([rnd.choice((0, 1, 3, 6, 6)) for _ in range(rnd.choice((1, 2, 3, 4, 5, 8)))])
     total = sum(s.rows or 0 for s in splits)
+    limited = rnd.random() < 0.4
     plan, works = _fused(rnd, cpus) if rnd.random() < 0.2 else _chain(rnd, cpus, devices, total)
-    while any(s.end is End.DELIVER for s in plan.stages):
+    while any(s.end is End.DELIVER for s in plan.stages) or (limited and all(s.limit is None for s in plan.stages)):
         plan, works = _chain(rnd, cpus, devices, total)
     works = {stage: replace(work, block_rows=rnd.choice((2, 3, 6))) for stage, work in works.items()}
     same = [(1, 2)] if len(plan.routes) > 1 else [(stage,) for stage in works]  # a row's way must not matter
@@ -181,7 +182,8 @@ def small_case(seed: int) -> Case:
             works |= {stage: replace(works[stage], bad=bad) for stage in stages}
     rows = [row for split in splits for row in source_rows(split)]
     if rows and rnd.random() < 0.15:
-        works |= {stage: replace(works[stage], poison=frozenset({rnd.choice(rows)})) for stage in rnd.choice(same)}
+        poison = frozenset({rnd.choice(rows)})
+        works |= {stage: replace(works[stage], poison=poison) for stage in rnd.choice(same)}
     block = rnd.choice((1, 50, 400))
     limits = Limits(
         budget_bytes=rnd.choice((300, 2_000, 1 << 30)),

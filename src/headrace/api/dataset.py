@@ -132,6 +132,8 @@ class Dataset:
         """The first `rows` rows in input order; nothing more is read than they need."""
         if rows < 0:
             raise PlanError(f"limit({rows}): the number of rows can't be negative", hint="use 0 or more")
+        if any(isinstance(op, Evaluate) for op in self._plan.ops):  # how many rows come so far is up to chance
+            raise PlanError("limit() after evaluate() leaves open which rows are evaluated", hint="call limit() before evaluate()")
         return self._with(Limit(rows))
 
     # ---------------------------------------------------------------- models

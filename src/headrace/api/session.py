@@ -199,7 +199,7 @@ def _run_logged(ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.Schem
         raise plain(error) from error.__cause__
     finally:
         committer.close(released=True)
-        if not done:
+        if not done and committer.certain:  # a later session knows what the log holds, and removes the rest
             sink.release()
     return run
 

@@ -173,6 +173,7 @@ class Protocol:
         self._hurry = False
         self._group: list[Note] = []
         self._append: Append | None = None
+        self._refused = False
         self._unpublished: deque[OutputFile] = deque(() if holds else unpublished)
         self._publishing = 0
         self._retries: list[tuple[float, Command]] = []
@@ -182,6 +183,11 @@ class Protocol:
         self._take_deltas()
 
     # ---------------------------------------------------------------- what the executor asks
+
+    @property
+    def certain(self) -> bool:
+        """No segment was to be appended that the log may come to hold later. Else what it names must stay where it is."""
+        return self._append is None
 
     @property
     def clean(self) -> bool:
@@ -292,8 +298,11 @@ class Protocol:
                 self._on_appended(now)  # it had been done: the answer was lost
                 mine = None
                 continue
+            self._append = None  # its place is taken
             raise self._superseded(index, data)
         if self.error is not None:
+            if self._refused:
+                self._append = None
             raise self.error
         if mine is None:
             self.phase = Phase.IDLE
@@ -316,6 +325,7 @@ class Protocol:
         if isinstance(error, TransientError):
             self._again(command, error, now)
             return
+        self._refused = isinstance(command, Append) and Append not in self._tries  # so that no try may still take effect
         # A later driver removes what this one staged and had not logged: then that driver is what people must hear of.
         self.error = error
         self.phase = Phase.FAILING

@@ -235,6 +235,11 @@ class Committer:
         }
 
     @property
+    def certain(self) -> bool:
+        """After `close`: the log will hold no more of this session than it does. Else nothing staged may be removed."""
+        return self._loop is None or self._loop.protocol.certain
+
+    @property
     def files(self) -> Sequence[OutputFile]:
         """Of all splits that the log holds, in split order."""
         return self._opened.state.settled.files if self._opened is not None else ()

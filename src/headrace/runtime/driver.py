@@ -35,7 +35,7 @@ from headrace.core.events import (
 )
 from headrace.core.receipts import NO_ROWS, Tally
 from headrace.core.resources import WorkerSpec
-from headrace.core.steps import NO_TIME, Advance, Step, StepDone, StepFailed, WorkerLost
+from headrace.core.steps import NO_TIME, Advance, Step, StepDone, StepFailed, WorkerLost, WorkerUp
 from headrace.runtime.committer import Committer
 from headrace.runtime.crashes import CrashSamples
 from headrace.runtime.governor import Governor
@@ -182,6 +182,8 @@ class Driver:
             self._tell(self._started)
             self.committer.start(self.post)
             self.substrate.start(self._program, list(self._workers.values()))
+            for worker in self._workers:
+                self._watch.starting(worker, self._now())
             self._carry(self.scheduler.handle(Start(), self._now()))
             while not self._done:
                 self._turn()
@@ -277,6 +279,8 @@ class Driver:
             case StepFailed():
                 self._watch.answered(event.worker, self._now())
                 self._note_failed(event)
+            case WorkerUp():
+                self._watch.came_up(event.worker)
             case WorkerLost():
                 path = self._note_lost(event)
             case _:
@@ -365,6 +369,7 @@ class Driver:
         self._workers[spec.id] = spec
         self._pools = {**self._pools, spec.id: spec.pool}
         self._tell(WorkerReplaced(self._now(), spec.id, spec.pool, command.replaces, command.why))
+        self._watch.starting(spec.id, self._now())
         self.substrate.add_worker(spec)
 
     # ---------------------------------------------------------------- what observers hear

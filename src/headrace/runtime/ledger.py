@@ -340,11 +340,12 @@ class _Opening:
 
     def _sort_staging(self, run: str, state: LogState) -> tuple[OutputFile, ...]:
         """Files that the log names and that are still staged; others of earlier epochs are removed: nobody can log
-        them any more.
+        them any more. Raises DestinationError for one that is neither staged nor there.
 
         After the claim only: until then their driver might log and publish.
         """
         staged = set(self._patiently(lambda: list(self.store.names(staging_folder(run)))))
+        self._check_presence(run, state, staged)
         if not staged:
             return ()
         kept = tuple(f for f in state.settled.files if f.staged in staged)
@@ -356,6 +357,19 @@ class _Opening:
                 except HeadraceError:
                     break  # litter; the end of the run removes it
         return kept
+
+    def _check_presence(self, run: str, state: LogState, staged: set[str]) -> None:
+        """staged: listed before, so that a file which moves meanwhile is seen in one place at least."""
+        if not len(state.settled):
+            return
+        there = set(self._patiently(lambda: list(self.store.names(""))))
+        missing = [f.name for f in state.settled.files if f.staged and f.staged not in staged and f.name not in there]
+        if missing:
+            raise DestinationError(
+                f"{len(missing):,} files that the run log names are neither published nor staged",
+                where=(("destination", self.store.root), ("run", run), ("missing", ", ".join(missing[:5]))),
+                hint="was the destination cleaned up? fresh=True begins a new run, another path keeps what is there",
+            )
 
     # ---------------------------------------------------------------- the store
 

@@ -89,7 +89,7 @@ class Scheduler(Dispatcher):
         try:
             self._take_in(event)
             self._dispatch()
-            if self.finished and not self.draining:
+            if self.finished and not any(isinstance(command, Finish) and command.drained for command in out):
                 self._check_share()
         except HeadraceError as error:
             self.finished = self.failed = True
@@ -129,7 +129,7 @@ class Scheduler(Dispatcher):
             case PartsSpilled(parts):
                 self._on_spilled(parts)
             case Start():
-                pass
+                self._check_most()  # it may be lower than in the session before
 
     def _on_listed(self, event: SplitsListed) -> None:
         self.listing = False
@@ -258,8 +258,7 @@ class Scheduler(Dispatcher):
             else:
                 self._drop_block(node)
         split.closed = True
-        self.read -= split.tally.rows_in
-        self.bad -= split.tally.bad + split.unreadable
+        self._take_back(split)
         for stage_id, turn in self.global_next.items():
             taken = split.taken.get(stage_id, 0)
             if turn > split.index:  # it has had its turn, and gets it again for as many rows
@@ -431,9 +430,10 @@ class Scheduler(Dispatcher):
     def _count_rows(self, split: SplitState, tally: Tally) -> None:
         """Raises UserCodeError when more rows are bad than may be."""
         split.tally = split.tally + tally
+        before, bad = self.read, tally.bad
         self.read += tally.rows_in
-        if tally.bad:
-            self.bad += tally.bad
+        self.bad += bad
+        if bad or before < FRACTION_ROWS <= self.read:
             self._check_limits()
 
     def _count_unreadable(self, split: SplitState, parts: int) -> None:
@@ -442,12 +442,20 @@ class Scheduler(Dispatcher):
         self.bad += parts
         self._check_limits()
 
+    def _take_back(self, split: SplitState) -> None:
+        """The attempt counts for nothing any more."""
+        self.read -= split.tally.rows_in
+        self.bad -= split.tally.bad + split.unreadable
+
     def _check_limits(self) -> None:
-        most, share = self.limits.max_bad_rows, self.limits.max_bad_fraction
+        self._check_most()
+        if self.read >= FRACTION_ROWS:
+            self._check_share()
+
+    def _check_most(self) -> None:
+        most = self.limits.max_bad_rows
         if most is not None and self.bad > most:
             raise self._too_many(f"max_bad_rows is {most}")
-        if share is not None and self.read >= FRACTION_ROWS and self.bad > share * self.read:
-            raise self._too_many(f"max_bad_fraction is {share:g}")
 
     def _check_share(self) -> None:
         share = self.limits.max_bad_fraction
@@ -589,6 +597,7 @@ class Scheduler(Dispatcher):
                     self._drop_block(node)
             del self.open[split.index]
             split.closed = True
+            self._take_back(split)
             self.settled += 1
             self._out.append(Settle(split.split, split.attempt, None, _NO_ROWS, cancelled=True))
 

@@ -23,8 +23,6 @@ from headrace.commit.protocol import Event, Flush, Tick
 from headrace.core.errors import HeadraceError, InternalError, UserCodeError
 from headrace.core.events import RunEvent, SplitRetried, WorkerReplaced
 from headrace.core.receipts import OutputFile, Tally
-from headrace.core.splits import Split
-from headrace.core.stages import End
 from headrace.core.steps import Advance, Share, Step, StepDone, SubstrateEvent, WorkerLost
 from headrace.runtime import ledger
 from headrace.runtime.committer import Committer
@@ -32,11 +30,13 @@ from headrace.runtime.driver import Driver
 from headrace.runtime.ledger import OpenedRun
 from headrace.runtime.listing import Lister
 from headrace.runtime.signals import Stopped
+from headrace.scheduler.invariants import check
 from headrace.scheduler.machine import Scheduler
 from headrace.scheduler.messages import MemoryPressure
-from headrace.substrates.simulated import Rows, SimulatedSubstrate
+from headrace.substrates.simulated import Rows, SimulatedSubstrate, source_rows
 
 TURNS = (1, 3, 10, 30)  # of a driver, at a time
+CHECKED = 20  # in every so many worlds the scheduler's tables are checked after each turn
 ROUNDS = 10_000  # of a committer, until it must be through
 Origin = tuple[int, int, int]  # session, split, attempt
 
@@ -75,7 +75,7 @@ def _bad_rows(case: Case) -> int:
     """How many rows of the whole input fail, at whichever stage."""
     found = 0
     for split in case.splits:
-        rows: Rows = range(split.index * 1_000_000, split.index * 1_000_000 + (split.rows or 0))
+        rows: Rows = source_rows(split)
         for stage in case.plan.routes[-1].stages:
             good = case.program.works[stage].good(rows)
             found += len(rows) - len(good)
@@ -207,7 +207,7 @@ class StagingSubstrate(SimulatedSubstrate):
             file = session.stage_rows(split, attempt, self.staged[split, attempt], self._told[split, attempt])
             id = world.splits[split].id
             answer = replace(answer, receipt=replace(answer.receipt, split_id=id, outputs=(file,)))
-            if not world.calm and session.rng.random() < 0.02:  # and so nobody hears of the file
+            if not world.calm and session.rng.random() < 0.05:  # and so nobody hears of the file
                 return WorkerLost(worker.spec.id, "killed after it had staged its file", None, pool=worker.spec.pool)
         return answer
 
@@ -341,13 +341,20 @@ class ScheduledSession(Session):
                     committer.finish({"tally": committer.tally.written, "metrics": committer.results()})
                     opened.finished = True
                     return
+                if self.world.seed % CHECKED == 0:
+                    check(cast(Driver, self.driver).scheduler)
         except Stopped:
             committer.close(released=True)
             self.kill("drained")
         except HeadraceError as error:
-            assert not isinstance(error, InternalError | UserCodeError), f"the driver fails: {error}"
+            _check_error(error)
             committer.close(released=True)
             raise (ledger.successor(opened) or error) from error
+
+
+def _check_error(error: HeadraceError) -> None:
+    """Storage may fail and workers may die too often; nothing else may end a session."""
+    assert not isinstance(error, InternalError | UserCodeError), f"the driver fails: {error}"
 
 
 class ScheduledChecker(Checker):
@@ -359,6 +366,7 @@ class ScheduledChecker(Checker):
 
     def check_record(self, record: dict[str, Any], nth: int) -> None:
         world, split = self.world, record["split"]
+        assert record["files"], f"split {split} is settled without a file"
         output, *aside = record["files"]
         made = world.made[output["digest"]]
         assert isinstance(made, Attempted)
@@ -379,5 +387,3 @@ def run_scheduled(seed: int) -> ScheduledWorld:
     world = ScheduledWorld(seed)
     run_world(world)
     return world
-
-

@@ -172,12 +172,12 @@ class FileSink(ABC):
             self._show(there, files, summary, schema, older, old is not None)
         if there.read(SUCCESS) is None or not shown:
             there.write(SUCCESS, b"")
+        for run in self._earlier(given_up=True):
+            there.remove(staging_folder(run))  # before its outputs: a driver of it that still lives can publish none again
         self._remove_older(there, files, older)
         there.remove(staging_folder(self._run))
-        for run in self._earlier(given_up=True):
-            there.remove(staging_folder(run))
         for folder in {"/".join(name.split("/")[:2]) for name in there.names(PRIVATE) if name.startswith(f"{PRIVATE}/tmp")}:
-            there.remove(folder)  # what a process that died in the middle of something has left
+            quietly(there.remove, folder)  # what a process that died in the middle of something has left; or a heartbeat's
         self._let_go()
 
     def release(self) -> None:

@@ -21,7 +21,7 @@ CONFIRMATIONS = 2  # deaths on the very same row
 
 @dataclass(slots=True)
 class History:
-    """What the attempts at one split have met."""
+    """What the attempts at one split have met. segments: by operator; none of them: any of its rows may be the one."""
 
     blind: int = 0
     transient: int = 0
@@ -37,9 +37,9 @@ class History:
             return False
         known = self.segments.get(doing.op, ())
         new = tuple(s for s in doing.segments if s not in known)
+        tells_something = bool(new) or doing.op not in self.segments
         certain = False
-        if new:
-            self.segments[doing.op] = known + new
+        self.segments[doing.op] = known + new
         if doing.digest:
             row = (doing.op, doing.digest)
             self.accused[row] += 1
@@ -47,13 +47,10 @@ class History:
             if certain:
                 self.condemned[doing.op] = (*self.condemned.get(doing.op, ()), (doing.digest, reason))
             elif self.accused[row] > CONFIRMATIONS:
-                self.blind += 1  # it must not have been run
-        elif not new:
+                self.blind = MOST_BLIND  # it was run although it is condemned: no attempt will fare better
+        elif not tells_something:
             self.blind += 1
-        if self.segments or self.condemned:
-            self.suspects = tuple(
-                Suspect(op, segments, self.condemned.get(op, ())) for op, segments in sorted(self.segments.items())
-            )
+        self.suspects = tuple(Suspect(op, segments, self.condemned.get(op, ())) for op, segments in sorted(self.segments.items()))
         return certain
 
     def exhausted(self, attempt: int) -> bool:
