@@ -115,3 +115,10 @@ def test_interrupting_the_driver_loses_nothing(data: Path, tmp_path: Path, quiet
         ds.write_parquet(tmp_path / "out", outputs="per_input", **quiet)
     ds.write_parquet(tmp_path / "out", outputs="per_input", **quiet)
     assert read_back(tmp_path / "out")["id"].to_pylist() == list(range(200))
+
+
+def test_a_limit_after_an_evaluation_is_refused(data: Path) -> None:
+    """How many rows come to the evaluation before the limit is reached would be up to chance."""
+    ds = hr.read_parquet(data).evaluate(n=hr.metrics.Count())
+    with pytest.raises(hr.PlanError, match=r"limit\(\) before evaluate\(\)"):
+        ds.limit(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import headrace as hr
+from headrace.connectors.run_store import LocalRunStore
 from headrace.core.errors import DestinationError, HeadraceError, InputChanged, UserCodeError
 
 from .conftest import outputs, read_back
@@ -269,3 +271,34 @@ def test_a_failed_run_may_go_on_setting_rows_aside(data: Path, tmp_path: Path, q
     run = ds.write_parquet(tmp_path / "out", outputs="per_input", on_error="quarantine", **quiet)
     assert read_back(tmp_path / "out")["id"].to_pylist() == [i for i in range(200) if i != 150]
     assert run.tally.quarantined == 1
+
+
+def test_an_append_that_lands_when_the_session_is_over(
+    data: Path, tmp_path: Path, quiet: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a put to a slow store may: what it names must still be there for the next session."""
+    marker, out = tmp_path / "marker", tmp_path / "out"
+    marker.touch()
+    over, landed = threading.Event(), threading.Event()
+    create = LocalRunStore.create
+
+    def slow(store: LocalRunStore, name: str, content: bytes) -> bool:
+        late = b'"settled"' in content and not over.is_set()
+        if late:
+            over.wait()
+        done = create(store, name, content)
+        if late:
+            landed.set()
+        return done
+
+    monkeypatch.setattr(LocalRunStore, "create", slow)
+    monkeypatch.setattr("headrace.runtime.committer.CLOSE_S", 1.5)
+    ds = hr.read_parquet(data).map(breaking_at(marker, 199))
+    monkeypatch.setattr("headrace.commit.protocol.GROUP_SPLITS", 1)
+    with pytest.raises(UserCodeError):
+        ds.write_parquet(out, outputs="per_input", **quiet)
+    over.set()
+    assert landed.wait(10)
+    marker.unlink()
+    ds.write_parquet(out, outputs="per_input", **quiet)
+    assert rows_of(out) == [{**row, "y": row["x"] * 2} for row in read_back(data).to_pylist()]

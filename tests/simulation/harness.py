@@ -12,7 +12,7 @@ from headrace.core.receipts import Tally
 from headrace.core.resources import WorkerSpec
 from headrace.core.steps import Advance, Apply, Step
 from headrace.scheduler.invariants import check, story
-from headrace.scheduler.machine import Scheduler
+from headrace.scheduler.machine import MOST_UNSTARTED, Scheduler
 from headrace.scheduler.messages import (
     AddWorker,
     Command,
@@ -58,6 +58,7 @@ class Simulation:
         self.retries: list[Retry] = []
         self.peak = 0
         self.events = 0
+        self._counted = case.limits.settled_before  # and what was settled since
         self._unlisted = list(case.splits)
         self._taking = 0
         self._delivered_last = -1
@@ -95,6 +96,7 @@ class Simulation:
         self.peak = max(self.peak, self.scheduler.in_flight + self.scheduler.reserved)
         if self.checked:
             self._check_admissions(commands)
+            self._check_counts()
             check(self.scheduler)
 
     def _carry(self, command: Command) -> None:
@@ -120,6 +122,7 @@ class Simulation:
             case Settle(split):
                 assert split.index not in self.settled, f"{split.label} is settled twice"
                 self.settled[split.index] = command
+                self._counted += command.tally
                 if command.receipt is not None:
                     assert command.receipt.attempt == command.attempt
                     self.published[split.index] = self.substrate.staged[split.index, command.attempt]
@@ -179,6 +182,20 @@ class Simulation:
                     assert splits == [oldest] or len(splits) == 1, f"past the budget: {step}"
                     assert splits == [oldest], f"past the budget, and not of the oldest split {oldest}: {step}"
                 total -= entry[3]
+                if s.pressure >= 2:
+                    pool = s.pools[s.workers[command.step.worker].pool]
+                    assert sum(len(w.running) for w in pool.workers.values()) == 1, f"not alone in its pool: {command.step}"
+
+    def _check_counts(self) -> None:
+        """Rows are counted for what is settled and for the open attempts, and every worker that died has a successor."""
+        s = self.scheduler
+        if self.error is not None:
+            return
+        open_now = [split.tally for split in s.open.values()]
+        assert s.read == self._counted.rows_in + sum(t.rows_in for t in open_now), "rows read differ from a recount"
+        assert s.bad == self._counted.bad + sum(t.bad for t in open_now), "bad rows differ from a recount"
+        if not s.finished and max(s.unstarted.values(), default=0) < MOST_UNSTARTED:
+            assert self.substrate.living == self.case.plan.pools, f"{self.substrate.living} are alive"
 
     def _stalled(self) -> str:
         lists = "\n".join(story(split) for split in self.scheduler.open.values())

@@ -11,7 +11,8 @@ from tests.simulation.cases import Case, expected, random_case
 from tests.simulation.harness import Simulation, run_checked
 
 from headrace.core.errors import TransientError, UserCodeError, WorkerDied
-from headrace.substrates.simulated import source_rows
+from headrace.scheduler.machine import FRACTION_ROWS, MOST_UNSTARTED
+from headrace.substrates.simulated import HANG_S, SimulatedProgram, source_rows
 
 CHUNKS = 20
 SEEDS = 110  # per chunk
@@ -60,7 +61,18 @@ def with_troubles(seed: int) -> Case:
     deaths = frozenset(rnd.randint(1, 2 * steps) for _ in range(min(rnd.choice((0, 1, 2, 5)), spread)))
     stumbles = frozenset(rnd.randint(1, 2 * steps) for _ in range(min(rnd.choice((0, 0, 1, 2)), spread))) - deaths
     program = replace(case.program, loses=deaths, tells=rnd.random() < 0.5, stumbles=stumbles)
-    return replace(case, program=program, pressure_s=rnd.choice((0.0, 0.0, 0.01, 0.1)))
+    case = replace(case, program=program, pressure_s=rnd.choice((0.0, 0.0, 0.01, 0.1)))
+    if rnd.random() < 0.3:
+        case = replace(case, program=with_more(case, rnd, steps))
+    return case
+
+
+def with_more(case: Case, rnd: Random, steps: int) -> SimulatedProgram:
+    """Workers that hang, die while they have nothing to do, or never come up."""
+    hangs = {rnd.randint(1, 2 * steps) for _ in range(rnd.choice((0, 1, 1)))} - case.program.stumbles
+    kills = tuple(rnd.random() * rnd.choice((0.01, 0.1, 1.0, HANG_S)) for _ in range(rnd.choice((0, 1, 2))))
+    unborn = {rnd.randint(1, len(case.workers) + 3) for _ in range(rnd.choice((0, 1, 2, MOST_UNSTARTED - 1)))}
+    return replace(case.program, hangs=frozenset(hangs), kills=kills, unborn=frozenset(unborn))
 
 
 def run_troubled(seed: int) -> None:
@@ -70,6 +82,29 @@ def run_troubled(seed: int) -> None:
     if done.error is not None and gave_up(done):
         return
     run_checked(case, expected(case))
+
+
+def run_with_too_many_bad(seed: int) -> None:
+    """As many bad rows as may be are no trouble, however often they are met again; one more is."""
+    case = with_troubles(seed)
+    if any(stage.limit is not None for stage in case.plan.stages):
+        return  # bad rows behind the limit may be met before it is reached
+    done = Simulation(case).run()
+    if done.error is not None:
+        assert gave_up(done)
+        return
+    tallies = [settle.tally for settle in done.settled.values()]
+    bad, read = sum(t.bad for t in tallies), sum(t.rows_in for t in tallies)
+    if not bad:
+        return
+    limits = [({"max_bad_rows": bad}, {"max_bad_rows": bad - 1})]
+    if read < FRACTION_ROWS:  # looked at once, at the end
+        limits.append(({"max_bad_fraction": (bad + 0.5) / read}, {"max_bad_fraction": (bad - 0.5) / read}))
+    for enough, too_few in limits:
+        run_checked(replace(case, limits=replace(case.limits, **enough)), expected(case))
+        failed = Simulation(replace(case, limits=replace(case.limits, **too_few))).run()
+        assert isinstance(failed.error, UserCodeError)
+        assert "too many bad rows" in failed.error.message
 
 
 def gave_up(done: Simulation) -> bool:
@@ -92,7 +127,8 @@ def run_resumed(seed: int) -> None:
         crash = None if last else rnd.choice((None, rnd.randint(1, 60), rnd.randint(1, 400)))
         drain_s = None if last or crash is not None else rnd.choice((None, rnd.random() * 0.5, 0.0))
         if session > 5:  # chance has had its way
-            case = replace(case, program=replace(case.program, loses=frozenset(), stumbles=frozenset()))
+            none: frozenset[int] = frozenset()
+            case = replace(case, program=replace(case.program, loses=none, hangs=none, kills=(), stumbles=none))
         part = Simulation(replace(case, settled=dict(settled), crash=crash, drain_s=drain_s, seed=seed + session)).run()
         if part.error is not None and not gave_up(part):
             raise part.error
@@ -129,6 +165,15 @@ def test_random_troubles(chunk: int) -> None:
             run_troubled(seed)
         except Exception as error:
             raise AssertionError(_named("run_troubled", seed)) from error
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_random_bad_rows(chunk: int) -> None:
+    for seed in range(chunk * FAULTS, (chunk + 1) * FAULTS):
+        try:
+            run_with_too_many_bad(seed)
+        except Exception as error:
+            raise AssertionError(_named("run_with_too_many_bad", seed)) from error
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))

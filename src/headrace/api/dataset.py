@@ -133,7 +133,9 @@ class Dataset:
         if rows < 0:
             raise PlanError(f"limit({rows}): the number of rows can't be negative", hint="use 0 or more")
         if any(isinstance(op, Evaluate) for op in self._plan.ops):  # how many rows come so far is up to chance
-            raise PlanError("limit() after evaluate() leaves open which rows are evaluated", hint="call limit() before evaluate()")
+            raise PlanError(
+                "limit() after evaluate() leaves open which rows are evaluated", hint="call limit() before evaluate()"
+            )
         return self._with(Limit(rows))
 
     # ---------------------------------------------------------------- models

@@ -278,7 +278,7 @@ class Scheduler(Dispatcher):
         if split is not None:
             where += [("split", split.split.label), ("attempts", str(split.attempt))]
         hint = "look for a crash in native code or the out-of-memory killer (dmesg)"
-        if lost.doing is not None and lost.doing.digest:
+        if lost.doing is not None and lost.doing.digest and self.limits.fail_on_bad_rows:
             hint = 'on_error="quarantine" sets such a row aside'
         elif split is None:
             hint = "workers can't start: look at what they print"

@@ -5,15 +5,15 @@ arrived once and in order: row r of split i is `i * SPLIT_ROWS + r`, and a row's
 Everything random comes from the program's seed: the same seed gives the same run.
 
 Invariants, asserted here: a part is released once, and never while a step that reads it is queued or runs; a cursor's steps go
-to one worker; parts of a block stay row for row together.
+to one worker, and none to a dead one; parts of a block stay row for row together; a spilled part is read by its new handle.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from random import Random
 from typing import Any
@@ -43,6 +43,7 @@ from headrace.core.steps import (
 
 SPLIT_ROWS = 1_000_000
 CHILDREN = 1_000
+HANG_S = 30.0  # a worker that hangs is killed after so long
 Rows = Sequence[int]
 
 
@@ -94,6 +95,8 @@ class SimulatedProgram:
     jitter: step times are stretched or shrunk by a random factor in [1 - jitter, 1 + jitter]; one step in fifty then takes
     twenty times as long. start_s, free_s: the longest that a worker takes to come up, and a part to be freed.
     fails: the n-th step of the run raises. loses: at these steps of the run their workers die; tells: with a breadcrumb.
+    hangs: at these they hang, and are killed for it. kills: at these times some worker dies, whether it has a step or not.
+    unborn: these workers, in the order in which they are started, die before they come up.
     stumbles: these steps meet trouble with the storage. record: keep the rows of sinks.
     """
 
@@ -106,15 +109,20 @@ class SimulatedProgram:
     fails: int | None = None
     loses: frozenset[int] = frozenset()
     tells: bool = False
+    hangs: frozenset[int] = frozenset()
+    kills: tuple[float, ...] = ()
+    unborn: frozenset[int] = frozenset()
     stumbles: frozenset[int] = frozenset()
     record: bool = True
 
 
 @dataclass(slots=True)
 class _Worker:
+    """running: the step at work and its answer to be."""
+
     spec: WorkerSpec
     queue: deque[Step | Discard] = field(default_factory=deque[Step | Discard])
-    busy: bool = False
+    running: tuple[Step, SubstrateEvent] | None = None
     up: bool = False
     dead: bool = False
     cursors: dict[int, _Cursor] = field(default_factory=dict[int, "_Cursor"])
@@ -137,7 +145,9 @@ class SimulatedSubstrate:
         self._next_part = 0
         self._parts: dict[int, int] = {}  # part id -> bytes, until released
         self._sizes: dict[int, int] = {}  # the same as far as memory is concerned: 0 once it is on disk
+        self._moved: dict[int, Rows] = {}  # part id -> its handle since it was spilled
         self._unfreed_bytes = 0
+        self._started = 0
         self._reading: dict[int, int] = {}  # part id -> steps that read it
         self._woken = threading.Event()
         self._stopped = False
@@ -149,11 +159,18 @@ class SimulatedSubstrate:
         self._random = Random(program.seed)
         for spec in workers:
             self.add_worker(spec)
+        for at_s in program.kills:
+            self.later(at_s, self._kill_any)
 
     def add_worker(self, worker: WorkerSpec) -> None:
         state = self._workers[worker.id] = _Worker(worker)
+        self._started += 1
+        born = self._started not in self._program.unborn
 
-        def up() -> WorkerUp:
+        def up() -> WorkerUp | WorkerLost:
+            if not born:
+                state.dead = True
+                return WorkerLost(worker.id, "exited while it started", started=False, pool=worker.pool)
             state.up = True
             return WorkerUp(worker.id, worker.pool)
 
@@ -167,9 +184,10 @@ class SimulatedSubstrate:
             for block in step.inputs:
                 for part in block.parts:
                     assert part.id in self._parts, f"step {step.id} reads part {part.id}, which was released"
+                    assert self._is_current(part), f"step {step.id} reads part {part.id} where it was before it was spilled"
                     self._reading[part.id] = self._reading.get(part.id, 0) + 1
         worker.queue.append(step)
-        if not worker.busy:
+        if worker.running is None:
             self._begin(worker)
 
     def release(self, parts: Sequence[PartRef]) -> None:
@@ -177,6 +195,7 @@ class SimulatedSubstrate:
             assert part.id in self._parts, f"part {part.id} is released twice, or was never made"
             assert part.id not in self._reading, f"part {part.id} is released while a step reads it"
             del self._parts[part.id]
+            self._moved.pop(part.id, None)
         event = PartsFreed(tuple(p.id for p in parts))
         size = sum(self._sizes.pop(p.id) for p in parts)
 
@@ -219,7 +238,8 @@ class SimulatedSubstrate:
             if self._random.random() < 0.5:
                 self._unfreed_bytes -= self._sizes[part.id]
                 self._sizes[part.id] = 0
-                moved.append(part)
+                self._moved[part.id] = part.handle[:]
+                moved.append(replace(part, handle=self._moved[part.id]))
         return tuple(moved)
 
     def memory_bytes(self) -> int:
@@ -252,6 +272,11 @@ class SimulatedSubstrate:
         """Cursors that are neither finished nor discarded."""
         return sum(len(w.cursors) for w in self._workers.values())
 
+    @property
+    def living(self) -> Counter[str]:
+        """Workers that are up or about to be, by pool."""
+        return Counter(w.spec.pool for w in self._workers.values() if not w.dead)
+
     # ---------------------------------------------------------------- workers
 
     def _begin(self, worker: _Worker) -> None:
@@ -261,13 +286,16 @@ class SimulatedSubstrate:
             if isinstance(step, Discard):
                 worker.cursors.pop(step.cursor, None)
                 continue
-            worker.busy = True
+            hangs = self.steps_run + 1 in self._program.hangs
             answer = self._run(worker, step)
-            seconds = answer.timing.wall_s if isinstance(answer, StepDone) else 0.0
+            worker.running = (step, answer)
+            seconds = answer.timing.wall_s if isinstance(answer, StepDone) else HANG_S if hangs else 0.0
 
-            def ends(step: Step = step, answer: SubstrateEvent = answer) -> SubstrateEvent:
+            def ends(step: Step = step, answer: SubstrateEvent = answer) -> SubstrateEvent | None:
+                if worker.dead:  # killed meanwhile
+                    return None
                 self._end_reading(step)
-                worker.busy = False
+                worker.running = None
                 if isinstance(answer, WorkerLost):
                     self._die(worker)
                 self._begin(worker)
@@ -276,8 +304,31 @@ class SimulatedSubstrate:
             self.later(seconds, ends)
             return
 
+    def _kill_any(self) -> WorkerLost | None:
+        """A worker dies, whatever it is at."""
+        living = [w for w in self._workers.values() if w.up and not w.dead]
+        if not living:
+            return None
+        worker = self._random.choice(living)
+        doing = None
+        if worker.running is not None:
+            step, answer = worker.running
+            doing = self._crumb(step) if self._program.tells else None
+            self._end_reading(step)
+            if isinstance(answer, StepDone):
+                self._forget([part.id for block in answer.outputs for part in block.parts])
+        self._die(worker)
+        return WorkerLost(worker.spec.id, "killed by signal 9", doing, pool=worker.spec.pool)
+
+    def _forget(self, parts: Sequence[int]) -> None:
+        """Made and never told: they go with their worker."""
+        for part in parts:
+            del self._parts[part]
+            self._unfreed_bytes -= self._sizes.pop(part)
+
     def _die(self, worker: _Worker) -> None:
         worker.dead = True
+        worker.running = None
         worker.cursors.clear()
         for step in worker.queue:
             if not isinstance(step, Discard):
@@ -303,14 +354,14 @@ class SimulatedSubstrate:
             return StepFailed(step.id, worker.spec.id, TransientError("the simulated storage is busy"))
         known = self._next_part
         try:
-            if self.steps_run in self._program.loses:
+            if self.steps_run in self._program.loses or self.steps_run in self._program.hangs:
                 raise Death(self._crumb(step) if self._program.tells else None)
             return self._work(worker, step)
         except Death as death:
-            for part in range(known + 1, self._next_part + 1):  # made and never told: they go with their worker
-                del self._parts[part]
-                self._unfreed_bytes -= self._sizes.pop(part)
-            return WorkerLost(worker.spec.id, "killed by the simulation", death.doing, pool=worker.spec.pool)
+            self._forget(range(known + 1, self._next_part + 1))
+            hung = self.steps_run in self._program.hangs
+            reason = f"no answer for {HANG_S:g} s" if hung else "killed by the simulation"
+            return WorkerLost(worker.spec.id, reason, death.doing, pool=worker.spec.pool)
 
     def _crumb(self, step: Step) -> Doing:
         rows = [row for block in step.inputs for row in self._rows(block)] or [0]
@@ -379,7 +430,11 @@ class SimulatedSubstrate:
     def records(self) -> bool:
         return self._program.record
 
+    def _is_current(self, part: PartRef) -> bool:
+        return self._moved.get(part.id, part.handle) is part.handle
+
     def _rows(self, block: BlockRef) -> Rows:
+        assert all(map(self._is_current, block.parts)), "a spilled part is read where it was before"
         rows: Rows = block.parts[0].handle
         assert len(rows) == block.rows
         for part in block.parts[1:]:

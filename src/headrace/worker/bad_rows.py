@@ -102,7 +102,8 @@ class BadRows:
         """A part of the input that can't be read."""
         self.count += bad.rows
         where = "; ".join(f"{label}: {value}" for label, value in bad.error.where)
-        failure = Failure(redact(f"{type(bad.error).__name__}: {bad.error.message} ({where})"))
+        at = f" ({where})" if where else ""
+        failure = Failure(redact(f"{type(bad.error).__name__}: {bad.error.message}{at}"))
         if not bad.rows:
             if len(self._uncounted) < MOST_TEXTS:
                 self._uncounted.append(f"{self._became} input of which nobody can tell the rows: {failure.exception}")

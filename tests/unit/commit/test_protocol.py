@@ -212,6 +212,42 @@ def test_any_other_failure_is_told_as_it_is(answer: Found | Failed) -> None:
     assert p.handle(answer, 0.0) == [Stop(full)]
 
 
+def test_what_may_still_land_in_the_log_is_known() -> None:
+    """What such a segment names must not be removed: an earlier request of an append may take effect after its last one."""
+    gone = TransientError("gone")
+    lasting = protocol()
+    append = appended(lasting, 0)
+    for again in range(TRIES):
+        assert not lasting.certain
+        lasting.handle(Failed(append, gone), 10.0 * again)
+        lasting.handle(Tick(), 10.0 * again + 5)
+    assert lasting.error is gone
+    assert not lasting.certain
+    refused = protocol()
+    append = appended(refused, 0)
+    refused.handle(Failed(append, DestinationError("no space left")), 0.0)
+    assert not refused.certain
+    refused.handle(Found(()), 0.0)
+    assert refused.certain
+    at_last_refused = protocol()
+    append = appended(at_last_refused, 0)
+    at_last_refused.handle(Failed(append, gone), 0.0)
+    at_last_refused.handle(Failed(append, DestinationError("no space left")), 5.0)
+    at_last_refused.handle(Found(()), 5.0)
+    assert not at_last_refused.certain
+    superseded = protocol()
+    appended(superseded, 0)
+    superseded.handle(Conflicted(), 0.0)
+    superseded.handle(Found((claim_of_another(),)), 0.0)
+    assert superseded.certain
+    through = protocol()
+    append = appended(through, 0)
+    through.handle(Failed(append, DestinationError("answered with an error, and done")), 0.0)
+    through.handle(Found((append.data,)), 0.0)
+    assert through.certain
+    assert 0 in through.state.settled
+
+
 def test_a_condemned_file_leaves_its_split_out() -> None:
     p = protocol()
     for split in range(3):

@@ -12,7 +12,7 @@ from headrace.core.events import MemorySampled, Noted, SplitRetried, SplitsFound
 from headrace.core.receipts import Tally
 from headrace.core.refs import BlockRef, PartRef
 from headrace.core.resources import WorkerSpec
-from headrace.core.steps import Apply, Doing, Share, StepDone, WorkerLost
+from headrace.core.steps import Apply, Doing, Share, StepDone, WorkerLost, WorkerUp
 from headrace.runtime.signals import Stopped
 from headrace.scheduler.messages import (
     AddWorker,
@@ -114,7 +114,8 @@ def test_a_worker_takes_the_place_and_the_device_of_the_one_that_died() -> None:
 
 
 def test_a_hung_worker_is_killed_when_its_time_is_up_and_its_stack_shown() -> None:
-    stand = Stand(answers(Start=[Submit(advance(1))], WorkerLost=[Finish()]), timeout_s=30.0)
+    up = [WorkerUp(0, "sim")]
+    stand = Stand(answers(WorkerUp=[Submit(advance(1))], WorkerLost=[Finish()]), [up], timeout_s=30.0)
     stack = "Thread 1:\n" + "\n".join(f"  line {i}" for i in range(99))
     stand.substrate.when_killed = lambda worker, reason: WorkerLost(worker, reason, Doing(2, "map(slow)"), stack)
     stand.driver.run()
@@ -127,7 +128,8 @@ def test_a_hung_worker_is_killed_when_its_time_is_up_and_its_stack_shown() -> No
 
 
 def test_an_answer_gives_the_worker_its_time_again() -> None:
-    stand = Stand(answers(Start=[Submit(advance(1)), Submit(advance(2))], WorkerLost=[Finish()]), timeout_s=30.0)
+    begin = [Submit(advance(1)), Submit(advance(2))]
+    stand = Stand(answers(WorkerUp=begin, WorkerLost=[Finish()]), [[WorkerUp(0, "sim")]], timeout_s=30.0)
 
     def answered() -> list[Any]:
         stand.substrate.clock_s = 29.0
@@ -278,3 +280,12 @@ def test_splits_that_were_settled_before_are_found_too() -> None:
     (found,) = stand.ear.of(SplitsFound)
     assert (found.count, found.bytes, found.complete, found.rows) == (3, 100, True, None)
     assert stand.driver.progress() == "0 of 3 splits are committed"
+
+
+def test_workers_that_do_not_come_up_are_killed() -> None:
+    replace = AddWorker(1, "sim", 0, "not up")
+    stand = Stand(
+        lambda event: {0: [replace], 1: [Finish()]}[event.worker] if isinstance(event, WorkerLost) else None, timeout_s=2.0
+    )
+    stand.driver.run()
+    assert [(worker, reason[:6]) for worker, reason in stand.substrate.killed] == [(0, "not up"), (1, "not up")]

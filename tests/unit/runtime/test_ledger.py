@@ -252,6 +252,15 @@ def test_staging_is_sorted_at_resume() -> None:
     }
 
 
+def test_an_output_that_is_nowhere_is_noticed_at_resume() -> None:
+    store = MemoryRunStore()
+    work(store, opened(store), 2)
+    del store.objects["part-00-000001.bin"]
+    with pytest.raises(DestinationError, match="neither published nor staged") as caught:
+        opened(store, identity=YOU)
+    assert ("missing", "part-00-000001.bin") in caught.value.where
+
+
 def test_single_writer_mode_is_said_aloud() -> None:
     assert "single-writer" in opened(MemoryRunStore(conditional=False)).notes[0]
 

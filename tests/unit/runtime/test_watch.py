@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from headrace.runtime.watch import NEVER_S, StepWatch
+from headrace.runtime.watch import NEVER_S, START_S, StepWatch
 
 
 def test_without_a_limit_nothing_is_due() -> None:
@@ -45,3 +45,20 @@ def test_a_first_step_says_that_it_loads_models() -> None:
     watch = StepWatch(0.5)
     watch.submitted(7, 0.0)
     assert watch.overdue(1.0) == [(7, "no answer for 0.5 s to its first step, which loads models too")]
+
+
+def test_a_worker_that_never_comes_up() -> None:
+    watch = StepWatch(2.0)
+    watch.starting(0, 0.0)
+    watch.starting(1, 0.0)
+    assert watch.next_deadline_s == START_S
+    watch.came_up(1)
+    watch.submitted(1, 3.0)
+    assert watch.next_deadline_s == 5.0
+    watch.answered(1, 4.0)
+    assert watch.overdue(START_S) == [(0, f"not up after {START_S:g} s")]
+    watch.lost(0)
+    assert watch.next_deadline_s == NEVER_S
+    patient = StepWatch(2 * START_S)
+    patient.starting(0, 0.0)
+    assert patient.next_deadline_s == 2 * START_S

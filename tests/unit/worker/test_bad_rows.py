@@ -416,7 +416,8 @@ def test_unreadable_ranges_are_counted_and_set_aside(remote):
     rows = [row for _, _, t in sink.aside for row in t.to_pylist()]
     assert [(r["_source_uri"], r["_source_row"], r["_rows"]) for r in rows] == [("a.parquet", 5, 3), ("b.parquet", None, 0)]
     assert rows[0]["_exception"] == "DataError: broken page (row group: 1)"
-    assert not any(answer.unreadable for answer in bench.answers)
+    told = [text for answer in bench.answers for text in answer.unreadable]
+    assert told == ["set aside input of which nobody can tell the rows: DataError: no footer"]
 
 
 def test_skipped_input_that_no_tally_can_hold_is_told():

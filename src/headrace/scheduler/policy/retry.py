@@ -50,7 +50,9 @@ class History:
                 self.blind = MOST_BLIND  # it was run although it is condemned: no attempt will fare better
         elif not tells_something:
             self.blind += 1
-        self.suspects = tuple(Suspect(op, segments, self.condemned.get(op, ())) for op, segments in sorted(self.segments.items()))
+        self.suspects = tuple(
+            Suspect(op, segments, self.condemned.get(op, ())) for op, segments in sorted(self.segments.items())
+        )
         return certain
 
     def exhausted(self, attempt: int) -> bool:
