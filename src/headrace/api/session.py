@@ -35,7 +35,7 @@ from headrace.runtime.ledger import (
     successor,
     this_process,
 )
-from headrace.runtime.signals import handling_signals
+from headrace.runtime.signals import ending_at_once, handling_signals
 from headrace.runtime.stream import stream_blocks
 from headrace.scheduler.machine import Scheduler
 from headrace.scheduler.messages import Limits, SchedulerPlan
@@ -114,6 +114,7 @@ def _driver(
     )
 
 
+@ending_at_once()
 def write(plan: Plan, sink: Sink, options: ActionOptions, at_end: Columns = ALL) -> Run:
     """Run a plan into a sink, or go on with what an earlier session of the same run left undone.
 

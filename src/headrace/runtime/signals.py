@@ -76,6 +76,25 @@ def handling_signals(driver: Stoppable, *, resumable: bool = True) -> Generator[
         raise handler.exception()
 
 
+@contextlib.contextmanager
+def ending_at_once() -> Generator[None]:
+    """Around an action whose driver is not there yet: SIGTERM ends it where it stands, by SystemExit(143)."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(signum: int, frame: object) -> None:
+        _say("stopped by SIGTERM while no split was open; resumable: run the same command again")
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class _Handler:
     def __init__(self, driver: Stoppable, resumable: bool) -> None:
         self._driver = driver

@@ -8,7 +8,7 @@ from collections.abc import Generator
 import pytest
 
 from headrace.core.errors import UserCodeError
-from headrace.runtime.signals import GRACE_S, Stopped, handling_signals
+from headrace.runtime.signals import GRACE_S, Stopped, ending_at_once, handling_signals
 from headrace.substrates.inline import InlineSubstrate
 from headrace.substrates.processes.pool import ProcessesSubstrate
 from headrace.substrates.threads import ThreadsSubstrate
@@ -165,3 +165,22 @@ def test_a_handler_wakes_a_blocked_wait(make: type[InlineSubstrate | ThreadsSubs
     finally:
         sender.join()
         substrate.stop()
+
+
+def test_sigterm_before_there_is_a_driver(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught, ending_at_once():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.code == 143
+    assert "resumable" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_sigterm_handler_of_the_user_is_left_in_place() -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda signum, _: heard.append(signum))
+    try:
+        with ending_at_once():
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]
