@@ -25,7 +25,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from headrace import metrics
+    from headrace import metrics, models
     from headrace.api.dataset import Dataset
     from headrace.api.read import (
         from_arrow,
@@ -91,6 +91,7 @@ _PLACES = (
         "why": ("headrace.api.why", "why"),
         "images": ("headrace.transforms.images", ""),
         "metrics": ("headrace.metrics", ""),
+        "models": ("headrace.models", ""),
     }
 )
 
@@ -113,6 +114,7 @@ __all__ = [
     "from_pandas",
     "images",
     "metrics",
+    "models",
     "range",
     "read_csv",
     "read_images",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from headrace.api import actions, session
 from headrace.contracts.accumulator import Accumulator
+from headrace.contracts.model import ModelAdapter
 from headrace.contracts.transform import Transform
 from headrace.core.errors import PlanError
 from headrace.core.extras import require, require_format
@@ -167,7 +168,7 @@ class Dataset:
 
         The model must return as many rows as it got, and treat rows independently: its batches may span files.
         """
-        if not callable(model) and not hasattr(model, "stream"):
+        if not callable(model) and not hasattr(model, "stream") and not isinstance(model, ModelAdapter):
             raise PlanError(f"predict needs a callable model, not {type(model).__name__}", hint="give a class or a function")
         if batch_format not in _FORMATS:
             raise PlanError(f"batch_format is {batch_format!r}", hint=f"use one of {', '.join(_FORMATS)}")
@@ -363,6 +364,6 @@ def _function(
     is_class = inspect.isclass(target) and _makes_callables(target)
     if not is_class and (ctor_args or ctor_kwargs):
         raise PlanError("constructor arguments go with a class", hint="give the class itself, not an object of it")
-    if not callable(target) and not hasattr(target, "stream"):
+    if not callable(target) and not hasattr(target, "stream") and not isinstance(target, ModelAdapter):
         raise PlanError(f"{target!r} can't be called", hint="give a function, a callable object or a class")
     return UserFunction(target, is_class, tuple(args), dict(kwargs or {}), tuple(ctor_args), dict(ctor_kwargs or {}))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from headrace.contracts.model import ModelAdapter
 from headrace.core.errors import PlanError
 from headrace.core.extras import is_instance
 from headrace.core.options import ActionOptions, RunOptions
@@ -87,6 +88,7 @@ def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL, *, after_cra
     if options.devices is not None:
         machine = replace(machine, devices=options.devices)
     resolved = resolve(plan)
+    _check_models(resolved)
     optimised, notes = optimise(resolved, at_end)
     pool_of = _PoolChoice(machine)
     physical = make_physical(optimised, delivers=plan.write is None, pool_of=pool_of, at_end=at_end)
@@ -156,6 +158,13 @@ def _expression_columns(expression: Any, schema: pa.Schema | None) -> tuple[str,
         raise PlanError(text, hint="cast one side") from None
 
 
+def _check_models(plan: Plan) -> None:
+    """Let adapters refuse what can't work. Raises PlanError."""
+    for i, op in enumerate(plan.ops):
+        if isinstance(op, Predict) and isinstance(op.model.target, ModelAdapter) and not op.model.is_class:
+            op.model.target.check(static_schema(plan.read.source.schema(), plan.ops[:i]), op.inputs)
+
+
 def static_schema(schema: pa.Schema, ops: Sequence[Op]) -> pa.Schema | None:
     """The schema after `ops`, or None where only running tells."""
     import pyarrow as pa
@@ -213,9 +222,12 @@ def _takes_device(op: Predict) -> bool:
     """Can this model be told where to run? A class whose constructor has a `device`, or a torch module."""
     import inspect
 
+    target: Any = op.model.target
     if op.model.is_class:
-        return "device" in inspect.signature(op.model.target).parameters
-    return is_instance(op.model.target, "torch.nn", "Module")
+        return "device" in inspect.signature(target).parameters
+    if isinstance(target, ModelAdapter):
+        return "cuda" in target.devices
+    return is_instance(target, "torch.nn", "Module")
 
 
 def _workers(physical: PhysicalPlan, cores: int, machine: Machine) -> tuple[WorkerSpec, ...]:

@@ -6,8 +6,12 @@ an Arrow table or batch, a pandas frame, a torch tensor. Row i of the answer bel
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Hashable
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import AsyncIterator, Hashable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class BatchModel(Protocol):
@@ -30,3 +34,54 @@ class StreamModel(Protocol):
     def stream(
         self, rows: AsyncIterator[tuple[Hashable, dict[str, Any]]]
     ) -> AsyncIterator[tuple[Hashable, dict[str, Any] | Exception]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an adapter's model is to live.
+
+    device: "cpu", "cuda:0", "sim:1". threads: how many it may use at once on CPUs. inputs: the columns that it will get, in the
+    order in which they were declared; () for all. deterministic: the same rows give the same bits whenever they are asked for.
+    """
+
+    device: str = "cpu"
+    threads: int = 1
+    inputs: tuple[str, ...] = ()
+    deterministic: bool = False
+
+
+@runtime_checkable
+class ModelAdapter(Protocol):
+    """A model of some library, named by its artifact or held as an object (hr.models). Immutable, picklable, and cheap to make:
+    no library is imported and no artifact read before `check`.
+
+    name: what people see. devices: kinds that it can use, the best first: "cuda", "cpu". streams: what `load` returns is a
+    StreamModel. batch_format: of the batches that it wants, "numpy", "pyarrow", "pandas" or "torch".
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def devices(self) -> tuple[str, ...]: ...
+
+    @property
+    def streams(self) -> bool: ...
+
+    @property
+    def batch_format(self) -> str: ...
+
+    def check(self, schema: pa.Schema | None, inputs: tuple[str, ...]) -> None:
+        """Raise PlanError, before anything runs, for what can't work: a library that is not installed, an artifact that is not
+        there or would have to be trusted, an input of the wrong type. schema: of the rows that come in; None when only running
+        tells.
+        """
+        ...
+
+    def meaning(self) -> Mapping[str, Any]:
+        """What its answers depend on, for the run's fingerprint: parameters, and digests of artifacts. JSON-able."""
+        ...
+
+    def load(self, place: Place) -> Any:
+        """The model, once per worker: a BatchModel, or a StreamModel. One that can be closed is closed at the end."""
+        ...

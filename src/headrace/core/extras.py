@@ -17,6 +17,18 @@ _EXTRAS = {
     "images": ("simplejpeg", "cv2", "PIL"),
     "pandas": ("pandas",),
     "torch": ("torch",),
+    "sklearn": ("sklearn", "joblib"),
+    "xgboost": ("xgboost",),
+    "lightgbm": ("lightgbm",),
+    "onnx": ("onnxruntime",),
+    "transformers": ("torch", "transformers"),
+    "sentence-transformers": ("sentence_transformers",),
+    "keras": ("keras",),
+    "tensorflow": ("tensorflow",),
+    "endpoint": ("aiohttp",),
+    "openai": ("aiohttp",),
+    "vllm": ("vllm",),
+    "sketches": ("datasketches",),
 }
 
 
@@ -29,7 +41,7 @@ def require(extra: str, what: str) -> None:
 
 def require_format(batch_format: str, what: str) -> None:
     """The same for a batch format: pandas and torch come with the extra of that name."""
-    if batch_format in _EXTRAS:
+    if batch_format in ("pandas", "torch"):
         require(batch_format, f'{what} with batch_format="{batch_format}"')
 
 

@@ -5,11 +5,12 @@ Invariants: a node holds what the user asked for and nothing decided. Expression
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from headrace.contracts.accumulator import Accumulator
+from headrace.contracts.model import ModelAdapter
 from headrace.contracts.sink import Sink
 from headrace.contracts.source import Source
 from headrace.contracts.transform import Transform
@@ -22,12 +23,12 @@ AUTO_BATCH_ROWS = 1024  # 1,024 decoded 224x224 images are 150 MB, the most that
 
 @dataclass(frozen=True, slots=True)
 class UserFunction:
-    """A user's function, callable object, or class.
+    """A user's function, callable object, class, or ModelAdapter.
 
     is_class: `target` is a class, constructed once per worker with `ctor_args`/`ctor_kwargs`; `args`/`kwargs` go to every call.
     """
 
-    target: Callable[..., Any]
+    target: Any
     is_class: bool = False
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -37,6 +38,8 @@ class UserFunction:
     @property
     def name(self) -> str:
         target = self.target
+        if isinstance(target, ModelAdapter) and not self.is_class:
+            return target.name
         return getattr(target, "__name__", None) or type(target).__name__
 
 

@@ -43,7 +43,7 @@ class WorkerBody:
         self._store = store
         self._stages = {stage.id: stage for stage in program.stages}
         self._cursors: dict[int, Cursor] = {}
-        self._functions = Functions(spec.device)
+        self._functions = Functions(spec.device, deterministic=program.deterministic)
         self._host = Host(self._functions, program.deterministic)
 
     def run(self, step: Advance | Apply) -> StepDone | StepFailed:

@@ -14,11 +14,11 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 
-from headrace.contracts.model import StreamModel
+from headrace.contracts.model import ModelAdapter, StreamModel
 from headrace.core.errors import HeadraceError
 from headrace.core.extras import is_instance
 from headrace.core.origins import join_origins
@@ -53,7 +53,7 @@ def model_runner(op: Predict, index: int, host: Host) -> ModelRunner:
     """The worker's runner of a model; constructs the model at first use."""
     runner = host.models.get(index)
     if runner is None:
-        model = host.functions.get(index, op.model, op.name)
+        model = host.functions.get(index, op.model, op.name, op.inputs)
         runner = StreamRunner(model, op, index) if _is_stream(model) else BatchRunner(model, op, index, host)
         host.models[index] = runner
     return runner
@@ -90,7 +90,11 @@ class BatchRunner(ModelRunner):
         self._model = model
         self._op = op
         self._index = index
-        self._format: BatchFormat = "torch" if isinstance(model, TorchModule) else op.batch_format
+        self._format: BatchFormat = op.batch_format
+        if isinstance(model, TorchModule):
+            self._format = "torch"
+        elif isinstance(op.model.target, ModelAdapter):
+            self._format = cast(BatchFormat, op.model.target.batch_format)
         self._reader = NumpyReader()
         self._deterministic = host.deterministic
         self._tuner = BatchTuner(op.batch_rows or (FIXED_ROWS if host.deterministic else None))

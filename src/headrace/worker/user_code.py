@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from headrace.contracts.model import ModelAdapter, Place
 from headrace.core.errors import HeadraceError, InternalError, UserCodeError
 from headrace.core.extras import is_instance
 from headrace.core.redact import redact
@@ -35,17 +36,19 @@ _LIBRARIES = tuple({p + os.sep for k, p in sysconfig.get_paths().items() if k in
 class Functions:
     """The user's functions in one worker; classes are constructed at first use."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, *, threads: int = 1, deterministic: bool = False) -> None:
         self.device = device
+        self.threads = threads
+        self.deterministic = deterministic
         self._made: dict[int, Callable[..., Any]] = {}
         self._constructed: list[Any] = []
 
-    def get(self, index: int, fn: UserFunction, op: str) -> Callable[..., Any]:
-        """What to call for operator `index`. Raises UserCodeError when its construction fails."""
+    def get(self, index: int, fn: UserFunction, op: str, inputs: tuple[str, ...] = ()) -> Callable[..., Any]:
+        """What to call for operator `index`. Raises UserCodeError when its construction fails. inputs: of a model."""
         found = self._made.get(index)
         if found is None:
             with _CONSTRUCTION:
-                found = self._make(fn, op)
+                found = self._make(fn, op, inputs)
             self._made[index] = found
         return found
 
@@ -58,8 +61,15 @@ class Functions:
                     close()
         self._made.clear()
 
-    def _make(self, fn: UserFunction, op: str) -> Callable[..., Any]:
-        made = fn.target
+    def _make(self, fn: UserFunction, op: str, inputs: tuple[str, ...]) -> Callable[..., Any]:
+        made: Any = fn.target
+        if not fn.is_class and isinstance(fn.target, ModelAdapter):
+            try:
+                made = fn.target.load(Place(self.device, self.threads, inputs, self.deterministic))
+            except BaseException as exc:
+                raise explain(exc, op, doing="loading the model") from None
+            self._constructed.append(made)
+            return made
         if fn.is_class:
             kwargs = dict(fn.ctor_kwargs)
             if _wants_device(fn):
