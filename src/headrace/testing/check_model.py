@@ -18,7 +18,8 @@ import pyarrow as pa
 from headrace.core.refs import Origin, Segment
 from headrace.plan.nodes import BatchFormat, Predict, UserFunction
 from headrace.worker.formats import to_rows
-from headrace.worker.models import ModelRunner, model_runner
+from headrace.worker.model_answers import ModelRunner
+from headrace.worker.models import model_runner
 from headrace.worker.operators import Host, select
 from headrace.worker.user_code import Functions
 

@@ -16,7 +16,8 @@ from headrace.plan import nodes
 from headrace.worker.bad_rows import Lost, RowError
 from headrace.worker.batching import Batcher, Piece
 from headrace.worker.formats import Given, NumpyReader, to_format
-from headrace.worker.models import ModelRunner, model_runner
+from headrace.worker.model_answers import ModelRunner
+from headrace.worker.models import model_runner
 from headrace.worker.operators import TARGET_BYTES, BatchOperator, Counts, Host, Operator, rejoined, select
 from headrace.worker.results import batch_of, call, with_columns
 from headrace.worker.user_code import TorchModule, explain

@@ -29,7 +29,8 @@ from headrace.worker.bad_rows import BadRows, Lost
 from headrace.worker.batching import Piece
 from headrace.worker.blocks import pack, put_part, read_block, read_piece, slices
 from headrace.worker.cursor import READ, WRITE, Clock
-from headrace.worker.models import join_columns, model_runner
+from headrace.worker.model_answers import join_columns
+from headrace.worker.models import model_runner
 from headrace.worker.operators import Counts, EvaluateOp, Host, select
 from headrace.worker.program import Program
 from headrace.worker.results import with_columns

@@ -8,7 +8,8 @@ from tests.unit.worker.fakes import column, numbers
 
 from headrace.core.origins import join_origins
 from headrace.core.refs import Origin, Segment
-from headrace.worker.batching import MAX_INPUT_BYTES, MAX_ROWS, Batcher, BatchTuner, Piece
+from headrace.worker.batching import Batcher, Piece
+from headrace.worker.tuning import MAX_INPUT_BYTES, MAX_ROWS, BatchTuner
 
 
 def tuned(rate, tuner=None):

@@ -1,0 +1,121 @@
+"""What a model answered: put into columns with names, and checked.
+
+Invariant: a model that does not answer one row for one row is refused before any of its answers is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+from headrace.core.errors import HeadraceError
+from headrace.core.extras import is_instance
+from headrace.core.refs import Origin
+from headrace.plan.nodes import Predict
+from headrace.worker.bad_rows import Lost
+from headrace.worker.batching import Piece
+from headrace.worker.casting import concat_arrays
+from headrace.worker.formats import Given
+from headrace.worker.results import Refused, columns_of, make_batch, named_column
+from headrace.worker.user_code import explain
+from headrace.worker.watch import NOBODY, Watch
+
+DEFAULT_OUTPUT = "prediction"  # the column of a bare array, when the user gave no name
+
+
+@dataclass(slots=True)
+class Answer:
+    """The output columns of the next `rows` rows of an input. lost: those of them that failed, by position; `made` lacks them.
+
+    input: its index. made: None when all are lost.
+    """
+
+    input: int
+    rows: int
+    made: pa.RecordBatch | None
+    lost: list[Lost] = field(default_factory=list[Lost])
+
+
+class ModelRunner:
+    """A model in one worker. wanted_rows: how many rows are worth a call."""
+
+    wanted_rows: int
+
+    def run(
+        self,
+        inputs: Sequence[pa.RecordBatch],
+        origins: Sequence[Origin],
+        part_bytes: int | None = None,
+        watch: Watch = NOBODY,
+    ) -> Iterator[Answer]:
+        """The outputs of all inputs in order. part_bytes: an input's outputs come in parts of about this size, rather
+        than whole. inputs: only what the model reads, at least one row each.
+        """
+        raise NotImplementedError
+
+    def close(self) -> None: ...
+
+
+def join_columns(parts: Sequence[pa.RecordBatch], op: str, origin: Origin) -> pa.RecordBatch:
+    """Answers to consecutive rows as one. Raises UserCodeError when the model named its columns differently."""
+    if len(parts) == 1:
+        return parts[0]
+    names = parts[0].schema.names
+    for part in parts:
+        if part.schema.names != names:
+            refused = Refused(f"returned columns {part.schema.names} after {names}", "return the same columns every time")
+            raise explain(refused, op, origin)
+    columns = {n: concat_arrays([p.column(i) for p in parts], n, origin.label) for i, n in enumerate(names)}
+    return make_batch(columns, sum(p.num_rows for p in parts))
+
+
+def blame(exc: BaseException, op: Predict, piece: Piece, row: int | None = None) -> HeadraceError:
+    return explain(exc, op.name, piece.origin, row=row, columns=piece.batch.schema.names)
+
+
+def name_outputs(op: Predict, result: Any, rows: int, given: Given, shared: bool) -> pa.RecordBatch:
+    """The output columns of a model's answer to `rows` rows. Raises Refused."""
+    columns = _named(op, result, given, shared)
+    for name, column in columns.items():
+        if len(column) != rows:
+            what = f"{len(column)} rows" if len(columns) == 1 else f"{len(column)} rows in column {name!r}"
+            raise Refused(
+                f"was given {rows} rows and returned {what}",
+                "a model answers every row, in the order given; to drop or add rows use map_batches",
+            )
+    return make_batch(columns, rows)
+
+
+def _named(op: Predict, result: Any, given: Given, shared: bool) -> dict[str, pa.Array]:
+    names = op.output
+    if _has_names(result):
+        columns = columns_of(result, given, shared)
+        missing = [n for n in names if n not in columns]
+        if missing:
+            raise Refused(
+                f"returned columns {list(columns)}, but output names {list(names)}",
+                "make the model's keys and predict(output=...) agree, or leave output out to take all keys",
+            )
+        return {n: columns[n] for n in names} if names else columns
+    if result is None:
+        raise Refused("returned None", "return an array with one value a row; is a return statement missing?")
+    names = names or (DEFAULT_OUTPUT,)
+    values = result if isinstance(result, tuple) and len(result) == len(names) else None
+    if len(names) == 1:
+        value = values[0] if values is not None and hasattr(values[0], "__len__") else result
+        return {names[0]: named_column(names[0], value, given, shared)}
+    if values is None:
+        raise Refused(
+            f"returned a {type(result).__name__} for the {len(names)} columns {list(names)}",
+            f"return a dict with these keys, or a tuple of {len(names)} arrays",
+        )
+    return {n: named_column(n, v, given, True) for n, v in zip(names, values, strict=True)}
+
+
+def _has_names(result: Any) -> bool:
+    if isinstance(result, (Mapping, pa.Table, pa.RecordBatch)):
+        return True
+    return is_instance(result, "pandas", "DataFrame")
