@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from headrace.api import actions, session
@@ -145,19 +146,20 @@ class Dataset:
         self,
         model: Any,
         *,
-        input: str | Sequence[str] | None = None,
-        output: str | Sequence[str] | None = None,
-        batch_size: int | Literal["auto"] = "auto",
+        input: str | Sequence[str] | Mapping[str, Any] | None = None,
+        output: str | Sequence[str] | Mapping[str, Any] | None = None,
+        batch_size: int | Literal["auto"] | Mapping[str, Any] = "auto",
         batch_format: BatchFormat = "numpy",
-        device: str = "auto",
+        device: str | Mapping[str, str] = "auto",
         replicas: int | Literal["auto"] = "auto",
         constructor_args: Sequence[Any] = (),
         constructor_kwargs: Mapping[str, Any] | None = None,
     ) -> Dataset:
         """Add a model's outputs as columns; every other column is carried over untouched.
 
-        model: a class (constructed once per worker; a constructor parameter named `device` gets the worker's device), a
-            callable object, a function, a torch module, or an object with an asynchronous `stream` (contracts.model).
+        model: one of hr.models, a class (constructed once per worker; a constructor parameter named `device` gets the
+            worker's), a callable object, a function, a torch module, or an object with an asynchronous `stream`
+            (contracts.model). Or {name: model}: several in one pass, see below.
         input: one name: the model gets that column as a bare array; a list of names: a dict of arrays; None: all columns.
         output: one name, a list of names (the model returns a tuple or a dict with those keys), or None: the keys of the
             dict that it returns, or "prediction" for a bare array.
@@ -167,31 +169,67 @@ class Dataset:
         replicas: how many workers hold the model; "auto": one per device, or one per core on CPUs.
 
         The model must return as many rows as it got, and treat rows independently: its batches may span files.
+
+        Several models, `predict({"ctr": A, "cvr": B}, input=...)`: reading, decoding and what they share happens once. Each
+        adds the column of its name, or those of output={"ctr": ...}; input, output, batch_size and device may be given for
+        each by name. They don't see each other's outputs. With on_error="skip" or "quarantine" a row that fails in one of them
+        (or all rows, when that one can't be loaded) has nulls in its columns and keeps what the others say; Run.guards counts
+        them.
         """
-        if not callable(model) and not hasattr(model, "stream") and not isinstance(model, ModelAdapter):
-            raise PlanError(f"predict needs a callable model, not {type(model).__name__}", hint="give a class or a function")
-        if batch_format not in _FORMATS:
-            raise PlanError(f"batch_format is {batch_format!r}", hint=f"use one of {', '.join(_FORMATS)}")
-        require_format(batch_format, "predict")
-        user = _function(model, (), None, constructor_args, constructor_kwargs)
-        inputs = (input,) if isinstance(input, str) else tuple(input or ())
-        outputs = (output,) if isinstance(output, str) else tuple(output or ())
-        node = Predict(
-            user,
-            inputs,
-            isinstance(input, str),
-            outputs,
-            _rows("batch_size", batch_size),
-            batch_format,
-            device,
-            _rows("replicas", replicas),
+        if isinstance(model, Mapping):
+            options = {"input": input, "output": output, "batch_size": batch_size, "device": device}
+            return self._predict_all(model, options, batch_format, replicas, constructor_args, constructor_kwargs)
+        if isinstance(input, Mapping) or isinstance(output, Mapping):
+            raise PlanError("input or output names models, but there is only one", hint="give a dict of models")
+        if isinstance(batch_size, Mapping) or isinstance(device, Mapping):
+            raise PlanError("batch_size or device names models, but there is only one", hint="give a dict of models")
+        node = _model_node(
+            model, input, output, batch_size, batch_format, device, replicas, constructor_args, constructor_kwargs
         )
         return self._with(node)
 
-    def evaluate(self, **accumulators: Accumulator) -> Dataset:
+    def _predict_all(
+        self, models: Mapping[str, Any], options: Mapping[str, Any], batch_format: BatchFormat, replicas: Any, *constructor: Any
+    ) -> Dataset:
+        """One node for each of several models, in a group."""
+        if not models or not all(isinstance(name, str) and name for name in models):
+            raise PlanError("predict was given a dict without models, or one without names", hint='for example {"ctr": model}')
+        if any(constructor):
+            raise PlanError("constructor arguments go with one class", hint="give objects, or functools.partial of each class")
+        for name, value in options.items():
+            if isinstance(value, Mapping) and (unknown := set(value) - set(models)):
+                raise PlanError(f"{name} names {min(unknown)!r}, which is no model here", hint=f"they are {list(models)}")
+        nodes: list[Predict] = []
+        defaults = {"input": None, "output": None, "batch_size": "auto", "device": "auto"}
+        for name, model in models.items():
+            own = {k: v.get(name, defaults[k]) if isinstance(v, Mapping) else v for k, v in options.items()}
+            if options["output"] is not None and not isinstance(options["output"], Mapping):
+                raise PlanError("several models can't share one output", hint='give output={"ctr": ...}, or leave it out')
+            output = own["output"] if own["output"] is not None else name
+            node = _model_node(
+                model, own["input"], output, own["batch_size"], batch_format, own["device"], replicas, *constructor
+            )
+            nodes.append(replace(node, group=len(self._plan.ops), label=name))
+        _check_apart(nodes)
+        made = self
+        for node in nodes:
+            made = made._with(node)
+        return made
+
+    def evaluate(
+        self,
+        *,
+        stop_if: Mapping[str, Callable[[Any], Any]] | None = None,
+        stop_after_rows: int = 1000,
+        **accumulators: Accumulator,
+    ) -> Dataset:
         """Compute metrics over the rows in the same pass; rows pass unchanged. Results are in the Run's `metrics`.
 
         `ds.evaluate(acc=hr.metrics.Accuracy("prediction", "label")).write_parquet(out).metrics["acc"]`
+
+        stop_if: {name: function of that metric's result}: as soon as one is true of the rows evaluated so far (at least
+        `stop_after_rows`, fewer only at the end), the run ends with StopConditionMet, so that a broken model does not run all
+        night. What was settled until then is kept; the same call goes on from there, when the condition no longer holds.
         """
         for name, accumulator in accumulators.items():
             if not isinstance(accumulator, Accumulator):
@@ -199,7 +237,14 @@ class Dataset:
         taken = {name for op in self._plan.ops if isinstance(op, Evaluate) for name in op.accumulators}
         if again := taken & set(accumulators):
             raise PlanError(f"the metric name {min(again)!r} is used twice", hint="give each accumulator its own name")
-        return self._with(Evaluate(dict(accumulators)))
+        rules = dict(stop_if or {})
+        if unknown := set(rules) - set(accumulators):
+            raise PlanError(f"stop_if names {min(unknown)!r}, which is no metric here", hint=f"use {list(accumulators)}")
+        if bad := [name for name, rule in rules.items() if not callable(rule)]:
+            raise PlanError(f"stop_if[{bad[0]!r}] can't be called", hint="give a function: lambda value: value < 0.5")
+        if isinstance(stop_after_rows, bool) or not isinstance(stop_after_rows, int) or stop_after_rows < 0:
+            raise PlanError(f"stop_after_rows is {stop_after_rows!r}", hint="use a whole number of at least 0")
+        return self._with(Evaluate(dict(accumulators), rules, stop_after_rows))
 
     # ---------------------------------------------------------------- actions: files
 
@@ -352,6 +397,54 @@ def _rows(what: str, value: int | str | None) -> int | None:
 def _makes_callables(cls: type) -> bool:
     """Is it a class to construct, or one that is itself the function, as `dict` is?"""
     return hasattr(cls, "stream") or any("__call__" in vars(base) for base in cls.__mro__)
+
+
+def _model_node(
+    model: Any,
+    input: str | Sequence[str] | None,
+    output: str | Sequence[str] | None,
+    batch_size: Any,
+    batch_format: BatchFormat,
+    device: Any,
+    replicas: Any,
+    constructor_args: Sequence[Any],
+    constructor_kwargs: Mapping[str, Any] | None,
+) -> Predict:
+    if not callable(model) and not hasattr(model, "stream") and not isinstance(model, ModelAdapter):
+        raise PlanError(f"predict needs a callable model, not {type(model).__name__}", hint="give a class or a function")
+    if batch_format not in _FORMATS:
+        raise PlanError(f"batch_format is {batch_format!r}", hint=f"use one of {', '.join(_FORMATS)}")
+    require_format(batch_format, "predict")
+    return Predict(
+        model=_function(model, (), None, constructor_args, constructor_kwargs),
+        inputs=(input,) if isinstance(input, str) else tuple(input or ()),
+        single=isinstance(input, str),
+        output=(output,) if isinstance(output, str) else tuple(output or ()),
+        batch_rows=_rows("batch_size", batch_size),
+        batch_format=batch_format,
+        device=device,
+        replicas=_rows("replicas", replicas),
+    )
+
+
+def _check_apart(nodes: Sequence[Predict]) -> None:
+    """Raise PlanError unless models of a group write different columns and read none that another one writes."""
+    made: dict[str, str] = {}
+    for node in nodes:
+        for column in node.output:
+            if column in made:
+                raise PlanError(
+                    f"models {made[column]!r} and {node.label!r} would both write column {column!r}",
+                    hint="name their columns apart with output={...}",
+                )
+            made[column] = node.label
+    for node in nodes:
+        for column in node.inputs:
+            if made.get(column, node.label) != node.label:
+                raise PlanError(
+                    f"model {node.label!r} reads column {column!r}, which model {made[column]!r} of the same predict writes",
+                    hint="models of one predict don't see each other's outputs: chain .predict(...).predict(...)",
+                )
 
 
 def _function(

@@ -16,7 +16,7 @@ from headrace.core.options import ActionOptions, RunOptions
 from headrace.core.resources import CPU_POOL, WAITING_POOL, Machine, WorkerSpec
 from headrace.plan.columns import ALL, Columns, check_columns
 from headrace.plan.nodes import Apply, Evaluate, FilterExpr, Limit, Op, Plan, Predict, Project, Reshape
-from headrace.plan.physical import PhysicalPlan, make_physical
+from headrace.plan.physical import PhysicalPlan, is_stream, make_physical
 from headrace.plan.rules import optimise
 from headrace.runtime.engine import choose_engine
 from headrace.runtime.machine import block_budget_bytes, detect_machine
@@ -119,8 +119,12 @@ def resolve(plan: Plan) -> Plan:
     schema = plan.read.source.schema()
     _check_unique(schema.names, plan.read.source.describe())
     known: tuple[str, ...] | None = tuple(schema.names)
+    before_group = known
     ops: list[Op] = []
     for op in plan.ops:
+        if isinstance(op, Predict) and op.group is not None:
+            before_group = before_group if ops and _group_of(ops[-1]) == op.group else known
+            op = op if op.inputs else replace(op, inputs=_inputs_of(op, before_group))
         if known is not None and isinstance(op, Reshape):
             op = op.resolve(known)
         elif known is not None and isinstance(op, FilterExpr) and not op.columns:
@@ -128,6 +132,20 @@ def resolve(plan: Plan) -> Plan:
         ops.append(op)
         known = check_columns(ops, schema.names)[-1]
     return replace(plan, ops=tuple(ops))
+
+
+def _group_of(op: Op) -> int | None:
+    return op.group if isinstance(op, Predict) else None
+
+
+def _inputs_of(op: Predict, known: tuple[str, ...] | None) -> tuple[str, ...]:
+    """What a model of a group reads that named no columns: all that there were before the group."""
+    if known is None:
+        raise PlanError(
+            f"{op.name} names no input columns, and which there are is known only while running",
+            hint="name them: several models in one predict don't see each other's outputs",
+        )
+    return known
 
 
 def _check_unique(names: Sequence[str], source: str) -> None:
@@ -201,10 +219,10 @@ class _PoolChoice:
         if device == "auto":
             if has_cuda and _takes_device(op):
                 return "cuda"
-            return WAITING_POOL if self.waiting else CPU_POOL
+            return WAITING_POOL if self.waiting or is_stream(op) else CPU_POOL
         kind, _, index = device.partition(":")
         if kind == "cpu":
-            return CPU_POOL
+            return WAITING_POOL if is_stream(op) else CPU_POOL
         if kind == "sim":
             return device
         if kind != "cuda" or (index and not index.isdigit()):
@@ -239,7 +257,8 @@ def _workers(physical: PhysicalPlan, cores: int, machine: Machine) -> tuple[Work
             specs += [WorkerSpec(i, CPU_POOL, "cpu") for i in range(cores, replicas)]
             continue
         if pool == WAITING_POOL:
-            specs += [WorkerSpec(len(specs) + i, pool, "cpu") for i in range(replicas or cores)]
+            capped = all(s.max_workers is not None for s in physical.stages if s.pool == pool)
+            specs += [WorkerSpec(len(specs) + i, pool, "cpu") for i in range(replicas if capped else max(cores, replicas))]
             continue
         devices = [pool] if ":" in pool else [d for d in machine.devices if d.partition(":")[0] == pool]
         if pool == "sim" and not devices:

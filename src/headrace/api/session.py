@@ -19,11 +19,12 @@ from headrace.contracts.observer import Observer
 from headrace.contracts.sink import Sink
 from headrace.core.errors import DestinationError, HeadraceError, InternalError, PlanError
 from headrace.core.events import RunStarted
+from headrace.core.guards import guard_name
 from headrace.core.options import ActionOptions, RunOptions
 from headrace.plan.columns import ALL, Columns
 from headrace.plan.fingerprint import fingerprint
 from headrace.plan.fingerprint.compare import differences
-from headrace.plan.nodes import Evaluate, Plan, Write
+from headrace.plan.nodes import Evaluate, Op, Plan, Predict, Write
 from headrace.runtime.committer import Committer
 from headrace.runtime.driver import Driver
 from headrace.runtime.ledger import (
@@ -36,9 +37,11 @@ from headrace.runtime.ledger import (
     this_process,
 )
 from headrace.runtime.signals import ending_at_once, handling_signals
+from headrace.runtime.stop_rules import StopRule
 from headrace.runtime.stream import stream_blocks
 from headrace.scheduler.machine import Scheduler
 from headrace.scheduler.messages import Limits, SchedulerPlan
+from headrace.worker.guard import OutputGuard
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -98,6 +101,7 @@ def _driver(
         run="" if opened is None else opened.run,
         sessions=1 if opened is None else opened.epoch,
         quarantine=f"{private}/quarantine" if private else "",
+        shared=_shared(prepared.program.ops),
     )
     return Driver(
         scheduler=Scheduler(SchedulerPlan(physical.stages, physical.routes, pools), limits),
@@ -111,7 +115,27 @@ def _driver(
         deliver=deliver,
         timeout_s=options.timeout,
         crash_dir=f"{private}/crashes" if private and not is_remote(private) else None,
+        stop_rules=_stop_rules(prepared.program.ops),
     )
+
+
+def _shared(ops: Sequence[Op]) -> tuple[tuple[tuple[str, ...], int], ...]:
+    """The models that were given together, and where the first of them is."""
+    groups: dict[int, list[int]] = {}
+    for i, op in enumerate(ops):
+        if isinstance(op, Predict) and op.group is not None:
+            groups.setdefault(op.group, []).append(i)
+    labels = {i: op.label for i, op in enumerate(ops) if isinstance(op, Predict)}
+    return tuple((tuple(labels[i] for i in members), members[0]) for members in groups.values() if len(members) > 1)
+
+
+def _stop_rules(ops: Sequence[Op]) -> dict[str, StopRule]:
+    return {
+        name: StopRule(op.accumulators[name], condition, op.stop_after_rows)
+        for op in ops
+        if isinstance(op, Evaluate)
+        for name, condition in op.stop_if.items()
+    }
 
 
 @ending_at_once()
@@ -223,7 +247,15 @@ def _finished_before(ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.
     if not opened.complete:
         _show(sink, opened, committer, summary, schema)
     _check_presence(opened, committer)
-    run = finished_before(summary, committer.results(), opened.run, committer.tally, committer.splits, committer.files)
+    run = finished_before(
+        summary,
+        committer.results(),
+        opened.run,
+        committer.tally,
+        committer.splits,
+        committer.files,
+        {i: op.name for i, op in enumerate(ready.program.ops)},
+    )
     if ready.options.progress != "quiet":
         print(f"headrace: {run.name}: nothing to do: finished before ({run.rows:,} rows)", file=sys.stderr)
     return run
@@ -262,7 +294,14 @@ def _no_place_for_bad_rows() -> PlanError:
 
 
 def accumulators_of(ready: Prepared) -> dict[str, Accumulator]:
-    return {n: a for op in ready.program.ops if isinstance(op, Evaluate) for n, a in op.accumulators.items()}
+    """The user's, by name, and a guard of each model's outputs."""
+    found: dict[str, Accumulator] = {}
+    for i, op in enumerate(ready.program.ops):
+        if isinstance(op, Evaluate):
+            found |= op.accumulators
+        elif isinstance(op, Predict):
+            found[guard_name(i)] = OutputGuard()
+    return found
 
 
 def _refuse_own_output(plan: Plan, sink: Sink) -> None:

@@ -67,6 +67,10 @@ class InputChanged(DataError):
     """An input object changed between planning and reading."""
 
 
+class StopConditionMet(HeadraceError):
+    """A metric met the condition of evaluate(stop_if=...). What was settled until then is kept."""
+
+
 class DestinationError(HeadraceError):
     """The destination can't be written, or holds something that must not be overwritten."""
 

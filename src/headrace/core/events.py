@@ -15,6 +15,7 @@ class RunStarted:
 
     settled: splits that earlier sessions of the run have settled; tally: their rows. run: its name in the destination, "" when
     nothing is kept. sessions: this one included. quarantine: where rows that fail are set aside, "" when they are not.
+    shared: models that run in one pass: (their names, the operator that the first of them is).
     """
 
     at_s: float
@@ -30,6 +31,7 @@ class RunStarted:
     run: str = ""
     sessions: int = 1
     quarantine: str = ""
+    shared: tuple[tuple[tuple[str, ...], int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,7 @@ class Stage:
     stages need. transient: columns of this stage's output that only the next (model) stage reads; they go into a
     part of their own so that their memory is free as soon as the model has run.
     max_workers: at most this many workers open this stage (replicas), None for the whole pool.
+    stream: the model works on the rows of several steps at once: they are begun as they come, and answered in any order.
     limit: rows that may pass, for a GLOBAL stage. batch_rows: for a model stage, rows worth gathering for one Apply.
     """
 
@@ -51,6 +52,7 @@ class Stage:
     max_workers: int | None = None
     limit: int | None = None
     batch_rows: int = 256
+    stream: bool = False
 
 
 @dataclass(frozen=True, slots=True)

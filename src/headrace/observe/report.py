@@ -28,6 +28,7 @@ def text(run: Run) -> str:
         lines += ["", *(f"  {line}" for line in _bottleneck(run, run.bottleneck))]
     if run.metrics:
         lines += ["", "  metrics", *(f"    {line}" for line in _metrics(run.metrics))]
+    lines += [f"  warning: {line}" for line in guards(run.guards)]
     lines += [f"  note: {note}" for note in run.notes]
     return "\n".join(lines)
 
@@ -40,6 +41,7 @@ def _nothing_to_do(run: Run) -> str:
     lines += [f"  {line}" for line in (_rows(run), _set_aside(run)) if line]
     if run.metrics:
         lines += ["", "  metrics", *(f"    {line}" for line in _metrics(run.metrics))]
+    lines += [f"  warning: {line}" for line in guards(run.guards)]
     return "\n".join([*lines, *(f"  note: {note}" for note in run.notes)])
 
 
@@ -131,6 +133,19 @@ def _bottleneck(run: Run, b: Bottleneck) -> list[str]:
         lines.append(f"{more}: about {words.duration(b.what_if_s)} ({words.share(gain)} less)")
     else:
         lines.append(f"{more} would bring nothing")
+    return lines
+
+
+def guards(found: Mapping[str, Any]) -> list[str]:
+    """What is wrong with outputs of models, a line for each kind."""
+    lines: list[str] = []
+    for op, wrong in found.items():
+        for kind, word in (("nan", "NaN"), ("infinite", "infinite")):
+            counts = [f"{words.count(n)} in {column}" for column, n in wrong.get(kind, {}).items()]
+            if counts:
+                lines.append(f"{op} made values that are {word}: {', '.join(counts)}")
+        if wrong.get("failed"):
+            lines.append(f"{op} failed on {words.plural(wrong['failed'], 'row')}, which have nulls: {wrong['why']}")
     return lines
 
 

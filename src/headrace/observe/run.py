@@ -15,7 +15,7 @@ Definitions:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from headrace.core.events import (
     StepFinished,
     WorkerReplaced,
 )
+from headrace.core.guards import split_guards
 from headrace.core.receipts import OutputFile, Tally
 
 MOST_NOTES = 20  # of what happened on the way, in the report
@@ -115,6 +116,8 @@ class Run:
     resumed_splits, resumed_rows: done before this session. retries: splits that were started again. workers_lost: that died or
     hung, and were replaced. quarantine: where rows that failed (tally.quarantined) are set aside, "" when they are not.
     finished: False for a run that was stopped, or failed. already_done: an earlier call had finished it, this one did nothing.
+    guards: what is wrong with outputs of models, {operator: {"nan": {column: values}, "infinite": {column: values}, "failed":
+    rows of one of several models that have nulls, "why": one of their failures}}; {} when nothing is.
     """
 
     name: str
@@ -144,6 +147,7 @@ class Run:
     quarantine: str = ""
     finished: bool = True
     already_done: bool = False
+    guards: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     @property
     def rows_per_s(self) -> float:
@@ -180,14 +184,18 @@ def finished_before(
     tally: Tally,
     splits: int,
     files: Sequence[OutputFile],
+    ops: Mapping[int, str],
 ) -> Run:
-    """The Run of a call that finds its run finished. summary: what the session that finished it recorded."""
+    """The Run of a call that finds its run finished. summary: what the session that finished it recorded. metrics: the results
+    of all accumulators.
+    """
 
     def text(name: str) -> str:
         value = summary.get(name)
         return value if isinstance(value, str) else ""
 
     outputs = [f for f in files if f.kind == "output"]
+    metrics, guards = split_guards(metrics, ops)
     return Run(
         name=text("name"),
         engine=text("engine"),
@@ -196,7 +204,8 @@ def finished_before(
         splits=splits,
         output_files=len(outputs),
         output_bytes=sum(f.bytes for f in outputs),
-        metrics=dict(metrics),
+        metrics=metrics,
+        guards=guards,
         run_id=run,
         resumed_splits=splits,
         resumed_rows=tally.written,
@@ -205,6 +214,7 @@ def finished_before(
     )
 
 
+_READ = -1  # in OpTime
 _USUAL: dict[str, Any] = {
     "run_id": "",
     "sessions": 1,
@@ -215,6 +225,7 @@ _USUAL: dict[str, Any] = {
     "quarantine": "",
     "finished": True,
     "already_done": False,
+    "guards": {},
 }
 
 
@@ -288,6 +299,7 @@ class RunRecorder:
         wall_s = max(0.0, end_s - started.at_s)
         stages = tuple(self._stage_time(started, id) for id in sorted(self._stages))
         pools = tuple(self._pool_time(name, started.pools[name], wall_s) for name in started.pools)
+        metrics, guards = split_guards(self._finished.metrics if self._finished else {}, started.ops)
         return Run(
             name=started.name,
             engine=started.engine,
@@ -304,8 +316,9 @@ class RunRecorder:
             budget_bytes=started.budget_bytes,
             output_files=self._files,
             output_bytes=self._file_bytes,
-            metrics=dict(self._finished.metrics) if self._finished else {},
-            notes=(*started.notes, *self._notes),
+            metrics=metrics,
+            guards=guards,
+            notes=(*started.notes, *self._notes, *_savings(started, stages)),
             error=self._finished.error if self._finished else "",
             run_id=started.run,
             sessions=started.sessions,
@@ -359,6 +372,18 @@ class RunRecorder:
     def _pool_time(self, name: str, workers: int, wall_s: float) -> PoolTime:
         busy_s, cpu_s = self._pools.get(name, (0.0, 0.0))
         return PoolTime(name, workers, busy_s, cpu_s, _share(busy_s, workers, wall_s))
+
+
+def _savings(started: RunStarted, stages: tuple[StageTime, ...]) -> Iterator[str]:
+    """What several models in one pass have saved: all that came before them would have been done once for each."""
+    for names, first in started.shared:
+        before_s = sum(op.wall_s for stage in stages for op in stage.operators if 0 <= op.op < first)
+        before_s += max((op.wall_s for stage in stages for op in stage.operators if op.op == _READ), default=0.0)
+        saved_s = (len(names) - 1) * before_s
+        if saved_s >= 0.05:
+            listed = ", ".join(names)
+            once = f"what comes before them was done once, {saved_s:.1f} s of work less"
+            yield f"{len(names)} models in one pass ({listed}): {once}"
 
 
 @dataclass(frozen=True, slots=True)

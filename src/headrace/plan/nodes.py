@@ -5,7 +5,7 @@ Invariants: a node holds what the user asked for and nothing decided. Expression
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -170,6 +170,8 @@ class Predict:
     inputs: the columns that it gets, () for all columns. single: `input="x"` was one name, so that the model gets the bare
     array instead of a dict. output: names of the columns that it adds; () when the model names them itself (it returns a dict).
     batch_rows: None for "auto". device: "auto", "cpu", "cuda", "cuda:1", "sim", "sim:0". replicas: None for "auto".
+    group: models that were given together share a number: none sees the others' outputs, and where bad rows are set aside, a
+    row that fails in one of them keeps what the others say of it. label: the model's name in its group.
     """
 
     model: UserFunction
@@ -180,17 +182,24 @@ class Predict:
     batch_format: BatchFormat = "numpy"
     device: str = "auto"
     replicas: int | None = None
+    group: int | None = None
+    label: str = ""
 
     @property
     def name(self) -> str:
-        return f"predict({self.model.name})"
+        return f"predict({self.label or self.model.name})"
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluate:
-    """Accumulators by name; rows pass unchanged."""
+    """Accumulators by name; rows pass unchanged.
+
+    stop_if: name -> a function of the result so far; when it is true the run ends. stop_after_rows: not before so many.
+    """
 
     accumulators: Mapping[str, Accumulator]
+    stop_if: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict[str, Callable[[Any], Any]])
+    stop_after_rows: int = 0
     name: str = "evaluate"
 
 

@@ -13,8 +13,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from headrace.contracts.model import ModelAdapter
 from headrace.core.options import BlockLimits
-from headrace.core.resources import CPU_POOL
+from headrace.core.resources import CPU_POOL, WAITING_POOL
 from headrace.core.stages import End, Order, Route, Stage
 from headrace.plan.columns import ALL, Columns, needs
 from headrace.plan.nodes import Apply, Evaluate, FilterExpr, Limit, MapBatches, MapRows, Op, Plan, Predict, Project, Reshape
@@ -50,6 +51,7 @@ class _Cut:
     max_workers: int | None = None
     limit: int | None = None
     batch_rows: int = MODEL_ROWS
+    stream: bool = False
     end: End = End.NEXT
 
 
@@ -102,6 +104,12 @@ def is_light(op: Op) -> bool:
     return isinstance(op, Project | Reshape | FilterExpr | Evaluate | Limit)
 
 
+def is_stream(op: Predict) -> bool:
+    """Does the model answer row by row, in any order?"""
+    target = op.model.target
+    return bool(target.streams if isinstance(target, ModelAdapter) else hasattr(target, "stream"))
+
+
 class _Cutter:
     def __init__(self, ops: Sequence[Op], aligned: frozenset[int], delivers: bool, pool_of: Callable[[Predict], str]) -> None:
         self.ops = ops
@@ -116,6 +124,9 @@ class _Cutter:
             last = cuts[-1]
             if isinstance(op, Limit):
                 cuts.append(_Cut(i, i + 1, Order.GLOBAL, limit=op.rows))
+            elif isinstance(op, Predict) and self._shares(last, op, i):
+                last.stop = i + 1
+                last.batch_rows = max(last.batch_rows, op.batch_rows or MODEL_ROWS)
             elif self._alone(op):
                 cuts.append(self._model_cut(i, op) if isinstance(op, Predict) else self._capped_cut(i, op))
             elif self._joins(last, op, i, spread):
@@ -125,6 +136,19 @@ class _Cutter:
                 cuts.append(_Cut(i, i + 1, order))
         return self._finish(cuts, spread)
 
+    def _shares(self, last: _Cut, op: Predict, i: int) -> bool:
+        """May a model run in the stage of the one before: of the same group, in the same pool, on the same rows?"""
+        before = self.ops[i - 1] if i else None
+        return (
+            last.model
+            and isinstance(before, Predict)
+            and op.group is not None
+            and before.group == op.group
+            and self.pool_of(op) == last.pool
+            and op.replicas == before.replicas
+            and not (is_stream(op) or is_stream(before))
+        )
+
     def _alone(self, op: Op) -> bool:
         if isinstance(op, Predict):
             return self.pool_of(op) != CPU_POOL or op.replicas is not None
@@ -132,7 +156,9 @@ class _Cutter:
 
     def _model_cut(self, i: int, op: Predict) -> _Cut:
         rows = op.batch_rows or MODEL_ROWS
-        return _Cut(i, i + 1, Order.FREE, self.pool_of(op), model=True, max_workers=op.replicas, batch_rows=rows)
+        pool, stream = self.pool_of(op), is_stream(op)
+        workers = op.replicas or (1 if stream and pool == WAITING_POOL else None)  # a stream's limits hold for all its requests
+        return _Cut(i, i + 1, Order.FREE, pool, model=True, max_workers=workers, batch_rows=rows, stream=stream)
 
     def _capped_cut(self, i: int, op: Op) -> _Cut:
         assert isinstance(op, MapBatches)
@@ -196,12 +222,12 @@ def _stage(id: int, cut: _Cut, plan: Plan, wanted: Sequence[Columns]) -> Stage:
         names.append(plan.write.name)
     columns_in = keep = None
     if cut.model:
-        op = plan.ops[cut.first]
-        assert isinstance(op, Predict)
+        models = [op for op in plan.ops[cut.first : cut.stop] if isinstance(op, Predict)]
         after = wanted[cut.stop]
-        columns_in = op.inputs or None
+        if all(op.inputs for op in models):
+            columns_in = tuple(dict.fromkeys(name for op in models for name in op.inputs))
         if isinstance(after, frozenset):
-            keep = tuple(sorted(after - set(op.output)))
+            keep = tuple(sorted(after - {name for op in models for name in op.output}))
     return Stage(
         id=id,
         name=" > ".join(names) or "pass",
@@ -216,6 +242,7 @@ def _stage(id: int, cut: _Cut, plan: Plan, wanted: Sequence[Columns]) -> Stage:
         max_workers=cut.max_workers,
         limit=cut.limit,
         batch_rows=cut.batch_rows,
+        stream=cut.stream,
     )
 
 

@@ -234,6 +234,10 @@ class Committer:
             for name, accumulator in self._accumulators.items()
         }
 
+    def totals(self, names: Iterable[str]) -> dict[str, Any]:
+        """States of these accumulators, as earlier sessions settled them. Before `start`, and only to be read."""
+        return {name: self._totals[name] for name in names if name in self._totals}
+
     @property
     def certain(self) -> bool:
         """After `close`: the log will hold no more of this session than it does. Else nothing staged may be removed."""

@@ -41,6 +41,7 @@ from headrace.runtime.crashes import CrashSamples
 from headrace.runtime.governor import Governor
 from headrace.runtime.listing import Lister
 from headrace.runtime.signals import GRACE_S, Stopped
+from headrace.runtime.stop_rules import StopRule, StopRules
 from headrace.runtime.watch import StepWatch
 from headrace.scheduler.machine import Scheduler
 from headrace.scheduler.messages import (
@@ -92,6 +93,7 @@ class Driver:
     timeout_s: a step that gives no answer for so long has its worker killed. That includes loading a model, which happens in a
     worker's first step; a long step answers at least four times a second between batches, so only one batch can use it up.
     crash_dir: where rows that killed a worker are kept; None: a temporary directory. governor: None: of this machine.
+    stop_rules: conditions on metrics that end the run.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Driver:
         timeout_s: float | None = None,
         crash_dir: str | None = None,
         governor: Governor | None = None,
+        stop_rules: Mapping[str, StopRule] | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.substrate = substrate
@@ -130,6 +133,7 @@ class Driver:
         self._open: dict[int, _Open] = {}
         self._found = SplitsFound(0.0, 0, 0, complete=False, rows=0)
         self._watch = StepWatch(timeout_s)
+        self._stop_rules = StopRules(stop_rules or {}, self._now)
         self._crashes = CrashSamples(crash_dir)
         self._governor = governor or Governor()
         self._draining: _Drained | None = None
@@ -180,6 +184,8 @@ class Driver:
         error = "stopped"
         try:
             self._tell(self._started)
+            if self._stop_rules:
+                self._stop_rules.add(self.committer.totals(self._stop_rules.names))
             self.committer.start(self.post)
             self.substrate.start(self._program, list(self._workers.values()))
             for worker in self._workers:
@@ -192,6 +198,7 @@ class Driver:
             if self.drained:
                 raise Stopped(self._draining.why if self._draining else "stopped")
             self.metrics = self.committer.results()
+            self._stop_rules.judge(self.metrics, self.committer.tally.rows_in)
             error = ""
         except Stopped as stopped:
             error = str(stopped)
@@ -257,6 +264,8 @@ class Driver:
                 self._note_found(posted)
             self._carry(self.scheduler.handle(posted, self._now()))
         if not self._done:
+            if self._stop_rules:
+                self._stop_rules.look(self.scheduler.read)
             self._keep_time()
 
     def _wait(self) -> Sequence[Any]:
@@ -411,6 +420,7 @@ class Driver:
                 known.tally += tally
                 total += tally
                 if metrics:
+                    self._stop_rules.add(metrics)
                     self.committer.add(split, attempt, metrics)
         return total
 

@@ -12,10 +12,12 @@ from typing import Any
 import pyarrow as pa
 
 from headrace.core.errors import HeadraceError
+from headrace.core.guards import guard_name
 from headrace.plan import nodes
 from headrace.worker.bad_rows import Lost, RowError
 from headrace.worker.batching import Batcher, Piece
 from headrace.worker.formats import Given, NumpyReader, to_format
+from headrace.worker.guard import OutputGuard
 from headrace.worker.model_answers import ModelRunner
 from headrace.worker.models import model_runner
 from headrace.worker.operators import TARGET_BYTES, BatchOperator, Counts, Host, Operator, rejoined, select
@@ -128,6 +130,11 @@ class PredictOp(Operator):
         self._held: list[Piece] = []
         self._held_rows = 0
         self._per_piece = host.deterministic
+        self._guard = OutputGuard()
+        self._wrong = self._guard.zero()
+
+    def told(self) -> dict[str, Any]:
+        return {guard_name(self.index): self._wrong} if self._wrong else {}
 
     def push(self, piece: Piece) -> Iterator[Piece]:
         self._held.append(piece)
@@ -146,7 +153,9 @@ class PredictOp(Operator):
             piece, start = held[answer.input], starts[answer.input]
             starts[answer.input] += answer.rows
             part = piece if answer.rows == piece.batch.num_rows else piece.slice(start, answer.rows)
+            self._guard.fail(self._wrong, answer.failed, answer.why)
             self.lose(part, answer.lost)
             left = part.without([at for at, _ in answer.lost])
             if left is not None and answer.made is not None:
+                self._guard.update(self._wrong, answer.made)
                 yield Piece(with_columns(left.batch, answer.made), left.origin)

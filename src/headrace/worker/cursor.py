@@ -28,7 +28,7 @@ from headrace.core.steps import Advance, OpTime
 from headrace.worker.bad_rows import BadRows
 from headrace.worker.batching import Piece
 from headrace.worker.blocks import BlockOutput, read_piece, slices
-from headrace.worker.operators import Counts, EvaluateOp, LimitOp, Operator
+from headrace.worker.operators import Counts, LimitOp, Operator
 from headrace.worker.sink_output import SinkOutput
 from headrace.worker.user_code import internal_error
 
@@ -271,8 +271,7 @@ class Cursor:
         if self._bad is not None:
             self._bad.finish()
         for op in self._ops:
-            if isinstance(op, EvaluateOp):
-                progress.metrics.update(op.states)
+            progress.metrics.update(op.told())
 
     def _tally(self) -> Tally:
         counts = self._counts

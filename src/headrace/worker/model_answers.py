@@ -5,7 +5,7 @@ Invariant: a model that does not answer one row for one row is refused before an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,13 +30,15 @@ DEFAULT_OUTPUT = "prediction"  # the column of a bare array, when the user gave 
 class Answer:
     """The output columns of the next `rows` rows of an input. lost: those of them that failed, by position; `made` lacks them.
 
-    input: its index. made: None when all are lost.
+    input: its index. made: None when all are lost. failed: rows that failed and have nulls in `made`; why: one such failure.
     """
 
     input: int
     rows: int
     made: pa.RecordBatch | None
     lost: list[Lost] = field(default_factory=list[Lost])
+    failed: int = 0
+    why: str = ""
 
 
 class ModelRunner:
@@ -55,6 +57,14 @@ class ModelRunner:
         than whole. inputs: only what the model reads, at least one row each.
         """
         raise NotImplementedError
+
+    def begin(
+        self, inputs: Sequence[pa.RecordBatch], origins: Sequence[Origin], watch: Watch, ready: Callable[[], None]
+    ) -> bool:
+        """Start on these rows beside others, if the model can: `ready` is called, from any thread, once `run` with the same
+        arguments does not wait. False: nothing was done, and `run` does it all.
+        """
+        return False
 
     def close(self) -> None: ...
 

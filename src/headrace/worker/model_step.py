@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from headrace.contracts.substrate import BlockStore
 from headrace.core.errors import InternalError
+from headrace.core.guards import guard_name
 from headrace.core.receipts import NO_ROWS, Tally
 from headrace.core.refs import BlockRef
 from headrace.core.stages import End, Stage
@@ -29,6 +30,7 @@ from headrace.worker.bad_rows import BadRows, Lost
 from headrace.worker.batching import Piece
 from headrace.worker.blocks import pack, put_part, read_block, read_piece, slices
 from headrace.worker.cursor import READ, WRITE, Clock
+from headrace.worker.guard import OutputGuard
 from headrace.worker.model_answers import join_columns
 from headrace.worker.models import model_runner
 from headrace.worker.operators import Counts, EvaluateOp, Host, select
@@ -93,18 +95,26 @@ class ModelStep:
         self._told = {owner: _Told(make_bad(*owner)) for owner in dict.fromkeys(step.owners)}
         self._watch = Watch(store.crumb, step.suspects, program.on_error != "fail")
 
+    def begin(self, ready: Callable[[], None]) -> bool:
+        """Give the model the rows now, if it works on rows of several steps at once: see ModelRunner.begin. Raises HeadraceError."""
+        op = self._program.ops[self._stage.first]
+        if not isinstance(op, Predict):
+            return False
+        pieces, _ = self._pieces(op, self._inputs())
+        runner = model_runner(op, self._stage.first, self._host)
+        return runner.begin([p.batch for p in pieces], [p.origin for p in pieces], self._watch, ready)
+
     def run(self) -> StepDone:
         """Raises HeadraceError."""
         began = time.perf_counter()
-        inputs = [
-            _Input(block, owner, read_piece(self._store, block, self._stage.columns_in))
-            for block, owner in zip(self._step.inputs, self._step.owners, strict=True)
-        ]
+        inputs = self._inputs()
         rows = sum(i.rows for i in inputs)
         self._clock.add(READ, time.perf_counter() - began, rows, rows)
-        self._predict(inputs)
-        for index in range(self._stage.first + 1, self._stage.stop):
-            self._evaluate(index, inputs)
+        for index in range(self._stage.first, self._stage.stop):
+            if isinstance(self._program.ops[index], Predict):
+                self._predict(index, inputs)
+            else:
+                self._evaluate(index, inputs)
         began = time.perf_counter()
         outputs = tuple(self._output(i) for i in inputs)
         rows = sum(block.rows for block in outputs)
@@ -112,37 +122,52 @@ class ModelStep:
         whole = frozenset(k for k, i in enumerate(inputs) if i.left is not None)
         return StepDone(self._step.id, self._step.worker, outputs, finished=True, shares=self._shares(inputs), whole=whole)
 
-    # --- operators ---------------------------------------------------------------------------------------------------
+    def _inputs(self) -> list[_Input]:
+        return [
+            _Input(block, owner, read_piece(self._store, block, self._stage.columns_in))
+            for block, owner in zip(self._step.inputs, self._step.owners, strict=True)
+        ]
 
-    def _predict(self, inputs: list[_Input]) -> None:
-        index = self._stage.first
-        op = self._program.ops[index]
-        if not isinstance(op, Predict):
-            raise InternalError(f"stage {self._stage.name} is a model stage, but does not start with predict")
-        began = time.perf_counter()
-        runner = model_runner(op, index, self._host)
+    def _pieces(self, op: Predict, inputs: list[_Input]) -> tuple[list[Piece], list[int]]:
+        """What the model is given, and the input that each piece belongs to."""
         pieces: list[Piece] = []
-        owners: list[int] = []  # the input that each piece belongs to
+        owners: list[int] = []
         for i, each in enumerate(inputs):
             whole = Piece(select(each.piece.batch, op.inputs or each.piece.batch.schema.names, op.name), each.piece.origin)
             # Which pieces share a block depends on when a step ended, and the model's batches must not.
             parts = list(slices(whole, each.block.cuts if self._program.deterministic else ()))
             pieces += parts
             owners += [i] * len(parts)
+        return pieces, owners
+
+    # --- operators ---------------------------------------------------------------------------------------------------
+
+    def _predict(self, index: int, inputs: list[_Input]) -> None:
+        op = self._program.ops[index]
+        if not isinstance(op, Predict) or any(i.left is not None for i in inputs):  # only models of a group share a stage
+            raise InternalError(f"stage {self._stage.name} can't run {op.name} here")
+        began = time.perf_counter()
+        runner = model_runner(op, index, self._host)
+        pieces, owners = self._pieces(op, inputs)
         answers: list[list[pa.RecordBatch]] = [[] for _ in inputs]
         lost: list[list[Lost]] = [[] for _ in inputs]
         seen = [0] * len(inputs)
+        guard = OutputGuard()
         for answer in runner.run([p.batch for p in pieces], [p.origin for p in pieces], watch=self._watch):
             i = owners[answer.input]
             lost[i] += [(seen[i] + at, failure) for at, failure in answer.lost]
             seen[i] += answer.rows
+            wrong = self._told[inputs[i].owner].metrics.setdefault(guard_name(index), guard.zero())
+            guard.fail(wrong, answer.failed, answer.why)
             if answer.made is not None:
+                guard.update(wrong, answer.made)
                 answers[i].append(answer.made)
         if not all(seen):
             raise InternalError(f"{op.name} was given a block without rows")
         for i, each in enumerate(inputs):
             self._lose(each, index, op.name, lost[i])
-            each.made = join_columns(answers[i], op.name, each.block.origin) if answers[i] else None
+            made = join_columns(answers[i], op.name, each.block.origin) if answers[i] else None
+            each.made = with_columns(each.made, made) if each.made is not None and made is not None else made
         rows = sum(seen)
         self._clock.add(index, time.perf_counter() - began, rows, sum(i.rows for i in inputs))
 
@@ -164,7 +189,7 @@ class ModelStep:
                 lost = evaluate.update(Piece(with_columns(piece.batch, each.made), piece.origin))
                 self._lose(each, index, op.name, lost)
         for owner, evaluate in operators.items():
-            self._told[owner].metrics.update(evaluate.states)
+            self._told[owner].metrics.update(evaluate.told())
         self._clock.add(index, time.perf_counter() - began, rows, sum(i.rows for i in inputs))
 
     def _lose(self, each: _Input, index: int, name: str, lost: list[Lost]) -> None:
@@ -233,6 +258,7 @@ class ModelStep:
                 told.bad.finish()
                 files = told.bad.take_files()
                 tally = tally + told.bad.take_tally()
-            if tally != NO_ROWS or told.metrics or files:
-                shares.append(Share(split, attempt, tally, told.metrics, files))
+            metrics = {name: state for name, state in told.metrics.items() if state}
+            if tally != NO_ROWS or metrics or files:
+                shares.append(Share(split, attempt, tally, metrics, files))
         return tuple(shares)

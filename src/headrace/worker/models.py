@@ -7,6 +7,7 @@ from typing import Any
 from headrace.contracts.model import StreamModel
 from headrace.plan.nodes import Predict
 from headrace.worker.batch_model import BatchRunner
+from headrace.worker.isolated import IsolatedRunner
 from headrace.worker.model_answers import ModelRunner
 from headrace.worker.operators import Host
 from headrace.worker.stream_model import StreamRunner
@@ -16,10 +17,14 @@ def model_runner(op: Predict, index: int, host: Host) -> ModelRunner:
     """The worker's runner of a model; constructs the model at first use."""
     runner = host.models.get(index)
     if runner is None:
-        model = host.functions.get(index, op.model, op.name, op.inputs)
-        runner = StreamRunner(model, op, index) if _is_stream(model) else BatchRunner(model, op, index, host)
+        runner = _make(op, index, host) if op.group is None else IsolatedRunner(op, lambda: _make(op, index, host))
         host.models[index] = runner
     return runner
+
+
+def _make(op: Predict, index: int, host: Host) -> ModelRunner:
+    model = host.functions.get(index, op.model, op.name, op.inputs)
+    return StreamRunner(model, op, index) if _is_stream(model) else BatchRunner(model, op, index, host)
 
 
 def _is_stream(model: Any) -> bool:

@@ -78,6 +78,10 @@ class Operator:
     def finish(self) -> Iterator[Piece]:
         return iter(())
 
+    def told(self) -> dict[str, Any]:
+        """States of accumulators, when it has finished."""
+        return {}
+
     def lose(self, piece: Piece, lost: list[Lost]) -> None:
         """These rows of the piece failed."""
         if lost:
@@ -330,6 +334,9 @@ class EvaluateOp(BatchOperator):
         self._accumulators = op.accumulators
         self._key = ""  # the accumulator at work, for messages
         self.states: dict[str, Any] = {key: a.zero() for key, a in op.accumulators.items()}
+
+    def told(self) -> dict[str, Any]:
+        return self.states
 
     def push(self, piece: Piece) -> Iterator[Piece]:
         lost = self.update(piece)
