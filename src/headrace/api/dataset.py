@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from headrace.connectors.sinks.parquet import Compression
     from headrace.observe.run import Run
 
+    Declaration = Mapping[str, Any] | pa.Schema | None  # {column: type}
+
 _FORMATS = ("numpy", "pyarrow", "pandas", "torch")
 
 
@@ -87,13 +89,24 @@ class Dataset:
             return self._with(FilterExpr(predicate, ()))
         return self._with(FilterRows(_function(predicate, (), fn_kwargs, (), None)))
 
-    def map(self, fn: Callable[..., Mapping[str, Any]], *, fn_kwargs: Mapping[str, Any] | None = None) -> Dataset:
-        """One row for one row: fn({column: value}) returns the new row as a dict."""
-        return self._with(MapRows(_function(fn, (), fn_kwargs, (), None)))
+    def map(
+        self, fn: Callable[..., Mapping[str, Any]], *, fn_kwargs: Mapping[str, Any] | None = None, schema: Declaration = None
+    ) -> Dataset:
+        """One row for one row: fn({column: value}) returns the new row as a dict.
 
-    def flat_map(self, fn: Callable[..., Any], *, fn_kwargs: Mapping[str, Any] | None = None) -> Dataset:
-        """Any number of rows for one row: fn({column: value}) returns an iterable of dicts (a generator is best for many)."""
-        return self._with(FlatMap(_function(fn, (), fn_kwargs, (), None)))
+        schema: what it returns, all of it, as {column: type} (Arrow types, or their names such as "float32") or a pyarrow
+            Schema. What comes is brought to that; what does not fit is an error that names row and column, or a bad row.
+        """
+        return self._with(MapRows(_function(fn, (), fn_kwargs, (), None), _types(schema)))
+
+    def flat_map(
+        self, fn: Callable[..., Any], *, fn_kwargs: Mapping[str, Any] | None = None, schema: Declaration = None
+    ) -> Dataset:
+        """Any number of rows for one row: fn({column: value}) returns an iterable of dicts (a generator is best for many).
+
+        schema: what it returns, as for `map`.
+        """
+        return self._with(FlatMap(_function(fn, (), fn_kwargs, (), None), _types(schema)))
 
     def map_batches(
         self,
@@ -106,6 +119,7 @@ class Dataset:
         fn_kwargs: Mapping[str, Any] | None = None,
         fn_constructor_args: Sequence[Any] = (),
         fn_constructor_kwargs: Mapping[str, Any] | None = None,
+        schema: Declaration = None,
     ) -> Dataset:
         """fn(batch) -> batch, for whole batches; the answer replaces the columns and may have any number of rows.
 
@@ -115,6 +129,7 @@ class Dataset:
         batch_format: "numpy" {column: array} (zero-copy, read-only; tensors are (rows, *shape)), "pyarrow" Table,
             "pandas", "torch".
         concurrency: at most this many workers run fn at once; None lets the engine decide.
+        schema: what it returns, as for `map`.
         The answer: dict of arrays, Arrow table, pandas frame, or an iterator of those.
         """
         if isinstance(fn, Transform) and not isinstance(fn, type):
@@ -124,7 +139,7 @@ class Dataset:
         require_format(batch_format, "map_batches")
         rows = _rows("batch_size", batch_size)
         user = _function(fn, fn_args, fn_kwargs, fn_constructor_args, fn_constructor_kwargs)
-        return self._with(MapBatches(user, rows, batch_format, _rows("concurrency", concurrency)))
+        return self._with(MapBatches(user, rows, batch_format, _rows("concurrency", concurrency), _types(schema)))
 
     def apply(self, transform: Transform) -> Dataset:
         """Add or replace columns by one of Headrace's transforms, such as `hr.images.decode("image")`."""
@@ -161,8 +176,8 @@ class Dataset:
             worker's), a callable object, a function, a torch module, or an object with an asynchronous `stream`
             (contracts.model). Or {name: model}: several in one pass, see below.
         input: one name: the model gets that column as a bare array; a list of names: a dict of arrays; None: all columns.
-        output: one name, a list of names (the model returns a tuple or a dict with those keys), or None: the keys of the
-            dict that it returns, or "prediction" for a bare array.
+        output: one name, a list of names (the model returns a tuple or a dict with those keys), {name: type} to declare their
+            types too (as for `map`), or None: the keys of the dict that it returns, or "prediction" for a bare array.
         batch_size: "auto" finds the best while it runs.
         device: "auto" (a GPU if there is one and the model can say where it runs, else CPU), "cpu", "cuda", "cuda:1", or
             "sim" for a simulated accelerator: a worker of its own beside the CPU workers.
@@ -179,8 +194,8 @@ class Dataset:
         if isinstance(model, Mapping):
             options = {"input": input, "output": output, "batch_size": batch_size, "device": device}
             return self._predict_all(model, options, batch_format, replicas, constructor_args, constructor_kwargs)
-        if isinstance(input, Mapping) or isinstance(output, Mapping):
-            raise PlanError("input or output names models, but there is only one", hint="give a dict of models")
+        if isinstance(input, Mapping):
+            raise PlanError("input names models, but there is only one", hint="give a dict of models")
         if isinstance(batch_size, Mapping) or isinstance(device, Mapping):
             raise PlanError("batch_size or device names models, but there is only one", hint="give a dict of models")
         node = _model_node(
@@ -402,7 +417,7 @@ def _makes_callables(cls: type) -> bool:
 def _model_node(
     model: Any,
     input: str | Sequence[str] | None,
-    output: str | Sequence[str] | None,
+    output: str | Sequence[str] | Mapping[str, Any] | None,
     batch_size: Any,
     batch_format: BatchFormat,
     device: Any,
@@ -424,7 +439,38 @@ def _model_node(
         batch_format=batch_format,
         device=device,
         replicas=_rows("replicas", replicas),
+        types=_types(output) if isinstance(output, Mapping) else (),
     )
+
+
+def _types(declared: Declaration) -> tuple[tuple[str, Any], ...]:
+    """Declared columns with their Arrow types. Raises PlanError for a name that is no type's."""
+    if declared is None:
+        return ()
+    import pyarrow as pa
+
+    if isinstance(declared, pa.Schema):
+        return tuple(zip(declared.names, declared.types, strict=True))
+    found: list[tuple[str, Any]] = []
+    for name, type in declared.items():
+        try:
+            made = type if isinstance(type, pa.DataType) else pa.from_numpy_dtype(type) if callable(type) else _type_of(type)
+        except (TypeError, ValueError, pa.ArrowException):
+            raise PlanError(
+                f"column {name!r} is declared as {type!r}, which is no type",
+                hint='use pyarrow types, or names such as "float32", "int64", "string", "bool"',
+            ) from None
+        found.append((name, made))
+    return tuple(found)
+
+
+def _type_of(name: Any) -> Any:
+    import numpy as np
+    import pyarrow as pa
+
+    if isinstance(name, np.dtype):
+        return pa.from_numpy_dtype(name)
+    return pa.type_for_alias(name)
 
 
 def _check_apart(nodes: Sequence[Predict]) -> None:

@@ -15,7 +15,21 @@ from headrace.core.extras import is_instance
 from headrace.core.options import ActionOptions, RunOptions
 from headrace.core.resources import CPU_POOL, WAITING_POOL, Machine, WorkerSpec
 from headrace.plan.columns import ALL, Columns, check_columns
-from headrace.plan.nodes import Apply, Evaluate, FilterExpr, Limit, Op, Plan, Predict, Project, Reshape
+from headrace.plan.nodes import (
+    Apply,
+    Evaluate,
+    FilterExpr,
+    FilterRows,
+    FlatMap,
+    Limit,
+    MapBatches,
+    MapRows,
+    Op,
+    Plan,
+    Predict,
+    Project,
+    Reshape,
+)
 from headrace.plan.physical import PhysicalPlan, is_stream, make_physical
 from headrace.plan.rules import optimise
 from headrace.runtime.engine import choose_engine
@@ -193,13 +207,25 @@ def static_schema(schema: pa.Schema, ops: Sequence[Op]) -> pa.Schema | None:
                 schema = pa.schema([schema.field(old).with_name(new) for new, old in columns])
             case Apply(transform=transform):
                 made = transform.schema(pa.schema([schema.field(c) for c in transform.columns_in]))
-                for field in made:
-                    at = schema.get_field_index(field.name)
-                    schema = schema.append(field) if at < 0 else schema.set(at, field)
-            case FilterExpr() | Limit() | Evaluate():
+                schema = _with_fields(schema, [(field.name, field.type) for field in made])
+            case MapRows(types=types) | FlatMap(types=types) | MapBatches(types=types) if types:
+                schema = pa.schema(list(types))
+            case Predict(types=types) if types:
+                schema = _with_fields(schema, types)
+            case FilterExpr() | Limit() | Evaluate() | FilterRows():
                 pass
             case _:
                 return None
+    return schema
+
+
+def _with_fields(schema: pa.Schema, made: Sequence[tuple[str, Any]]) -> pa.Schema:
+    """The schema with these columns: in the places of those of the same name, else after the others."""
+    import pyarrow as pa
+
+    for name, type in made:
+        at = schema.get_field_index(name)
+        schema = schema.append(pa.field(name, type)) if at < 0 else schema.set(at, pa.field(name, type))
     return schema
 
 

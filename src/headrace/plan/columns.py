@@ -9,7 +9,18 @@ from collections.abc import Sequence
 from typing import Final
 
 from headrace.core.errors import PlanError
-from headrace.plan.nodes import Apply, Evaluate, FilterExpr, Limit, Op, Predict, Project
+from headrace.plan.nodes import (
+    Apply,
+    Evaluate,
+    FilterExpr,
+    FlatMap,
+    Limit,
+    MapBatches,
+    MapRows,
+    Op,
+    Predict,
+    Project,
+)
 
 
 class _All:
@@ -107,6 +118,8 @@ def check_columns(ops: Sequence[Op], schema: Sequence[str]) -> list[tuple[str, .
 def _after(op: Op, known: tuple[str, ...] | None) -> tuple[str, ...] | None:
     if isinstance(op, Project):
         return tuple(name for name, _ in op.columns)
+    if isinstance(op, MapRows | FlatMap | MapBatches) and op.types:
+        return tuple(name for name, _ in op.types)
     made = makes(op)
     if known is None or made is None or (isinstance(op, Predict) and not op.output):
         return None

@@ -106,11 +106,15 @@ class FilterRows:
         return f"filter({self.fn.name})"
 
 
+Types = tuple[tuple[str, Any], ...]  # (column, pyarrow.DataType): all that a function returns, as declared; () for what comes
+
+
 @dataclass(frozen=True, slots=True)
 class MapRows:
     """fn({column: value}) -> {column: value}, one row for one row; the answer replaces the row."""
 
     fn: UserFunction
+    types: Types = ()
 
     @property
     def name(self) -> str:
@@ -122,6 +126,7 @@ class FlatMap:
     """fn({column: value}) -> iterable of {column: value}."""
 
     fn: UserFunction
+    types: Types = ()
 
     @property
     def name(self) -> str:
@@ -140,6 +145,7 @@ class MapBatches:
     batch_rows: int | None = None
     batch_format: BatchFormat = "numpy"
     max_workers: int | None = None
+    types: Types = ()
 
     @property
     def name(self) -> str:
@@ -184,6 +190,7 @@ class Predict:
     replicas: int | None = None
     group: int | None = None
     label: str = ""
+    types: Types = ()
 
     @property
     def name(self) -> str:

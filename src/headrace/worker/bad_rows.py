@@ -19,7 +19,8 @@ from headrace.core.errors import DataError, DestinationError, HeadraceError, Inp
 from headrace.core.receipts import OutputFile, Tally
 from headrace.core.redact import redact
 from headrace.worker.batching import Piece
-from headrace.worker.results import Refused, make_batch
+from headrace.worker.refused import Refused
+from headrace.worker.results import make_batch
 from headrace.worker.user_code import exception_text, user_frames
 
 STAGE_BYTES = 8 << 20  # rows of one operator held before they are staged

@@ -16,6 +16,7 @@ from headrace.core.guards import guard_name
 from headrace.plan import nodes
 from headrace.worker.bad_rows import Lost, RowError
 from headrace.worker.batching import Batcher, Piece
+from headrace.worker.declared import Declared
 from headrace.worker.formats import Given, NumpyReader, to_format
 from headrace.worker.guard import OutputGuard
 from headrace.worker.model_answers import ModelRunner
@@ -38,6 +39,7 @@ class MapBatchesOp(BatchOperator):
         self._format: nodes.BatchFormat = "torch" if isinstance(fn, TorchModule) else op.batch_format
         self._batcher = Batcher(op.batch_rows) if op.batch_rows is not None else None
         self._reader = NumpyReader()
+        self._declared = Declared(op.types)
 
     def push(self, piece: Piece) -> Iterator[Piece]:
         for batch in _cut(piece, nodes.AUTO_BATCH_ROWS) if self._batcher is None else self._batcher.push(piece):
@@ -75,7 +77,7 @@ class MapBatchesOp(BatchOperator):
         try:
             result, shared = call(self._fn, (batch, *self._args), self._kwargs)
             many = hasattr(result, "__next__")
-            made = None if many else batch_of(result, given, shared)
+            made = None if many else batch_of(result, given, shared, self._declared)
         except RowError as exc:
             raise self._blame(exc, piece) from None
         while many:
@@ -83,7 +85,7 @@ class MapBatchesOp(BatchOperator):
                 item, shared = call(next, (result, result), {})
                 if item is result:  # next's default: the generator has ended
                     return
-                made = batch_of(item, given, shared)
+                made = batch_of(item, given, shared, self._declared)
             except RowError as exc:
                 raise self._blame(exc, piece) from None
             yield made
@@ -98,13 +100,13 @@ class MapBatchesOp(BatchOperator):
         batch, source = given
         result, shared = call(self._fn, (batch, *self._args), self._kwargs)
         if not hasattr(result, "__next__"):
-            return [batch_of(result, source, shared)]
+            return [batch_of(result, source, shared, self._declared)]
         made: list[pa.RecordBatch] = []
         while True:
             item, shared = call(next, (result, result), {})
             if item is result:
                 return made
-            made.append(batch_of(item, source, shared))
+            made.append(batch_of(item, source, shared, self._declared))
 
     def _blame(self, exc: BaseException, piece: Piece) -> HeadraceError:
         return explain(exc, self.name, piece.origin, columns=piece.batch.schema.names)

@@ -18,8 +18,10 @@ from headrace.plan.nodes import Predict
 from headrace.worker.bad_rows import Lost
 from headrace.worker.batching import Piece
 from headrace.worker.casting import concat_arrays
+from headrace.worker.declared import Declared
 from headrace.worker.formats import Given
-from headrace.worker.results import Refused, columns_of, make_batch, named_column
+from headrace.worker.refused import Refused
+from headrace.worker.results import columns_of, make_batch, named_column
 from headrace.worker.user_code import explain
 from headrace.worker.watch import NOBODY, Watch
 
@@ -83,6 +85,7 @@ def join_columns(parts: Sequence[pa.RecordBatch], op: str, origin: Origin) -> pa
 
 
 def blame(exc: BaseException, op: Predict, piece: Piece, row: int | None = None) -> HeadraceError:
+    row = exc.row if row is None and isinstance(exc, Refused) else row
     return explain(exc, op.name, piece.origin, row=row, columns=piece.batch.schema.names)
 
 
@@ -96,7 +99,7 @@ def name_outputs(op: Predict, result: Any, rows: int, given: Given, shared: bool
                 f"was given {rows} rows and returned {what}",
                 "a model answers every row, in the order given; to drop or add rows use map_batches",
             )
-    return make_batch(columns, rows)
+    return Declared(op.types).apply(make_batch(columns, rows))
 
 
 def _named(op: Predict, result: Any, given: Given, shared: bool) -> dict[str, pa.Array]:

@@ -23,7 +23,8 @@ from headrace.core.tensors import vector_to_numpy
 from headrace.plan import nodes
 from headrace.worker.bad_rows import BadRows, Lost, RowError, blames_rows, failure_of
 from headrace.worker.batching import Piece, join
-from headrace.worker.results import Refused, make_batch, with_columns
+from headrace.worker.refused import Refused
+from headrace.worker.results import make_batch, with_columns
 from headrace.worker.user_code import Functions, explain
 from headrace.worker.watch import NOBODY, Watch
 
@@ -181,9 +182,9 @@ def _make(op: nodes.Op, index: int, host: Host, counts: Counts) -> Operator:
         case nodes.FilterRows():
             return row_ops.FilterRowsOp(host.functions.get(index, op.fn, op.name), op.fn, *args)
         case nodes.MapRows():
-            return row_ops.MapRowsOp(host.functions.get(index, op.fn, op.name), op.fn, *args)
+            return row_ops.MapRowsOp(host.functions.get(index, op.fn, op.name), op.fn, *args, op.types)
         case nodes.FlatMap():
-            return row_ops.FlatMapOp(host.functions.get(index, op.fn, op.name), op.fn, *args)
+            return row_ops.FlatMapOp(host.functions.get(index, op.fn, op.name), op.fn, *args, op.types)
         case nodes.MapBatches():
             return batch_ops.MapBatchesOp(host.functions.get(index, op.fn, op.name), op, *args)
         case nodes.Predict():

@@ -20,17 +20,11 @@ import pyarrow as pa
 from headrace.core.extras import is_instance
 from headrace.core.tensors import arrow_type, is_ragged, is_tensor, numpy_to_array, ragged_to_array
 from headrace.worker.casting import cast_array, widens
+from headrace.worker.declared import NOTHING, Declared
 from headrace.worker.formats import Given
+from headrace.worker.refused import Refused
 
 ACCEPTED = "a dict of arrays, an Arrow table or a pandas frame"
-
-
-class Refused(Exception):
-    """What user code returned can't be used; the message says why. hint: what to do."""
-
-    def __init__(self, message: str, hint: str = "") -> None:
-        super().__init__(message)
-        self.hint = hint
 
 
 def make_batch(columns: Mapping[str, pa.Array], rows: int) -> pa.RecordBatch:
@@ -131,7 +125,7 @@ def columns_of(result: Any, given: Given, shared: bool) -> dict[str, pa.Array]:
     raise Refused(f"returned {_a(result)}", f"return {ACCEPTED}")
 
 
-def batch_of(result: Any, given: Given, shared: bool) -> pa.RecordBatch:
+def batch_of(result: Any, given: Given, shared: bool, declared: Declared = NOTHING) -> pa.RecordBatch:
     """A batch of any number of rows. Raises Refused."""
     columns = columns_of(result, given, shared)
     lengths = {len(c) for c in columns.values()}
@@ -139,7 +133,7 @@ def batch_of(result: Any, given: Given, shared: bool) -> pa.RecordBatch:
         listed = ", ".join(f"{name!r}: {len(c)}" for name, c in columns.items())
         raise Refused(f"returned columns of different lengths ({listed})", "every column needs one value a row")
     rows = lengths.pop() if lengths else getattr(result, "num_rows", 0)
-    return make_batch(columns, rows)
+    return declared.apply(make_batch(columns, rows))
 
 
 def _dict_columns(result: Mapping[Any, Any], given: Given, shared: bool) -> dict[str, pa.Array]:
@@ -241,7 +235,7 @@ def _without_nan(series: Any) -> np.ndarray:
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def rows_batch(rows: Sequence[Mapping[str, Any]], given: Given) -> pa.RecordBatch:
+def rows_batch(rows: Sequence[Mapping[str, Any]], given: Given, declared: Declared = NOTHING) -> pa.RecordBatch:
     """A batch of rows; a key that some rows lack is null there. Raises Refused."""
     first = rows[0].keys() if rows else ()
     if all(row.keys() == first for row in rows):
@@ -255,50 +249,58 @@ def rows_batch(rows: Sequence[Mapping[str, Any]], given: Given) -> pa.RecordBatc
         if not isinstance(name, str):
             raise Refused(f"returned a row with key {name!r}", "column names must be strings")
         try:
-            columns[name] = values_column(values, given.type_of(name))
+            columns[name] = values_column(values, declared.type_of(name) or given.type_of(name))
         except Refused as exc:
             raise Refused(f"returned column {name!r}, {exc}", exc.hint) from exc.__cause__
-    return make_batch(columns, len(rows))
+    return declared.apply(make_batch(columns, len(rows)))
 
 
-def fitting_rows(rows: Sequence[Mapping[str, Any]], given: Given) -> tuple[pa.RecordBatch | None, dict[int, Refused]]:
+def fitting_rows(
+    rows: Sequence[Mapping[str, Any]], given: Given, declared: Declared = NOTHING
+) -> tuple[pa.RecordBatch | None, dict[int, Refused]]:
     """(a batch of all rows that go together, why each of the others does not). None: there is no such row.
 
     Rows that are refused alone, and then those whose types are not the most frequent ones'.
     """
     try:
-        return (rows_batch(rows, given), {}) if rows else (None, {})
+        return (rows_batch(rows, given, declared), {}) if rows else (None, {})
     except Refused:
         pass
     refused: dict[int, Refused] = {}
     alike: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for i, row in enumerate(rows):
         try:
-            schema = rows_batch([row], given).schema
+            schema = rows_batch([row], given, declared).schema
         except Refused as exc:
             refused[i] = exc
         else:
             alike.setdefault(tuple((f.name, str(f.type)) for f in schema), []).append(i)
     kept: list[int] = []
     for group in sorted(alike.values(), key=lambda g: (-len(g), g[0])):
-        kept = _admitted(rows, given, kept, group, refused)
-    return (rows_batch([rows[i] for i in kept], given) if kept else None), refused
+        kept = _admitted(rows, given, declared, kept, group, refused)
+    return (rows_batch([rows[i] for i in kept], given, declared) if kept else None), refused
 
 
 def _admitted(
-    rows: Sequence[Mapping[str, Any]], given: Given, kept: list[int], group: list[int], refused: dict[int, Refused]
+    rows: Sequence[Mapping[str, Any]],
+    given: Given,
+    declared: Declared,
+    kept: list[int],
+    group: list[int],
+    refused: dict[int, Refused],
 ) -> list[int]:
     """`kept` and those of `group` that go together with them."""
     both = sorted(kept + group)
     try:
-        rows_batch([rows[i] for i in both], given)
+        rows_batch([rows[i] for i in both], given, declared)
         return both
     except Refused as exc:
         if len(group) == 1:
             refused[group[0]] = exc
             return kept
     half = len(group) // 2
-    return _admitted(rows, given, _admitted(rows, given, kept, group[:half], refused), group[half:], refused)
+    kept = _admitted(rows, given, declared, kept, group[:half], refused)
+    return _admitted(rows, given, declared, kept, group[half:], refused)
 
 
 def values_column(values: Sequence[Any], hint: pa.DataType | None = None) -> pa.Array:

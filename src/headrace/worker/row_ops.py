@@ -15,12 +15,14 @@ import pyarrow as pa
 
 from headrace.core.errors import HeadraceError
 from headrace.core.origins import chosen
-from headrace.plan.nodes import UserFunction
+from headrace.plan.nodes import Types, UserFunction
 from headrace.worker.bad_rows import Lost, RowError, blames_rows, failure_of
 from headrace.worker.batching import Piece
+from headrace.worker.declared import Declared
 from headrace.worker.formats import Given, row_chunks, to_rows
 from headrace.worker.operators import TARGET_BYTES, Counts, Operator
-from headrace.worker.results import Refused, fitting_rows, rows_batch
+from headrace.worker.refused import Refused
+from headrace.worker.results import fitting_rows, rows_batch
 from headrace.worker.user_code import explain
 
 FLAT_ROWS = 8192  # rows of a flat_map that leave together, however small they are
@@ -32,9 +34,12 @@ _NUMBERS = frozenset((int, float, bool, type(None)))
 class RowOperator(Operator):
     """A function of one row, called in chunks of rows."""
 
-    def __init__(self, fn: Callable[..., Any], spec: UserFunction, index: int, name: str, counts: Counts) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], spec: UserFunction, index: int, name: str, counts: Counts, types: Types = ()
+    ) -> None:
         super().__init__(index, name, counts)
         self._fn = fn
+        self._declared = Declared(types)
         self._args = spec.args
         self._kwargs = dict(spec.kwargs)
 
@@ -95,11 +100,13 @@ class RowOperator(Operator):
     def _blame(self, exc: BaseException, part: Piece, row: int | None) -> HeadraceError:
         return explain(exc, self.name, part.origin, row=row, columns=part.batch.schema.names)
 
-    def _batch(self, rows: list[Mapping[str, Any]], part: Piece) -> pa.RecordBatch:
+    def _batch(self, rows: list[Mapping[str, Any]], part: Piece, parents: Sequence[int] | None = None) -> pa.RecordBatch:
+        """parents: of each row, the one that it was made of; None: the one in its place."""
         try:
-            return rows_batch(rows, Given(part.batch.schema))
+            return rows_batch(rows, Given(part.batch.schema), self._declared)
         except Refused as exc:
-            raise self._blame(exc, part, None) from exc.__cause__
+            row = exc.row if exc.row is None or parents is None else parents[exc.row]
+            raise self._blame(exc, part, row) from exc.__cause__
 
     def _fitting(
         self, rows: Sequence[Mapping[str, Any]], parents: Sequence[int], part: Piece, lost: list[Lost]
@@ -107,7 +114,7 @@ class RowOperator(Operator):
         """(the rows that go together as a batch, each one's parent). A parent of one that does not is lost with all it made."""
         given = Given(part.batch.schema)
         while rows:
-            made, refused = fitting_rows(rows, given)
+            made, refused = fitting_rows(rows, given, self._declared)
             if not refused:
                 return made, list(parents)
             failed: dict[int, Refused] = {}
@@ -190,10 +197,10 @@ class FlatMapOp(RowOperator):
             size += estimated_bytes(row)
             if size >= TARGET_BYTES or len(held) >= FLAT_ROWS:
                 full, held, size = held, [], 0
-                yield self._batch(full, part), parents
+                yield self._batch(full, part, parents), parents
                 parents = []
         if held:
-            yield self._batch(held, part), parents
+            yield self._batch(held, part, parents), parents
 
     def _each(self, part: Piece, rows: list[Row]) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """(the row's position, what the function makes of it), one by one. Only what the user's code raises is blamed on it."""

@@ -23,7 +23,7 @@ from headrace.core.extras import is_instance
 from headrace.core.redact import redact
 from headrace.core.refs import Origin
 from headrace.plan.nodes import UserFunction
-from headrace.worker.results import Refused
+from headrace.worker.refused import Refused
 
 MESSAGE_CHARS = 2000  # an exception's text may hold a whole batch
 

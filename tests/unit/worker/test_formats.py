@@ -20,7 +20,8 @@ from headrace.core.tensors import (
 )
 from headrace.worker.casting import cast_batch, common_type, concat
 from headrace.worker.formats import Given, NumpyReader, to_format, to_pandas, to_rows, to_torch
-from headrace.worker.results import Refused, batch_of, call, column_of, rows_batch, values_column
+from headrace.worker.refused import Refused
+from headrace.worker.results import batch_of, call, column_of, rows_batch, values_column
 
 NOTHING = Given(pa.schema([]))
 

@@ -120,6 +120,8 @@ def _step(op: nodes.Op, deterministic: bool, packages: set[str], destination: st
             out |= {"batch_format": op.batch_format, **_function(op.model, describer)}
             if deterministic:  # only then a batch's size is fixed, and part of what the model computes
                 out["batch_size"] = op.batch_rows or "auto"
+    if isinstance(op, nodes.MapRows | nodes.FlatMap | nodes.MapBatches | nodes.Predict) and op.types:
+        out["schema"] = {name: str(type) for name, type in op.types}
     if describer.code:
         out["code"] = describer.code
     packages |= describer.packages
