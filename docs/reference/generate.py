@@ -22,6 +22,7 @@ GROUPS = (
     ("Run", ("Run",)),
     ("Outputs", ("verify", "Verification", "why", "Trace")),
     ("Images", ("images.decode", "images.normalize")),
+    ("Models", ()),
     ("Metrics", ()),
     ("Errors", ()),
 )
@@ -32,11 +33,12 @@ def page() -> str:
     import headrace as hr
 
     metrics = tuple(f"metrics.{name}" for name in sorted(hr.metrics.__all__, key=str.lower))
+    models = tuple(f"models.{name}" for name in sorted(hr.models.__all__, key=str.lower))
     errors = tuple(name for name in hr.__all__ if _is_error(getattr(hr, name)))
     lines = ["# Reference", "", "Written from the code by `./dev docs`; don't edit.", "", "`import headrace as hr`", ""]
     shown: set[str] = set()
     for title, names in GROUPS:
-        names = {"Metrics": metrics, "Errors": errors}.get(title, names)
+        names = {"Models": models, "Metrics": metrics, "Errors": errors}.get(title, names)
         lines += [f"## {title}", ""]
         for name in names:
             shown.add(name.partition(".")[0])

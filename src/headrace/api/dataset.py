@@ -450,7 +450,8 @@ def _types(declared: Declaration) -> tuple[tuple[str, Any], ...]:
     import pyarrow as pa
 
     if isinstance(declared, pa.Schema):
-        return tuple(zip(declared.names, declared.types, strict=True))
+        schema: Any = declared
+        return tuple(zip(schema.names, schema.types, strict=True))
     found: list[tuple[str, Any]] = []
     for name, type in declared.items():
         try:
