@@ -152,3 +152,33 @@ def test_a_condition_that_can_not_be_computed(tmp_path: Path, quiet: dict[str, A
     ds = table(10).evaluate(m=hr.metrics.Mean("x"), stop_if={"m": lambda v: v["auc"] > 1})
     with pytest.raises(hr.UserCodeError, match="TypeError"):
         ds.write_parquet(str(tmp_path / "out"), **quiet)
+
+
+def detect(batch: Batch) -> dict[str, list[list[int]]]:
+    """Corners of bright squares: as many as the image's number says."""
+    return {"boxes": [[5 * k for k in range(int(n))] for n in batch["n"]]}
+
+
+def crops(row: dict[str, Any]) -> list[dict[str, Any]]:
+    image = row["image"]
+    return [{"id": row["id"], "at": at, "crop": image[at : at + 5, at : at + 5]} for at in row["boxes"]]
+
+
+def classify(crop: np.ndarray) -> np.ndarray:
+    return crop.reshape(len(crop), -1).max(axis=1)
+
+
+@pytest.mark.parametrize("device", ["auto", "sim"])
+def test_detector_crops_and_classifier(tmp_path: Path, engine: str, quiet: dict[str, Any], device: str) -> None:
+    images = np.zeros((40, 20, 20), dtype=np.uint8)
+    for i in range(40):
+        for k in range(4):
+            images[i, 5 * k : 5 * k + 5, 5 * k : 5 * k + 5] = 10 * k + i % 10
+    tensor = pa.FixedShapeTensorArray.from_numpy_ndarray(images)
+    ds = hr.from_arrow(pa.table({"id": np.arange(40), "n": np.arange(40) % 5 % 4, "image": tensor}))
+    ds = ds.predict(detect, input=["n"], output="boxes", device=device).flat_map(crops)
+    ds = ds.predict(classify, input="crop", output="class", device=device).drop("crop")
+    run = ds.evaluate(n=hr.metrics.Count()).write_parquet(str(tmp_path / "out"), **quiet)
+    wanted = [{"id": i, "at": 5 * k, "class": 10 * k + i % 10} for i in range(40) for k in range(i % 5 % 4)]
+    assert read_back(tmp_path / "out").to_pylist() == wanted
+    assert run.metrics["n"] == len(wanted)

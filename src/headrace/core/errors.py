@@ -63,6 +63,10 @@ class DataError(HeadraceError):
     """The input, or what a function made of it, can't be read, converted or written."""
 
 
+class SchemaConflict(DataError):
+    """Rows whose columns or types don't go together with those before them."""
+
+
 class InputChanged(DataError):
     """An input object changed between planning and reading."""
 

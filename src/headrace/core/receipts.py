@@ -102,7 +102,7 @@ class Receipt:
     """What closing a split's output returns, and what the run log records. Nothing of it is published yet.
 
     lineage: where the output's rows came from; () when there are many runs: then a file of kind "lineage" among `outputs`
-    holds them.
+    holds them. types: (column, type as text) of the output's rows, not logged; () when there are none.
     """
 
     split: int
@@ -111,3 +111,4 @@ class Receipt:
     outputs: tuple[OutputFile, ...] = ()
     rows: int = 0
     lineage: tuple[LineageRun, ...] = ()
+    types: tuple[tuple[str, str], ...] = ()

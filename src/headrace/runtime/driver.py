@@ -33,7 +33,7 @@ from headrace.core.events import (
     StepStarted,
     WorkerReplaced,
 )
-from headrace.core.receipts import NO_ROWS, Tally
+from headrace.core.receipts import NO_ROWS, Receipt, Tally
 from headrace.core.resources import WorkerSpec
 from headrace.core.steps import NO_TIME, Advance, Step, StepDone, StepFailed, WorkerLost, WorkerUp
 from headrace.runtime.committer import Committer
@@ -136,6 +136,8 @@ class Driver:
         self._stop_rules = StopRules(stop_rules or {}, self._now)
         self._crashes = CrashSamples(crash_dir)
         self._governor = governor or Governor()
+        self._typed: tuple[str, tuple[tuple[str, str], ...]] | None = None  # the first file with rows, and what it holds
+        self._drifted = False
         self._draining: _Drained | None = None
         self._done = False
         self._stopping = False
@@ -283,10 +285,10 @@ class Driver:
         path = ""
         match event:
             case StepDone():
-                self._watch.answered(event.worker, self._now())
+                self._watch.answered(event.worker, self._now(), event.step)
                 self._note_done(event)
             case StepFailed():
-                self._watch.answered(event.worker, self._now())
+                self._watch.answered(event.worker, self._now(), event.step)
                 self._note_failed(event)
             case WorkerUp():
                 self._watch.came_up(event.worker)
@@ -329,6 +331,7 @@ class Driver:
                 case Settle():
                     self._open.pop(command.split.index, None)
                     self.committer.settle(command)
+                    self._note_types(command.receipt)
                     self._tell(SplitSettled(self._now(), command.split.index, command.split.bytes, command.receipt))
                 case Deliver(_, block, skip):
                     self._hand_over(self.substrate.fetch(block), skip)
@@ -352,7 +355,7 @@ class Driver:
     def _submit(self, step: Step) -> None:
         now = self._now()
         self._steps[step.id] = step
-        self._watch.submitted(step.worker, now)
+        self._watch.submitted(step.worker, now, step.id)
         if isinstance(step, Advance):
             known = self._open.get(step.split_index)
             if known is None or known.attempt < step.attempt:
@@ -443,6 +446,26 @@ class Driver:
                 text += f"\n... and {len(lines) - STACK_LINES} lines more"
         self._tell(Noted(self._now(), text))
         return path
+
+    def _note_types(self, receipt: Receipt | None) -> None:
+        """Tell people, once, when files of the output differ in columns or types."""
+        if receipt is None or not receipt.types or self._drifted:
+            return
+        name = receipt.outputs[0].name
+        if self._typed is None:
+            self._typed = (name, receipt.types)
+            return
+        first, types = self._typed
+        if types != receipt.types:
+            self._drifted = True
+            here, there = dict(receipt.types), dict(types)
+            text = f"columns stand in another order in {first} than in {name}"
+            if here != there:
+                column = min(c for c in here.keys() | there.keys() if here.get(c) != there.get(c))
+                before, now = there.get(column, "not there"), here.get(column, "not there")
+                text = f"column {column!r} is {before} in {first}, and {now} in {name}"
+            hint = "declare the types to have one for all (schema=, output={name: type})"
+            self._tell(Noted(self._now(), f"files of the output differ: {text}; {hint}"))
 
     def _note_found(self, listed: SplitsListed) -> None:
         rows = [s.rows for s in listed.splits]

@@ -5,11 +5,13 @@ Invariant: a cast never changes a value. What can't be cast safely is a DataErro
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import pyarrow as pa
 
-from headrace.core.errors import DataError
+from headrace.core.errors import DataError, SchemaConflict
+from headrace.core.schemas import Conflict, bring, unify
 from headrace.core.tensors import fixed_to_ragged, is_ragged, is_tensor, ragged_type
 
 _t = pa.types
@@ -94,10 +96,26 @@ def concat(batches: Sequence[pa.RecordBatch], place: str) -> pa.RecordBatch:
         return batches[0]
     schema = batches[0].schema
     if not all(b.schema.equals(schema) for b in batches[1:]):
-        for batch in batches[1:]:
-            schema = _common_schema(schema, batch.schema)
-        batches = [cast_batch(b, schema, place) for b in batches]
+        try:
+            schema = functools.reduce(unify, [b.schema for b in batches])
+            batches = [bring(b, schema) for b in batches]
+        except Conflict as conflict:
+            raise drift(conflict, ("rows", place)) from None
+        except pa.ArrowInvalid as exc:
+            raise DataError(f"blocks can't be brought together: {exc}", where=(("rows", place),), hint=DRIFT_HINT) from None
     return pa.concat_batches(batches)
+
+
+DRIFT_HINT = "return one type for every row; declare it (schema=, output={name: type}) to have it checked row by row"
+
+
+def drift(conflict: Conflict, *where: tuple[str, str]) -> SchemaConflict:
+    """The error for columns whose type changes from block to block."""
+    return SchemaConflict(
+        f"column {conflict.name!r} is {conflict.then} here, but {conflict.first} before",
+        where=(("column", conflict.name), *where),
+        hint=DRIFT_HINT,
+    )
 
 
 def concat_arrays(arrays: Sequence[pa.Array], name: str, place: str) -> pa.Array:
@@ -126,14 +144,6 @@ def common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType:
     if (_t.is_floating(a) and _t.is_integer(b)) or (_t.is_integer(a) and _t.is_floating(b)):
         return pa.float64()
     return b if widens(a, b) and not widens(b, a) else a
-
-
-def _common_schema(a: pa.Schema, b: pa.Schema) -> pa.Schema:
-    fields = []
-    for field in a:
-        index = b.get_field_index(field.name)
-        fields.append(field if index < 0 else field.with_type(common_type(field.type, b.field(index).type)))
-    return pa.schema(fields, metadata=a.metadata)
 
 
 def _is_list(type: pa.DataType) -> bool:

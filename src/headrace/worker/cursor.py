@@ -21,11 +21,11 @@ from typing import Any
 import pyarrow as pa
 
 from headrace.contracts.substrate import BlockStore
-from headrace.core.errors import DataError, DestinationError, HeadraceError
+from headrace.core.errors import DataError, DestinationError, HeadraceError, SchemaConflict
 from headrace.core.receipts import NO_ROWS, OutputFile, Receipt, Tally
 from headrace.core.refs import BlockRef
 from headrace.core.steps import Advance, OpTime
-from headrace.worker.bad_rows import BadRows
+from headrace.worker.bad_rows import BadRows, failure_of
 from headrace.worker.batching import Piece
 from headrace.worker.blocks import BlockOutput, read_piece, slices
 from headrace.worker.operators import Counts, LimitOp, Operator
@@ -231,9 +231,25 @@ class Cursor:
             self._stack.append((op.push(piece), place))
             return
         began = time.perf_counter()
-        self._written += self._guarded("writing a block", self._output.give, piece, progress.emit)
-        self._balance -= rows
+        self._guarded("writing a block", self._give, piece, progress)
         clock.add(WRITE, time.perf_counter() - began, rows, rows)
+
+    def _give(self, piece: Piece, progress: Progress) -> None:
+        """Give rows out. Those that don't go with the ones before them are bad rows, where such are set aside."""
+        rows = piece.batch.num_rows
+        try:
+            self._written += self._output.give(piece, progress.emit)
+            self._balance -= rows
+            return
+        except SchemaConflict as conflict:
+            if self._bad is None:
+                raise
+            if rows == 1:
+                self._bad.add(WRITE, "write", piece, [(0, failure_of(conflict, "write"))])
+                return
+        half = rows // 2
+        self._give(piece.slice(0, half), progress)
+        self._give(piece.slice(half, rows - half), progress)
 
     # --- limits and the end ------------------------------------------------------------------------------------------
 

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import pyarrow as pa
 
 from headrace.contracts.sink import SplitWriter
+from headrace.core.errors import SchemaConflict
 from headrace.core.receipts import Receipt
 from headrace.core.refs import BlockRef
+from headrace.core.schemas import Conflict, unify
 from headrace.worker.batching import Piece, join
-from headrace.worker.casting import cast_batch, has_null_type
+from headrace.worker.casting import cast_batch, drift, has_null_type
 from headrace.worker.lineage import Lineage
 
 UNTYPED_BYTES = 16 << 20  # rows held back for the sake of a column that was None so far
@@ -26,16 +28,21 @@ class SinkOutput:
         self._schema = schema
         self._begun = schema is not None
         self._held: list[Piece] = []
+        self._held_schema = pa.schema([])
         self._held_bytes = 0
         self._untyped: set[str] = set()
         self._lineage = Lineage()
 
     def give(self, piece: Piece, emit: Callable[[BlockRef], None]) -> int:
+        """The number of rows. Raises SchemaConflict, and has then done nothing, when they don't go with those before."""
         batch = piece.batch
         if self._schema is not None:
             batch = cast_batch(batch, self._schema, piece.origin.label)
-        if self._begun or not self._wait(piece):
-            self._writer.write(batch)
+        try:
+            if self._begun or not self._wait(piece):
+                self._writer.write(batch)
+        except SchemaConflict as conflict:
+            raise conflict.at(("rows", piece.origin.label)) from None
         self._lineage.add(piece.origin, batch.num_rows)
         return batch.num_rows
 
@@ -56,6 +63,13 @@ class SinkOutput:
         if not self._held and not untyped:
             self._begun = True
             return False
+        if self._held:
+            try:
+                self._held_schema = unify(self._held_schema, piece.batch.schema)
+            except Conflict as conflict:
+                raise drift(conflict) from None
+        else:
+            self._held_schema = piece.batch.schema
         self._held.append(piece)
         self._held_bytes += piece.batch.nbytes
         if not self._untyped or self._held_bytes >= UNTYPED_BYTES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -31,6 +32,16 @@ class CsvSink(FileSink):
             if binary or pa.types.is_nested(t) or isinstance(t, pa.BaseExtensionType):
                 hint = f"drop({f.name!r}), or write Parquet (or JSON lines)"
                 raise PlanError(f"CSV can't hold column {f.name!r} of type {f.type}", where=(("column", f.name),), hint=hint)
+
+    def _read_again(self, path: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        import pyarrow.csv as pc
+
+        types = {f.name: _plain(f.type) for f in schema}
+        as_written = pc.ConvertOptions(
+            column_types=types, null_values=[""], strings_can_be_null=True, quoted_strings_can_be_null=False
+        )
+        with pc.open_csv(path, parse_options=pc.ParseOptions(newlines_in_values=True), convert_options=as_written) as file:
+            yield from file
 
 
 class _CsvEncoder:

@@ -21,7 +21,7 @@ import secrets
 import tempfile
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, Protocol, Self
@@ -45,7 +45,6 @@ from headrace.commit.names import (
 from headrace.commit.records import decode
 from headrace.commit.state import LogState
 from headrace.connectors import storage
-from headrace.connectors.blocks import conform
 from headrace.connectors.listing import output_stem
 from headrace.connectors.redact import redact
 from headrace.connectors.run_store import (
@@ -60,12 +59,14 @@ from headrace.connectors.run_store import (
 )
 from headrace.connectors.sinks import claims
 from headrace.connectors.sinks.manifest import encode_manifest, listed_names, read_manifest
-from headrace.core.errors import DataError, DestinationError, HeadraceError, PlanError
+from headrace.core.errors import DataError, DestinationError, HeadraceError, PlanError, SchemaConflict
 from headrace.core.lineage import LineageColumns
 from headrace.core.options import Outputs
 from headrace.core.receipts import LineageRun, OutputFile, Receipt
+from headrace.core.schemas import Conflict, bring, unify
 from headrace.core.splits import Split
 
+_DRIFT_HINT = "return one type for every row, None where there is no value; declare it (schema=) to have it checked row by row"
 LINEAGE_IN_RECEIPT = 64  # runs; more are a file: the log is read whole by every session
 
 SMALL_BYTES = 1 << 20  # files up to about this size are encoded in memory: one write, and a digest without reading them again
@@ -224,6 +225,27 @@ class FileSink(ABC):
         """Begin a file. sample: its first batch, None for an empty file."""
         ...
 
+
+    def _widened(self, encoder: Encoder, path: str, before: pa.Schema, schema: pa.Schema) -> Encoder:
+        """An encoder of a wider schema that holds what the other was given. Raises ArrowInvalid when that does not fit.
+
+        It costs a rewrite of the file. Functions whose columns come and go are rare; their files must be right all the same.
+        """
+        encoder.close()
+        narrow = f"{path}.narrow"
+        os.replace(path, narrow)
+        wider: Encoder | None = None
+        for batch in self._read_again(narrow, before):
+            fitting = bring(batch, schema)
+            wider = wider or self._encoder(path, schema, fitting)
+            wider.write(fitting)
+        os.unlink(narrow)
+        return wider or self._encoder(path, schema, None)
+
+    def _read_again(self, path: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """The batches of a file that this sink has written."""
+        raise NotImplementedError
+
     def _refuse(self, schema: pa.Schema) -> None:
         """Raise PlanError for a type that the format can't hold."""
         return
@@ -360,7 +382,9 @@ class FileSink(ABC):
 
 
 class FileSplitWriter:
-    """The output of one attempt at one split. The first batch fixes the file's schema; later ones are cast to it."""
+    """The output of one attempt at one split. The file's schema is what all of its batches fit into: a column that comes later
+    is null before, and so on (core.schemas).
+    """
 
     def __init__(self, sink: FileSink, split: Split, attempt: int) -> None:
         self._sink = sink
@@ -385,7 +409,8 @@ class FileSplitWriter:
             self._begin(batch.schema.remove_metadata(), batch)
         assert self._schema is not None
         assert self._encoder is not None
-        batch = conform(batch, self._schema, where)
+        if not batch.schema.equals(self._schema):
+            batch = self._fit(batch, where)
         try:
             self._encoder.write(batch)
         except (pa.ArrowException, TypeError, ValueError) as e:
@@ -394,6 +419,31 @@ class FileSplitWriter:
             self.abort()
             raise disk_error(e, self._path) from e
         self._rows += batch.num_rows
+
+    def _fit(self, batch: pa.RecordBatch, where: tuple[tuple[str, str], ...]) -> pa.RecordBatch:
+        """The batch in the file's schema, which is widened if it must be. Raises SchemaConflict; then nothing has changed."""
+        assert self._schema is not None
+        assert self._encoder is not None
+        try:
+            schema = unify(self._schema, batch.schema.remove_metadata())
+            fitting = bring(batch, schema)
+        except Conflict as c:
+            text = f"column {c.name!r} is {c.then} here, but the output was begun with {c.first}"
+            raise SchemaConflict(text, where=(*where, ("column", c.name)), hint=_DRIFT_HINT) from None
+        except pa.ArrowInvalid as e:
+            raise SchemaConflict(f"the rows don't fit the output: {e}", where=where, hint=_DRIFT_HINT) from None
+        if not schema.equals(self._schema):
+            self._sink._refuse(schema)
+            try:
+                self._encoder = self._sink._widened(self._encoder, self._path, self._schema, schema)
+            except OSError as e:
+                self.abort()
+                raise disk_error(e, self._path) from e
+            except pa.ArrowException as e:
+                self.abort()
+                raise DataError(f"earlier rows don't fit what comes now: {e}", where=where, hint=_DRIFT_HINT) from None
+            self._schema = schema
+        return fitting
 
     def close(self, lineage: Sequence[LineageRun] = ()) -> Receipt:
         if self._encoder is None:
@@ -432,7 +482,8 @@ class FileSplitWriter:
         if len(lineage) > LINEAGE_IN_RECEIPT:
             self._files.append(self._stage_lineage(LineageColumns.of(lineage)))
             lineage = ()
-        return Receipt(self._split.index, self._split.id, self._attempt, tuple(self._files), self._rows, tuple(lineage))
+        types = () if self._schema is None or not self._rows else tuple((f.name, str(f.type)) for f in self._schema)
+        return Receipt(self._split.index, self._split.id, self._attempt, tuple(self._files), self._rows, tuple(lineage), types)
 
     def _stage_lineage(self, lineage: LineageColumns) -> OutputFile:
         uris = pa.DictionaryArray.from_arrays(pa.array(lineage.uri, pa.int32()), pa.array(lineage.uris, pa.string()))

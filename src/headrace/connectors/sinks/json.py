@@ -26,6 +26,9 @@ class JsonSink(FileSink):
     def _encoder(self, path: str, schema: pa.Schema, sample: pa.RecordBatch | None) -> Encoder:
         return _JsonEncoder(path)
 
+    def _widened(self, encoder: Encoder, path: str, before: pa.Schema, schema: pa.Schema) -> Encoder:
+        return encoder  # a key that earlier rows lack is null
+
 
 class _JsonEncoder:
     """A small file is kept in memory and written at once; a larger one goes out as it comes, hashed on the way."""

@@ -55,6 +55,12 @@ class ParquetSink(FileSink):
     def _encoder(self, path: str, schema: pa.Schema, sample: pa.RecordBatch | None) -> Encoder:
         return _ParquetEncoder(path, schema, self._encodings(schema, sample))
 
+    def _read_again(self, path: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches()
+
     def _encodings(self, schema: pa.Schema, sample: pa.RecordBatch | None) -> dict[str, Any]:
         """Arguments for the writer. Those of tiny files depend on the schema alone, and are kept for the next one."""
         tiny = sample is not None and sample.nbytes < TINY_BYTES

@@ -1,0 +1,99 @@
+"""Schemas that differ from block to block, brought together: columns that come later, nulls that get a type, whole numbers that
+become floats.
+
+Invariants: `unify` is associative, and does not depend on how rows were cut into blocks as long as no types conflict; columns
+stand in the order in which they first appear; `bring` changes no value.
+"""
+
+# pyright: basic
+from __future__ import annotations
+
+import pyarrow as pa
+
+from headrace.core.tensors import fixed_to_ragged, is_ragged, is_tensor, ragged_type
+
+
+class Conflict(Exception):
+    """Column `name` has types that have nothing in common."""
+
+    def __init__(self, name: str, first: pa.DataType, then: pa.DataType) -> None:
+        super().__init__(name)
+        self.name = name
+        self.first = first
+        self.then = then
+
+
+def unify(a: pa.Schema, b: pa.Schema) -> pa.Schema:
+    """The schema that rows of both fit into. Raises Conflict."""
+    if a.equals(b):
+        return a
+    fields: list[pa.Field] = []
+    for field in a:
+        index = b.get_field_index(field.name)
+        if index < 0:
+            fields.append(field.with_nullable(True))
+            continue
+        other = b.field(index)
+        type = common(field.type, other.type)
+        if type is None:
+            raise Conflict(field.name, field.type, other.type)
+        fields.append(pa.field(field.name, type, field.nullable or other.nullable))
+    fields += [field.with_nullable(True) for field in b if a.get_field_index(field.name) < 0]
+    return pa.schema(fields)
+
+
+def common(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """The narrowest type that values of both fit into; None when they are of different kinds."""
+    if a.equals(b) or pa.types.is_null(b):
+        return a
+    if pa.types.is_null(a):
+        return b
+    if isinstance(a, pa.BaseExtensionType) or isinstance(b, pa.BaseExtensionType):
+        tensors = all(is_tensor(t) or is_ragged(t) for t in (a, b))
+        return ragged_type(a.value_type) if tensors and a.value_type.equals(b.value_type) else None
+    if pa.types.is_dictionary(a) != pa.types.is_dictionary(b):
+        plain = [t.value_type if pa.types.is_dictionary(t) else t for t in (a, b)]
+        return common(plain[0], plain[1])
+    if any(kind(a) != kind(b) for kind in (pa.types.is_temporal, _is_bytes)) or ({a, b} & _FLOATS and _has_decimal(a, b)):
+        return None
+    try:
+        both = pa.unify_schemas([pa.schema([("x", a)]), pa.schema([("x", b)])], promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+        return None
+    return both.field(0).type
+
+
+_FLOATS = {pa.float16(), pa.float32(), pa.float64()}
+
+
+def _has_decimal(*types: pa.DataType) -> bool:
+    return any(map(pa.types.is_decimal, types))
+
+
+def _is_bytes(type: pa.DataType) -> bool:
+    t = pa.types
+    return t.is_binary(type) or t.is_large_binary(type) or t.is_fixed_size_binary(type) or t.is_binary_view(type)
+
+
+def bring(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """The batch in a schema that `unify` made of its own and others. Raises ArrowInvalid for a value that does not fit."""
+    if batch.schema.equals(schema):
+        return batch
+    if len(schema) == 0:
+        return batch.select([])
+    columns: list[pa.Array] = []
+    for field in schema:
+        index = batch.schema.get_field_index(field.name)
+        column = pa.nulls(batch.num_rows) if index < 0 else batch.column(index)
+        columns.append(_cast(column, field.type))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _cast(column: pa.Array, type: pa.DataType) -> pa.Array:
+    if column.type.equals(type):
+        return column
+    if pa.types.is_null(column.type):
+        return pa.nulls(len(column), type)
+    if is_tensor(column.type) and is_ragged(type):
+        return fixed_to_ragged(column)
+    return column.cast(type)

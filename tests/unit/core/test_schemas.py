@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from headrace.core.schemas import Conflict, bring, common, unify
+from headrace.core.tensors import numpy_to_array, ragged_type
+
+TYPES = [
+    pa.int8(), pa.int64(), pa.uint32(), pa.float32(), pa.float64(), pa.string(), pa.large_string(), pa.binary(), pa.bool_(),
+    pa.date32(), pa.timestamp("us"), pa.decimal128(10, 2), pa.list_(pa.int64()), pa.list_(pa.float64()), pa.list_(pa.null()),
+    pa.struct([("a", pa.int64())]), pa.dictionary(pa.int32(), pa.string()), pa.null(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("a", "b"), list(itertools.product(TYPES, TYPES)))
+def test_common_types_do_not_depend_on_the_order(a: pa.DataType, b: pa.DataType) -> None:
+    assert common(a, b) == common(b, a)
+    if common(a, b) is not None:
+        assert common(common(a, b), a) == common(a, b)
+
+
+def test_kinds_are_not_mixed() -> None:
+    for a, b in ((pa.int64(), pa.string()), (pa.string(), pa.binary()), (pa.int64(), pa.bool_()), (pa.date32(), pa.int32())):
+        assert common(a, b) is None
+    assert common(pa.decimal128(10, 2), pa.float64()) is None
+
+
+def test_columns_stand_where_they_first_appear() -> None:
+    a, b = pa.schema([("x", pa.int64()), ("y", pa.null())]), pa.schema([("y", pa.string()), ("z", pa.bool_())])
+    assert unify(a, b) == pa.schema([("x", pa.int64()), ("y", pa.string()), ("z", pa.bool_())])
+    with pytest.raises(Conflict) as caught:
+        unify(a, pa.schema([("x", pa.string())]))
+    assert caught.value.name == "x"
+
+
+def test_what_is_missing_is_null() -> None:
+    batch = pa.record_batch({"x": pa.array([1, 2])})
+    wide = pa.schema([("x", pa.float64()), ("z", pa.list_(pa.string()))])
+    assert bring(batch, wide).to_pylist() == [{"x": 1.0, "z": None}, {"x": 2.0, "z": None}]
+    with pytest.raises(pa.ArrowInvalid):
+        bring(pa.record_batch({"x": pa.array([(1 << 53) + 1])}), wide)
+
+
+def test_tensors_of_two_shapes_are_ragged() -> None:
+    a = pa.record_batch({"v": numpy_to_array(np.zeros((2, 3)))})
+    b = pa.record_batch({"v": numpy_to_array(np.ones((1, 2, 2)))})
+    both = unify(a.schema, b.schema)
+    assert both.field("v").type == ragged_type(pa.float64())
+    assert bring(a, both).num_rows == 2
