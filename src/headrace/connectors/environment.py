@@ -1,6 +1,6 @@
-"""S3 settings from the process environment and ~/.aws, read the way AWS tools read them.
+"""Settings from the process environment: S3's and those of ~/.aws, read the way AWS tools read them, and Headrace's own two.
 
-The only file of the connectors that looks at `os.environ`. Nothing here connects to anything. Order of precedence:
+The only file of the connectors that looks at `os.environ`. Nothing here connects to anything. Order of precedence for S3:
 environment variables, then the profile (AWS_PROFILE, else "default") in ~/.aws/credentials and ~/.aws/config. What neither
 names (web identity tokens, container and instance roles) the object store client finds by itself.
 """
@@ -108,3 +108,9 @@ def _service_endpoint(block: str) -> dict[str, str]:
 def poison_row() -> str | None:
     """HEADRACE_REPRODUCE: the file of a row that killed a worker, to be run alone in this process instead of the run."""
     return os.environ.get("HEADRACE_REPRODUCE") or None
+
+
+def model_cache() -> str:
+    """HEADRACE_CACHE, a folder for what is downloaded, ~/.cache/headrace unless it is set: the folder of models below it."""
+    root = os.environ.get("HEADRACE_CACHE") or os.path.join("~", ".cache", "headrace")
+    return os.path.join(os.path.abspath(os.path.expanduser(root)), "models")
