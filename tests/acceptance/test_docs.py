@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("tutorial/*.md")), *sorted((ROOT / "docs").glob("howto/*.md"))]
 ALL_PAGES = [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
-SKIPPABLE = {"s3.md", "models.md"}
+SKIPPABLE = {"s3.md", "models.md", "models-deep.md", "models-remote.md"}
 
 _BLOCK = re.compile(r"(<!-- skip -->\n)?```python\n(.*?)```", re.DOTALL)
 

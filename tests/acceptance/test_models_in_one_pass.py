@@ -182,3 +182,10 @@ def test_detector_crops_and_classifier(tmp_path: Path, engine: str, quiet: dict[
     wanted = [{"id": i, "at": 5 * k, "class": 10 * k + i % 10} for i in range(40) for k in range(i % 5 % 4)]
     assert read_back(tmp_path / "out").to_pylist() == wanted
     assert run.metrics["n"] == len(wanted)
+
+
+def test_tensors_of_booleans(tmp_path: Path, quiet: dict[str, Any]) -> None:
+    ds = table(10).predict(lambda b: np.stack([b["x"] > 5, b["x"] > 7], axis=1), input=["x"], output="over")
+    ds.write_parquet(str(tmp_path / "out"), **quiet)
+    rows = hr.read_parquet(str(tmp_path / "out")).take(10, **quiet)
+    assert [row["over"].tolist() for row in rows] == [[i > 5, i > 7] for i in range(10)]

@@ -1,0 +1,158 @@
+"""Embeddings by sentence-transformers, from a folder on this machine: no hub is ever asked.
+
+Invariant: pickled weights and code in the folder are not opened without `trust`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from headrace.contracts.model import Place
+from headrace.core.errors import PlanError
+from headrace.models.base import Adapter, check_columns, refuse_untrusted
+from headrace.models.tensor_columns import is_text, text_columns
+from headrace.models.torch import same_weights
+from headrace.models.torch_device import is_accelerator, torch_device, torch_threads
+from headrace.models.transformers import quiet_transformers
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_OWN_MODULES = ("sentence_transformers.", "torch.nn.")
+_PICKLED = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+@dataclass(frozen=True)
+class SentenceTransformers(Adapter):
+    """Embeddings of texts.
+
+    model: a folder made by SentenceTransformer.save (path or uri), or a live SentenceTransformer.
+    normalize: to length 1, so that a dot product is the cosine.
+    prompt: put before each text; or prompt_name, one of those that the model knows.
+    dimensions: only so many numbers, for models that were trained to be cut (Matryoshka).
+    chunk: how many texts go through the model at once; the rows of a batch are sorted by length and cut accordingly.
+    trust: the files may run code of whoever made them.
+
+    Input: one text column. Output: a float32 tensor column, (size of the embedding,) a row.
+    Raises PlanError, before the run, for what can't work.
+    """
+
+    model: Any
+    normalize: bool = field(default=False, kw_only=True)
+    prompt: str | None = field(default=None, kw_only=True)
+    prompt_name: str | None = field(default=None, kw_only=True)
+    dimensions: int | None = field(default=None, kw_only=True)
+    chunk: int = field(default=64, kw_only=True)
+    trust: bool = field(default=False, kw_only=True)
+
+    extra = "sentence-transformers"
+    devices = ("cuda", "cpu")
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None and self.prompt_name is not None:
+            raise PlanError("SentenceTransformers: prompt and prompt_name exclude each other", hint="leave one out")
+        if self.chunk < 1 or (self.dimensions is not None and self.dimensions < 1):
+            raise PlanError("SentenceTransformers: chunk and dimensions are at least 1", hint="leave them out")
+
+    def check(self, schema: pa.Schema | None, inputs: tuple[str, ...]) -> None:
+        uri = self.uri
+        if uri is not None and "://" not in uri and not os.path.exists(os.path.expanduser(uri)):
+            hint = "nothing is downloaded from a hub: give a folder that SentenceTransformer.save made"
+            raise PlanError(f"{self.name}: there is no folder {uri}", hint=hint)
+        super().check(schema, inputs)
+
+    def check_artifact(self) -> None:
+        from headrace.connectors.storage import is_remote
+
+        assert self.uri is not None
+        if not is_remote(self.uri):
+            _check_folder(self.name, self.local_path(), trust=self.trust)
+
+    def check_inputs(self, schema: pa.Schema | None, inputs: tuple[str, ...]) -> None:
+        columns = inputs or (() if schema is None else tuple(schema.names))
+        if len(columns) > 1:
+            raise PlanError(f"{self.name} takes one column, and was given {len(columns)}", hint="name it: input='text'")
+        check_columns(self.name, schema, columns, is_text, "text")
+
+    def load(self, place: Place) -> Any:
+        resources = contextlib.ExitStack()
+        try:
+            if not is_accelerator(place.device):
+                resources.enter_context(torch_threads(place.threads))
+            return Embedder(self, self._model(torch_device(place.device)), place, resources)
+        except BaseException:
+            resources.close()
+            raise
+
+    def _model(self, device: str) -> Any:
+        if self.uri is None:
+            model = copy.deepcopy(self.model) if device != "cpu" else same_weights(self.model)
+            return model.to(device).eval()
+        from sentence_transformers import SentenceTransformer
+
+        path = self.local_path()
+        _check_folder(self.name, path, trust=self.trust)
+        with quiet_transformers():
+            return SentenceTransformer(path, device=device, local_files_only=True, trust_remote_code=self.trust).eval()
+
+
+class Embedder:
+    """A loaded model in one worker."""
+
+    def __init__(self, spec: SentenceTransformers, model: Any, place: Place, resources: contextlib.ExitStack) -> None:
+        self._spec = spec
+        self._model = model
+        self._columns = place.inputs
+        self._resources = resources
+
+    def __call__(self, batch: Any) -> np.ndarray:
+        (texts,) = text_columns(batch, self._columns)
+        spec = self._spec
+        made = self._model.encode(
+            texts,
+            prompt=spec.prompt,
+            prompt_name=spec.prompt_name,
+            batch_size=spec.chunk,
+            show_progress_bar=False,
+            convert_to_numpy=True,
+            normalize_embeddings=spec.normalize,
+            **({} if spec.dimensions is None else {"truncate_dim": spec.dimensions}),
+        )
+        return np.asarray(made, dtype=np.float32)
+
+    def close(self) -> None:
+        self._resources.close()
+
+
+def _check_folder(name: str, path: str, *, trust: bool) -> None:
+    """Raise PlanError for a folder that holds no model, or one that would have to be trusted."""
+    listing = os.path.join(path, "modules.json")
+    if not os.path.isfile(listing):
+        raise PlanError(f"{name}: {path} holds no modules.json", hint="give a folder that SentenceTransformer.save made")
+    modules: list[Mapping[str, Any]] = _read(listing)
+    foreign = [m["type"] for m in modules if not str(m.get("type", "")).startswith(_OWN_MODULES)]
+    if foreign:
+        refuse_untrusted(name, f"modules of its own ({foreign[0]})", trust=trust)
+    for top, _, files in os.walk(path):
+        for file in files:
+            if file == "config.json" and "auto_map" in _read(os.path.join(top, file)):
+                refuse_untrusted(name, "the Python code that its folder names", trust=trust)
+        safe = any(file.endswith((".safetensors", ".safetensors.index.json")) for file in files)
+        if not safe and any(file.endswith(_PICKLED) for file in files):
+            refuse_untrusted(name, "pickled weights", trust=trust, instead="save them again with safetensors")
+
+
+def _read(path: str) -> Any:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise PlanError(f"{path} is no JSON: {error}", hint="save the model again") from None

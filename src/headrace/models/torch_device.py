@@ -1,0 +1,445 @@
+"""The way of a batch to a device and back: pinned memory, and copies that go on beside the computation.
+
+    upload(batch)  -> tensors on the device     host -> pinned slot -> device, on the copy lane
+    compute()      -> what is issued inside runs after the uploads, on the compute lane
+    download(out)  -> Pending                   device -> host memory, on the way-back lane, after the computation
+
+A lane is a queue of device work that runs in the order of issue, beside the other lanes (a CUDA stream); a mark is a point in
+it that the host or another lane can wait for (a CUDA event). Without an accelerator the lanes are absent: work is done when
+it has been issued, and nothing is copied.
+
+What must not live here: what is computed. Invariants:
+- A pinned slot is written again only after the copy out of it has finished; also when something failed half-way.
+- A tensor is told to each lane that uses it, so that its memory is not given to others while that lane may still read it.
+- Nothing is held between batches but the pinned slots: what `upload` and `download` return holds all else.
+- Device copies are shared only inside `sharing(...)`, which holds the host arrays too: their addresses can't be those of
+  other data meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+SLOTS = 2  # one is read by the copy under way while the next batch is written to the other
+ALIGN_BYTES = 256  # of columns in a slot: what CUDA aligns its own allocations to
+_ACCELERATORS = ("cuda", "mps", "xpu")
+
+
+class Mark(Protocol):
+    """A point in a lane."""
+
+    def wait(self) -> None:
+        """Return when all that was issued before it has been done."""
+        ...
+
+
+class Lane(Protocol):
+    """A queue of device work."""
+
+    def issue(self) -> AbstractContextManager[Any]:
+        """Work issued inside goes to this lane."""
+        ...
+
+    def mark(self) -> Mark: ...
+
+    def after(self, mark: Mark) -> None:
+        """What is issued to this lane from now on starts after the mark."""
+        ...
+
+    def uses(self, tensor: torch.Tensor) -> None:
+        """This lane works on a tensor that another lane allocated."""
+        ...
+
+
+class Lanes(Protocol):
+    """The lanes of a device, and host memory that its copy engines reach. pins: False where copying there gains nothing."""
+
+    pins: bool
+
+    @property
+    def copy(self) -> Lane: ...
+
+    @property
+    def compute(self) -> Lane: ...
+
+    @property
+    def back(self) -> Lane: ...
+
+    def host_buffer(self, size_bytes: int) -> torch.Tensor:
+        """Pinned memory: uint8, one dimension."""
+        ...
+
+    def host_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Pinned memory for a copy of `tensor`."""
+        ...
+
+
+def is_accelerator(device: str) -> bool:
+    """False for "cpu", and for "sim:0": a simulated device computes on the CPU."""
+    return device.partition(":")[0] in _ACCELERATORS
+
+
+def torch_device(device: str) -> str:
+    """The name by which torch knows a worker's device."""
+    return device if is_accelerator(device) else "cpu"
+
+
+# --- lanes that are absent -------------------------------------------------------------------------------------------
+
+
+class _Done:
+    def wait(self) -> None: ...
+
+
+class _NoLane:
+    def issue(self) -> AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def mark(self) -> Mark:
+        return _Done()
+
+    def after(self, mark: Mark) -> None:
+        mark.wait()
+
+    def uses(self, tensor: torch.Tensor) -> None: ...
+
+
+class NoLanes:
+    """A CPU: everything is done when it has been issued."""
+
+    pins = False
+
+    def __init__(self) -> None:
+        self.copy = self.compute = self.back = _NoLane()
+
+    def host_buffer(self, size_bytes: int) -> torch.Tensor:
+        import torch
+
+        return torch.empty(size_bytes, dtype=torch.uint8)
+
+    def host_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+class _CudaMark:
+    def __init__(self, event: Any) -> None:
+        self.event = event
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+
+class _CudaLane:
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self._stream = torch.cuda.Stream(device=torch.device(device))
+
+    def issue(self) -> AbstractContextManager[Any]:
+        import torch
+
+        return torch.cuda.stream(self._stream)
+
+    def mark(self) -> Mark:
+        import torch
+
+        event = torch.cuda.Event(blocking=True)  # who waits sleeps: its core is for the CPU workers
+        event.record(self._stream)
+        return _CudaMark(event)
+
+    def after(self, mark: Mark) -> None:
+        if isinstance(mark, _CudaMark):
+            self._stream.wait_event(mark.event)
+        else:
+            mark.wait()
+
+    def uses(self, tensor: torch.Tensor) -> None:
+        tensor.record_stream(self._stream)
+
+
+class CudaLanes:
+    """A CUDA device: three streams, pinned memory. Made after the model: what was issued for its weights has been done then."""
+
+    pins = True
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        torch.cuda.synchronize(device)  # these streams don't wait for the default one, on which weights are converted
+        self._device = device
+        self.copy = _CudaLane(device)
+        self.compute = _CudaLane(device)
+        self.back = _CudaLane(device)
+
+    def host_buffer(self, size_bytes: int) -> torch.Tensor:
+        import torch
+
+        with torch.cuda.device(self._device):  # else the first device would be opened, too
+            return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def host_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        with torch.cuda.device(self._device):
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+
+def lanes_of(device: str) -> Lanes:
+    """The lanes of a worker's device. ("mps" and "xpu" have none here: their copies are in order with the computation.)"""
+    return CudaLanes(device) if device.partition(":")[0] == "cuda" else NoLanes()
+
+
+# --- pinned memory ---------------------------------------------------------------------------------------------------
+
+
+class PinnedRing:
+    """Pinned memory for batches on their way to the device, slot after slot. Slots grow to the largest batch seen."""
+
+    def __init__(self, lanes: Lanes, slots: int = SLOTS) -> None:
+        self._lanes = lanes
+        self._buffers: list[torch.Tensor | None] = [None] * slots
+        self._marks: list[Mark | None] = [None] * slots
+        self._next = 0
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(buffer.numel() for buffer in self._buffers if buffer is not None)
+
+    @contextlib.contextmanager
+    def staged(self, tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+        """Copies of host tensors in a slot. Before it is used again, what the copy lane was given inside is waited for."""
+        at = self._next
+        mark = self._marks[at]
+        if mark is not None:
+            mark.wait()
+            self._marks[at] = None
+        starts, size = _layout(tensors)
+        views = [_view(self._buffer(at, size), start, t) for start, t in zip(starts, tensors, strict=True)]
+        for view, tensor in zip(views, tensors, strict=True):
+            view.copy_(tensor)
+        self._next = (at + 1) % len(self._buffers)
+        try:
+            yield views
+        finally:  # a failure half-way leaves copies under way that were issued before it
+            self._marks[at] = self._lanes.copy.mark()
+
+    def close(self) -> None:
+        """Wait for the copies under way, and let the memory go."""
+        for at, mark in enumerate(self._marks):
+            if mark is not None:
+                mark.wait()
+            self._marks[at] = self._buffers[at] = None
+
+    def _buffer(self, at: int, size: int) -> torch.Tensor:
+        buffer = self._buffers[at]
+        if buffer is None or buffer.numel() < size:
+            self._buffers[at] = None  # before the new one is asked for: both need not fit
+            buffer = self._buffers[at] = self._lanes.host_buffer(size)
+        return buffer
+
+
+def _layout(tensors: Sequence[torch.Tensor]) -> tuple[list[int], int]:
+    """(where each begins, bytes of all)."""
+    starts: list[int] = []
+    at = 0
+    for tensor in tensors:
+        starts.append(at)
+        at += -(-tensor.numel() * tensor.element_size() // ALIGN_BYTES) * ALIGN_BYTES
+    return starts, max(at, ALIGN_BYTES)
+
+
+def _view(buffer: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    size = like.numel() * like.element_size()
+    return buffer[start : start + size].view(like.dtype).view(like.shape)
+
+
+# --- shared copies ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Copy:
+    host: torch.Tensor  # keeps the memory, so that its address means this content
+    device: torch.Tensor
+    mark: Mark
+
+
+@dataclass(slots=True)
+class SharedCopies:
+    """Device copies of host arrays, found by where these lie. Exact matches only: the same rows, in the same type and shape."""
+
+    hits: int = 0
+    _copies: dict[tuple[Any, ...], _Copy] = field(default_factory=dict[tuple[Any, ...], _Copy])
+
+    def find(self, host: torch.Tensor, device: str) -> _Copy | None:
+        found = self._copies.get(_place_of(host, device))
+        self.hits += found is not None
+        return found
+
+    def add(self, host: torch.Tensor, device: str, copy: torch.Tensor, mark: Mark) -> None:
+        if host.numel():
+            self._copies[_place_of(host, device)] = _Copy(host, copy, mark)
+
+
+def _place_of(host: torch.Tensor, device: str) -> tuple[Any, ...]:
+    return device, host.data_ptr(), host.dtype, tuple(host.shape), host.stride()
+
+
+_IN_THREAD = threading.local()
+
+
+@contextlib.contextmanager
+def sharing() -> Iterator[SharedCopies]:
+    """While one block is worked on in this thread: models on one device that read the same rows of a column share its copy.
+
+    Nobody may write to the block's memory meanwhile. The copies are held, in device memory, until the end.
+    """
+    outer = getattr(_IN_THREAD, "copies", None)
+    _IN_THREAD.copies = SharedCopies()
+    try:
+        yield _IN_THREAD.copies
+    finally:
+        _IN_THREAD.copies = outer
+
+
+# --- the path --------------------------------------------------------------------------------------------------------
+
+
+class DevicePath:
+    """A device's lanes and pinned memory, of one model in one worker. Not for several threads at once."""
+
+    def __init__(self, device: str, lanes: Lanes | None = None) -> None:
+        self.device = torch_device(device)
+        self.lanes = lanes_of(device) if lanes is None else lanes
+        self._ring = PinnedRing(self.lanes)
+
+    def upload(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The same values on the device, for use inside `compute()`; on a CPU the very tensors. Returns before they are there.
+
+        Raises torch.OutOfMemoryError, with nothing kept.
+        """
+        if not self.lanes.pins:
+            return [t if self.device == "cpu" else t.to(self.device) for t in tensors]
+        shared: SharedCopies | None = getattr(_IN_THREAD, "copies", None)
+        found = [None if shared is None else shared.find(t, self.device) for t in tensors]
+        fresh = self._copied([t for t, copy in zip(tensors, found, strict=True) if copy is None], shared)
+        compute = self.lanes.compute
+        made: list[torch.Tensor] = []
+        for copy in found:
+            if copy is None:
+                made.append(fresh.pop(0))
+            else:
+                compute.after(copy.mark)
+                compute.uses(copy.device)
+                made.append(copy.device)
+        return made
+
+    def _copied(self, tensors: Sequence[torch.Tensor], shared: SharedCopies | None) -> list[torch.Tensor]:
+        if not tensors:
+            return []
+        import torch
+
+        made: list[torch.Tensor] = []
+        with self._ring.staged(tensors) as pinned, self.lanes.copy.issue():
+            for view in pinned:
+                target = torch.empty(view.shape, dtype=view.dtype, device=self.device)
+                made.append(target.copy_(view, non_blocking=True))
+        mark = self.lanes.copy.mark()
+        self.lanes.compute.after(mark)
+        for host, tensor in zip(tensors, made, strict=True):
+            self.lanes.compute.uses(tensor)
+            if shared is not None:
+                shared.add(host, self.device, tensor, mark)
+        return made
+
+    def compute(self) -> AbstractContextManager[Any]:
+        """What is issued inside runs after the uploads so far."""
+        return self.lanes.compute.issue()
+
+    def download(self, outputs: Mapping[str, torch.Tensor]) -> Pending:
+        """The outputs of a computation, on their way to the host. Returns before they are there."""
+        if not self.lanes.pins:
+            return Pending({name: t.detach().cpu() for name, t in outputs.items()}, _Done())
+        back = self.lanes.back
+        back.after(self.lanes.compute.mark())
+        hosts: dict[str, torch.Tensor] = {}
+        with back.issue():
+            for name, tensor in outputs.items():
+                tensor = tensor.detach()
+                back.uses(tensor)
+                hosts[name] = self.lanes.host_like(tensor).copy_(tensor, non_blocking=True)
+        return Pending(hosts, back.mark())
+
+    def close(self) -> None:
+        """Wait for copies under way, and let the pinned memory go."""
+        self._ring.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """Results on their way to the host."""
+
+    hosts: Mapping[str, torch.Tensor]
+    mark: Mark
+
+    def result(self) -> dict[str, np.ndarray]:
+        """Arrays of their own memory or of the model's; waits for the device. bfloat16 becomes float32.
+
+        Raises what the computation raised on the device.
+        """
+        self.mark.wait()
+        return {name: to_numpy(tensor) for name, tensor in self.hosts.items()}
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """An array over the memory of a tensor on the host; bfloat16 and the 8-bit floats, which NumPy lacks, as float32."""
+    import torch
+
+    tensor = tensor.detach()
+    if tensor.is_floating_point() and tensor.dtype not in (torch.float64, torch.float32, torch.float16):
+        tensor = tensor.float()
+    return tensor.resolve_conj().resolve_neg().numpy()
+
+
+# --- threads of a CPU ------------------------------------------------------------------------------------------------
+
+_THREADS = threading.Lock()
+_threads_users = 0
+_threads_before = 0
+
+
+@contextlib.contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """`threads` threads for torch on CPUs, in the whole process; after the last user it has those it had before.
+
+    The setting is the process's, and OpenMP's the calling thread's too: each worker thread enters for itself.
+    """
+    import torch
+
+    global _threads_users, _threads_before
+    with _THREADS:
+        if _threads_users == 0:
+            _threads_before = torch.get_num_threads()
+        _threads_users += 1
+        torch.set_num_threads(max(1, threads))
+    try:
+        yield
+    finally:
+        with _THREADS:
+            _threads_users -= 1
+            if _threads_users == 0:
+                torch.set_num_threads(_threads_before)

@@ -1,0 +1,117 @@
+"""hr.models.SentenceTransformers through the public API, beside the library itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tests.integration.models import tiny
+
+import headrace as hr
+from headrace.contracts.model import ModelAdapter
+from headrace.models.sentence_transformers import SentenceTransformers
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("sentence_transformers")
+
+INLINE: dict[str, Any] = {"engine": "inline", "progress": "quiet"}
+TEXTS = [" ".join(np.random.default_rng(i).choice(tiny.WORDS[5:], 1 + i % 9)) for i in range(23)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Tiny BERT, then the mean over tokens."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    top = tmp_path_factory.mktemp("st")
+    words = modules.Transformer(tiny.bert("Model", top / "bert"), max_seq_length=16)
+    SentenceTransformer(modules=[words, modules.Pooling(16)], device="cpu").save(str(top / "model"))
+    return str(top / "model")
+
+
+@pytest.fixture
+def texts() -> Any:
+    return hr.from_arrow(pa.table({"id": np.arange(len(TEXTS)), "text": TEXTS}))
+
+
+def embedded(ds: Any, adapter: Any, **options: Any) -> np.ndarray:
+    made = ds.predict(adapter, input="text", output="e", batch_size=10).to_arrow(**(INLINE | options))
+    assert made["id"].to_pylist() == list(range(len(TEXTS)))
+    return made["e"].combine_chunks().to_numpy_ndarray()
+
+
+def library(folder: str) -> Any:
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(folder, device="cpu")
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_embeddings_are_the_library_s(normalize: bool, folder: str, texts: Any) -> None:
+    adapter = SentenceTransformers(folder, normalize=normalize, chunk=4)
+    assert isinstance(adapter, ModelAdapter)
+    made = embedded(texts, adapter)
+    wanted = library(folder).encode(TEXTS, normalize_embeddings=normalize, show_progress_bar=False)
+    assert made.dtype == np.float32
+    np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=1e-5)
+    assert np.allclose(np.linalg.norm(made, axis=1), 1.0) == normalize
+
+
+def test_a_live_model_prompts_and_fewer_dimensions(folder: str, texts: Any) -> None:
+    model = library(folder).train()
+    made = embedded(texts, SentenceTransformers(model, prompt="very ", dimensions=5))
+    assert model.training
+    wanted = model.eval().encode(["very " + t for t in TEXTS], show_progress_bar=False)[:, :5]
+    np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_can_not_work_is_refused(folder: str, texts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(adapter: Any, input: Any = "text") -> Any:
+        with pytest.raises(hr.PlanError) as caught:
+            texts.predict(adapter, input=input).take(**INLINE)
+        return caught.value
+
+    assert "hub" in refused(SentenceTransformers("all-MiniLM-L6-v2")).hint
+    assert "can't use the column 'id'" in str(refused(SentenceTransformers(folder), "id"))
+    assert "takes one column" in str(refused(SentenceTransformers(folder), ["text", "id"]))
+    assert "no modules.json" in str(refused(SentenceTransformers(tmp_path)))
+    for wrong in ({"chunk": 0}, {"dimensions": 0}, {"prompt": "a", "prompt_name": "b"}):
+        with pytest.raises(hr.PlanError):
+            SentenceTransformers(folder, **wrong)
+    import headrace.core.extras as extras
+
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    assert "needs sentence_transformers" in str(refused(SentenceTransformers(folder)))
+
+
+@pytest.mark.parametrize("harm", ["module", "code", "pickle"])
+def test_what_must_be_trusted(harm: str, folder: str, texts: Any, tmp_path: Path) -> None:
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    weights = next(model.rglob("*.safetensors"))
+    if harm == "module":
+        modules = json.loads((model / "modules.json").read_text())
+        (model / "modules.json").write_text(json.dumps([*modules, {"idx": 2, "name": "2", "path": "", "type": "own.Own"}]))
+    elif harm == "code":
+        config = weights.parent / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": {"AutoModel": "own.Own"}}))
+    else:
+        weights.rename(weights.with_name("pytorch_model.bin"))
+    with pytest.raises(hr.PlanError, match="any code"):
+        texts.predict(SentenceTransformers(model), input="text").take(**INLINE)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the processes engine is for Linux")
+def test_in_worker_processes(folder: str, texts: Any) -> None:
+    made = embedded(texts, SentenceTransformers(folder), engine="processes", cpus=2)
+    np.testing.assert_allclose(made, embedded(texts, SentenceTransformers(folder)), rtol=1e-4, atol=1e-5)
