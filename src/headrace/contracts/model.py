@@ -28,7 +28,11 @@ class StreamModel(Protocol):
 
     `stream` is given rows as (key, {column: value}) and yields (key, {column: value}) for each key exactly once, in any
     order. The worker keeps it running over all blocks at hand and scatters the answers back by key. Output order is
-    the input's all the same. A row's failure is raised as an exception instance in place of the dict.
+    the input's all the same. A row's failure is given as an exception instance in place of the dict.
+
+    The input ends when no row came for a moment while some are unanswered, so that a model that gathers batches answers what it
+    has; rows that come later go to a new call, which may begin while the old one answers its last rows. A model may have
+    `set_outputs(names)`, which tells the output columns before any row, and a coroutine `aclose()`, run in its loop at the end.
     """
 
     def stream(

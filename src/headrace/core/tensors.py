@@ -97,8 +97,7 @@ def arrow_type(dtype: Any) -> pa.DataType | None:
 
 
 def numpy_to_array(values: np.ndarray[Any, Any]) -> pa.Array:
-    """A column of `len(values)` rows; one row is `values[i]`. More than one dimension makes a fixed-shape tensor column (of
-    booleans, which Arrow has no such type for, a ragged one).
+    """A column of `len(values)` rows; one row is `values[i]`. More than one dimension makes a fixed-shape tensor column.
 
     Zero-copy for contiguous numbers. Raises TypeError for a dtype that has no column type.
     """
@@ -106,8 +105,6 @@ def numpy_to_array(values: np.ndarray[Any, Any]) -> pa.Array:
         raise TypeError("a single number is no column: one value a row is needed")
     if values.ndim == 1:
         return _vector(values)
-    if values.dtype.kind == "b":
-        return ragged_to_array(list(values))
     rows, shape = values.shape[0], values.shape[1:]
     size = int(np.prod(shape))
     flat = _vector(values.reshape(rows * size))  # copies once if the memory is not contiguous

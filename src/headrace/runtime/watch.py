@@ -3,7 +3,8 @@
 Pure: moments are arguments.
 
 A worker comes up, and then runs its steps one at a time, in the order in which they were submitted. So a step begins when it
-is submitted, or when the one before it is answered, whichever is later.
+is submitted, or when the one before it is answered, whichever is later. Steps of streaming models are answered in any order:
+the oldest one has the time limit, from when it became the oldest.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ START_S = 120.0  # to come up, which imports the user's modules: many at once, o
 
 @dataclass(slots=True)
 class _Busy:
-    steps: int
+    """steps: those not answered, oldest first. since_s: when that became the oldest one."""
+
+    steps: list[int]
     since_s: float
     limit_s: float
     answered: bool = False  # at least once
@@ -33,24 +36,25 @@ class StepWatch:
 
     def starting(self, worker: int, now_s: float) -> None:
         if self._limit_s is not None:
-            self._workers[worker] = _Busy(1, now_s, max(self._limit_s, START_S), up=False)
+            self._workers[worker] = _Busy([-1], now_s, max(self._limit_s, START_S), up=False)
 
     def came_up(self, worker: int) -> None:
         self._workers.pop(worker, None)
 
-    def submitted(self, worker: int, now_s: float) -> None:
+    def submitted(self, worker: int, now_s: float, step: int = 0) -> None:
         if self._limit_s is None:
             return
-        busy = self._workers.setdefault(worker, _Busy(0, now_s, self._limit_s))
+        busy = self._workers.setdefault(worker, _Busy([], now_s, self._limit_s))
         if not busy.steps:
             busy.since_s = now_s
-        busy.steps += 1
+        busy.steps.append(step)
 
-    def answered(self, worker: int, now_s: float) -> None:
+    def answered(self, worker: int, now_s: float, step: int = 0) -> None:
         busy = self._workers.get(worker)
-        if busy is not None:
-            busy.steps = max(0, busy.steps - 1)
-            busy.since_s = now_s
+        if busy is not None and step in busy.steps:
+            if busy.steps[0] == step:
+                busy.since_s = now_s
+            busy.steps.remove(step)
             busy.answered = True
 
     def lost(self, worker: int) -> None:

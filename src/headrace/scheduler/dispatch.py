@@ -38,6 +38,8 @@ from headrace.scheduler.state import (
 )
 
 SHORT_STEP_S = 0.005  # steps up to this long are queued ahead, as many as take so long: a round trip is about 0.3 ms
+STREAM_STEPS = 64  # steps of streaming models that a worker may have under way at once,
+STREAM_ROWS = 16_384  # and their rows: requests of any sensible number find work beside many rows that take long
 DEVICE_DEPTH = 2  # steps that a device may hold: one runs, one is queued behind it
 FEED_BLOCKS = 16  # blocks given to a sequential cursor in one step
 APPLY_BYTES = 32 << 20  # a model step gathers blocks up to this much, or the stage's batch_rows
@@ -236,6 +238,8 @@ class Dispatcher:
 
     def _queues_allow(self, stage: Stage, following: int) -> bool:
         waiting, target = self.waiting[following], self._target(stage, following)
+        if stage.stream and following != DELIVER_STAGE and self.stages[following].order is Order.SPLIT:
+            return self._has_spare(stage, following)  # a row that takes long holds back what waits behind it, not the model
         if following == DELIVER_STAGE or self.stages[following].order is Order.GLOBAL:
             return waiting < target or self._wanted_ahead(stage, following)
         if self.stages[following].pool == stage.pool:
@@ -247,8 +251,7 @@ class Dispatcher:
 
     def _wanted_ahead(self, stage: Stage, following: int) -> bool:
         """Blocks are taken in the order of splits, and the taker could take more: other splits make theirs meanwhile."""
-        kept = self._target(stage, following) * self.measures[stage.id].made_bytes  # for the oldest split, on all workers
-        if self.in_flight + self.reserved + kept > self.limits.budget_bytes:
+        if not self._has_spare(stage, following):
             return False
         if following == DELIVER_STAGE:
             return self.consumer_waiting < self.limits.deliver_blocks
@@ -258,6 +261,11 @@ class Dispatcher:
             return False
         after = next(f[following] for f in self.following.values() if following in f)
         return after is None or self.waiting[after] < self._target(taker, after)
+
+    def _has_spare(self, stage: Stage, following: int) -> bool:
+        """Is there memory beyond what the oldest split may need, on all workers, to go on?"""
+        kept = self._target(stage, following) * self.measures[stage.id].made_bytes
+        return self.in_flight + self.reserved + kept <= self.limits.budget_bytes
 
     def _target(self, stage: Stage, following: int) -> int:
         """Blocks of `stage` that may wait for the stage `following`."""
@@ -483,6 +491,7 @@ class Dispatcher:
             self.stage_workers[stage.id].add(worker.id)
         self.steps[step.id] = (step, nodes, cursor, reserved)
         worker.running[step.id] = step
+        self._count_stream(worker, step, 1)
         self._file(worker)
         self._out.append(Submit(step))
 
@@ -498,8 +507,18 @@ class Dispatcher:
                 heappush(self.bound[item.stage.id], entry)
             worker.parked.clear()
 
+    def _count_stream(self, worker: WorkerState, step: Step, sign: int) -> None:
+        if self.stages[step.stage].stream:
+            worker.streams += sign
+            worker.stream_rows += sign * sum(block.rows for block in step.inputs)
+
     def _depth(self, worker: WorkerState) -> int:
-        """Steps that the worker may hold: a device's next one waits there, and a short one's successor."""
+        """Steps that the worker may hold: a device's next one waits there, and a short one's successor; those of streaming
+        models run all at once.
+        """
+        if worker.streams and worker.streams == len(worker.running):
+            more = worker.streams < STREAM_STEPS and worker.stream_rows < STREAM_ROWS
+            return max(DEVICE_DEPTH, worker.streams + more)
         if worker.pool != CPU_POOL:
             return DEVICE_DEPTH
         for step in worker.running.values():

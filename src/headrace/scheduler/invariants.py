@@ -13,7 +13,7 @@ from headrace.core.stages import End, Order, Stage
 from headrace.core.steps import Advance
 from headrace.scheduler.dispatch import Dispatcher
 from headrace.scheduler.machine import Scheduler
-from headrace.scheduler.state import DELIVER_STAGE, CursorEntry, CursorState, Node, SplitState, WorkerState
+from headrace.scheduler.state import DELIVER_STAGE, MAX_DEPTH, CursorEntry, CursorState, Node, SplitState, WorkerState
 
 
 def check(scheduler: Scheduler) -> None:
@@ -188,7 +188,8 @@ def _check_place(s: Scheduler, worker: WorkerState) -> None:
     assert len(homes) <= 1, f"worker {worker.id} is filed {len(homes)} times"
     assert (worker.place is None) == (not homes)
     if homes:
-        assert homes[0] == 2 * len(worker.running) + (worker.sources > 0), f"worker {worker.id} is filed wrongly"
+        at = min(len(worker.running), MAX_DEPTH - 1)
+        assert homes[0] == 2 * at + (worker.sources > 0), f"worker {worker.id} is filed wrongly"
     else:
         assert worker.running, f"worker {worker.id} does nothing and nobody knows"
 

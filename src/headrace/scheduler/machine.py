@@ -52,7 +52,7 @@ from headrace.scheduler.messages import (
     SplitsListed,
     Start,
 )
-from headrace.scheduler.policy.retry import MOST_TRANSIENT, place_of
+from headrace.scheduler.policy.retry import MOST_TRANSIENT, may_hold, place_of
 from headrace.scheduler.state import DELIVER_STAGE, CursorEntry, CursorState, Node, SplitState, WorkerState
 
 MOST_UNSTARTED = 6  # workers of a pool in a row that die before they come up; after that none is started in their place
@@ -224,11 +224,12 @@ class Scheduler(Dispatcher):
         self.pools[state.pool].remove(state)
         for members in self.stage_workers.values():
             members.discard(state.id)
-        steps = list(state.running)
-        at_work = dict.fromkeys(self._lose_step(steps[0])) if steps else {}
+        guilty = self._at_work(list(state.running.values()), lost.doing)
+        at_work = dict.fromkeys(split for step in guilty for split in self._lose_step(step))
         touched = dict(at_work)
-        for step in steps[1:]:
-            touched.update(dict.fromkeys(self._lose_step(step)))
+        for step in list(state.running):
+            if step not in guilty:
+                touched.update(dict.fromkeys(self._lose_step(step)))
         for split in self.open.values():
             if any(cursor.worker == state.id for cursor in split.cursors.values()):
                 touched[split] = None
@@ -238,6 +239,16 @@ class Scheduler(Dispatcher):
                 raise self._died(lost, split)
         for split in sorted(touched, key=lambda s: s.index):
             self._retry(split, f"worker {lost.worker} died: {lost.reason}", lost.doing if split in at_work else None)
+
+    def _at_work(self, steps: Sequence[Step], doing: Doing | None) -> list[int]:
+        """Of a dead worker's steps, those that it died on, as far as is known: its first one; of steps of streaming models,
+        which run all at once, those whose rows the breadcrumb names.
+        """
+        streams = [s for s in steps if self.stages[s.stage].stream]
+        if not streams or streams[0] is not steps[0] or doing is None:
+            return [s.id for s in steps[:1]]
+        named = [s.id for s in streams if any(may_hold(block.origin, doing.segments) for block in s.inputs)]
+        return named or [steps[0].id]
 
     def _lose_step(self, step_id: int) -> list[SplitState]:
         """No answer that counts will come to this step: what it was given is given back. The splits that waited for it."""
@@ -322,7 +333,8 @@ class Scheduler(Dispatcher):
         self.producing[step.stage] -= 1
         worker = self.workers.get(step.worker)
         if worker is not None:
-            worker.running.pop(step_id, None)
+            if worker.running.pop(step_id, None) is not None:
+                self._count_stream(worker, step, -1)
             self._file(worker)
         return step, nodes, cursor
 

@@ -25,7 +25,7 @@ from headrace.core.steps import Step
 from headrace.scheduler.policy.retry import History
 
 DELIVER_STAGE = -1  # the "next stage" of a block that waits for the consumer
-MAX_DEPTH = 4  # steps that a worker may hold: one runs, the others are queued behind it
+MAX_DEPTH = 4  # steps that a worker may hold: one runs, the others are queued behind it (more of a streaming model: all run)
 
 
 class CursorState(Enum):
@@ -171,12 +171,13 @@ class SplitState:
 
 
 class WorkerState:
-    """A live worker. running: its steps, oldest first. sources: open splits that it reads.
+    """A live worker. running: its steps, oldest first. sources: open splits that it reads. streams: how many of its steps are
+    of streaming models; stream_rows: rows given to those.
 
     parked: queued cursors that only it can run, while it has no room. place: where its pool has filed it.
     """
 
-    __slots__ = ("id", "parked", "place", "pool", "running", "sources")
+    __slots__ = ("id", "parked", "place", "pool", "running", "sources", "stream_rows", "streams")
 
     def __init__(self, id: int, pool: str) -> None:
         self.id = id
@@ -184,14 +185,15 @@ class WorkerState:
         self.running: dict[int, Step] = {}
         self.parked: list[QueueEntry] = []
         self.place: dict[int, WorkerState] | None = None
-        self.sources = 0
+        self.sources = self.streams = self.stream_rows = 0
 
 
 class PoolState:
     """The live workers of a pool, filed by what they could take on.
 
     places: those with nothing running that read no split, those with nothing running that do, then the same for those
-    with one step that may have a second one queued, and so on. A worker without room is in none.
+    with one step that may have a second one queued, and so on; the last ones are for those with more steps too. A worker
+    without room is in none.
     """
 
     __slots__ = ("places", "workers")
@@ -203,7 +205,7 @@ class PoolState:
     def file(self, worker: WorkerState, depth: int) -> None:
         """Put the worker where it belongs. depth: steps that it may hold now."""
         running = len(worker.running)
-        place = self.places[2 * running + (worker.sources > 0)] if running < depth else None
+        place = self.places[2 * min(running, MAX_DEPTH - 1) + (worker.sources > 0)] if running < depth else None
         if place is not worker.place:
             self.remove(worker)
             if place is not None:

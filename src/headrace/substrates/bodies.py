@@ -18,7 +18,7 @@ from headrace.core.steps import Step, StepDone, StepFailed
 
 
 class Body(Protocol):
-    """What runs a worker's steps, one at a time."""
+    """What runs a worker's steps, one at a time. A body may have `begin` too: see `begins`."""
 
     def run(self, step: Step) -> StepDone | StepFailed: ...
 
@@ -35,6 +35,14 @@ def default_body(program: Any, spec: WorkerSpec, store: BlockStore) -> Body:
     from headrace.worker.body import WorkerBody
 
     return WorkerBody(program, spec, store)
+
+
+def begins(body: Body, step: Step, ready: Callable[[], None]) -> bool:
+    """Start a step that goes on beside others, if the body has such: `run` is then to be called once `ready` was, which may
+    happen in any thread, and at once. False: `run` does all of it.
+    """
+    begin: Callable[[Step, Callable[[], None]], bool] | None = getattr(body, "begin", None)
+    return begin is not None and begin(step, ready)
 
 
 def run_guarded(body: Body, step: Step, *, interruptible: bool = False) -> StepDone | StepFailed:

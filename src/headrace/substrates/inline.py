@@ -1,6 +1,7 @@
 """Everything in the caller's own thread: for `pdb`, for tiny inputs, and as the plainest of all substrates.
 
-`wait` runs one queued step and returns its answer, so a breakpoint in user code stops in the caller's terminal.
+`wait` runs one queued step and returns its answer, so a breakpoint in user code stops in the caller's terminal. Only models
+that are asynchronous streams go on beside that, in their event loop's thread.
 Blocks are record batches handed on as they are. Here too lives `LocalStore`, the block store of every substrate
 whose workers share one address space.
 """
@@ -20,7 +21,7 @@ from headrace.core.refs import BlockRef, PartRef
 from headrace.core.resources import WorkerSpec
 from headrace.core.steps import Discard, PartsFreed, Step, SubstrateEvent, WorkerUp
 from headrace.substrates.blocks import anonymous_bytes, own_copy, zip_parts
-from headrace.substrates.bodies import Body, BodyFactory, default_body, run_guarded
+from headrace.substrates.bodies import Body, BodyFactory, begins, default_body, run_guarded
 from headrace.substrates.spill import LocalSpill, SpilledBatch
 
 
@@ -68,6 +69,7 @@ class InlineSubstrate:
         self._events: deque[SubstrateEvent] = deque()
         self._steps: deque[Step | Discard] = deque()
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()  # its put() is safe in a signal handler
+        self._ready: deque[Step] = deque()  # steps that were begun and need not be waited for; filled from any thread
         self._spill = LocalSpill()
         self.spill_dir: str | None = None  # where spilled parts go; None: a temporary directory
         self._stopped = False
@@ -97,15 +99,19 @@ class InlineSubstrate:
         if not self._wakes.empty():
             self._drain_wakes()
             return []
-        while self._steps:
+        while self._ready or self._steps:
+            if self._ready:
+                step = self._ready.popleft()
+                return [run_guarded(self._bodies[step.worker], step, interruptible=True)]
             step = self._steps.popleft()
             body = self._bodies[step.worker]
             if isinstance(step, Discard):
                 body.discard(step.cursor)
                 continue
-            return [run_guarded(body, step, interruptible=True)]
+            if not begins(body, step, lambda step=step: self._is_ready(step)):
+                return [run_guarded(body, step, interruptible=True)]
         try:
-            self._wakes.get(timeout=timeout_s)  # nothing to run: only another thread's wake can change that
+            self._wakes.get(timeout=timeout_s)  # nothing to run: only another thread can change that
         except queue.Empty:
             return []
         self._drain_wakes()
@@ -133,12 +139,17 @@ class InlineSubstrate:
         self._stopped = True
         self._steps.clear()
         self._events.clear()
+        self._ready.clear()
         bodies, self._bodies, self._program = self._bodies, {}, None
         try:
             for body in bodies.values():
                 body.close()
         finally:
             self._spill.close()
+
+    def _is_ready(self, step: Step) -> None:
+        self._ready.append(step)
+        self.wake()
 
     def _take_events(self) -> list[SubstrateEvent]:
         events = list(self._events)

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -24,7 +25,7 @@ from headrace.core.refs import BlockRef, PartRef
 from headrace.core.resources import CPU_POOL, WorkerSpec
 from headrace.core.steps import Discard, PartsFreed, Step, SubstrateEvent, WorkerLost, WorkerUp
 from headrace.substrates.blocks import anonymous_bytes
-from headrace.substrates.bodies import BodyFactory, default_body, describe_exception, run_guarded, usable_cores
+from headrace.substrates.bodies import BodyFactory, begins, default_body, describe_exception, run_guarded, usable_cores
 from headrace.substrates.inline import LocalStore, fetch_local
 from headrace.substrates.spill import LocalSpill
 
@@ -129,6 +130,13 @@ class ThreadsSubstrate:
                 self._limits = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A step that was begun need not be waited for any more."""
+
+    step: Step
+
+
 class _WorkerThread(threading.Thread):
     """Makes its body, says WorkerUp, then answers its inbox until `finish`."""
 
@@ -142,7 +150,7 @@ class _WorkerThread(threading.Thread):
         limits: NativeLimits | None,
     ) -> None:
         super().__init__(name=f"headrace-{spec.pool}-{spec.id}", daemon=True)
-        self.inbox: queue.SimpleQueue[Step | Discard | None] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[Step | Discard | _Ready | None] = queue.SimpleQueue()
         self._spec = spec
         self._make_body = make_body
         self._store = store
@@ -176,7 +184,9 @@ class _WorkerThread(threading.Thread):
             while (step := self.inbox.get()) is not None and not self._finishing:
                 if isinstance(step, Discard):
                     body.discard(step.cursor)
-                else:
+                elif isinstance(step, _Ready):
+                    self._outbox.put(run_guarded(body, step.step))
+                elif not begins(body, step, lambda step=step: self.inbox.put(_Ready(step))):
                     self._outbox.put(run_guarded(body, step))
                 del step  # its inputs must not outlive the step while the thread is idle
         finally:

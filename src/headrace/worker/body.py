@@ -1,7 +1,7 @@
 """The worker's body: runs steps over a program, the same on every substrate.
 
-It owns the cursors under way, the user's functions and models of this worker, and nothing else: blocks belong to the
-store, decisions to the scheduler.
+It owns the cursors under way, the steps of streaming models that were begun, the user's functions and models of this worker,
+and nothing else: blocks belong to the store, decisions to the scheduler.
 
 Invariants: `run` answers every step with StepDone or StepFailed and never raises for what user code, data or storage did
 (only Ctrl-C in the main thread passes); a step that failed leaves no cursor behind, and the body is fit for the next step;
@@ -11,8 +11,8 @@ errors name stage, split and rows.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 from headrace.contracts.substrate import BlockStore
 from headrace.core.errors import HeadraceError, InternalError, UserCodeError
@@ -45,14 +45,44 @@ class WorkerBody:
         self._cursors: dict[int, Cursor] = {}
         self._functions = Functions(spec.device, deterministic=program.deterministic)
         self._host = Host(self._functions, program.deterministic)
+        self._begun: dict[int, _Begun] = {}  # by step
+        self._last_begun_s = 0.0  # when the last of those was answered
+
+    def begin(self, step: Advance | Apply, ready: Callable[[], None]) -> bool:
+        """Start a step that goes on beside others. `ready` is called once, from any thread, when `run` would not wait for it.
+
+        False: the step is an ordinary one. Whatever goes wrong is answered by `run`.
+        """
+        stage = self._stages[step.stage]
+        if not stage.stream or isinstance(step, Advance):
+            return False
+        clock = Clock()
+        begun = _Begun(ModelStep(self._program, self._host, self._store, stage, step, clock, self._bad_rows), clock)
+        try:
+            if not begun.work.begin(ready):
+                return False
+        except HeadraceError as error:
+            begun.error = error
+            ready()
+        except Exception as exc:
+            begun.error = internal_error(exc, f"stage {stage.name}")
+            ready()
+        self._begun[step.id] = begun
+        return True
 
     def run(self, step: Advance | Apply) -> StepDone | StepFailed:
         """Do a step. Never raises for what user code, data or storage did."""
         start, cpu = time.perf_counter(), time.thread_time()
         clock = Clock()
         stage = self._stages[step.stage]
+        begun = self._begun.pop(step.id, None)
+        if begun is not None:  # steps that overlap share the time, so that it adds up to the time in which there were any
+            start, clock = max(begun.began_s, self._last_begun_s), begun.clock
         try:
-            done = self._advance(stage, step, clock) if isinstance(step, Advance) else self._apply(stage, step, clock)
+            if begun is not None:
+                done = begun.result()
+            else:
+                done = self._advance(stage, step, clock) if isinstance(step, Advance) else self._apply(stage, step, clock)
         except HeadraceError as error:
             return self._failed(stage, step, error)
         except KeyboardInterrupt:
@@ -62,7 +92,9 @@ class WorkerBody:
         except Exception as exc:
             return self._failed(stage, step, internal_error(exc, f"stage {stage.name}"))
         finally:
-            if self._store.crumb is not None:
+            if begun is not None:
+                self._last_begun_s = time.perf_counter()
+            if self._store.crumb is not None and not self._begun:
                 self._store.crumb.clear()
         timing = Timing(start, time.perf_counter() - start, time.thread_time() - cpu, clock.times())
         return replace(done, timing=timing)
@@ -79,6 +111,7 @@ class WorkerBody:
             self.discard(cursor)
         for runner in self._host.models.values():
             runner.close()
+        self._begun.clear()
         self._host.models.clear()
         self._functions.close()
 
@@ -173,6 +206,21 @@ class WorkerBody:
             if isinstance(error, UserCodeError) and step.inputs:
                 where.append(("rows", f"among {join_origins([b.origin for b in step.inputs]).label}"))
         return StepFailed(step.id, step.worker, error.at(*where))
+
+
+@dataclass(slots=True)
+class _Begun:
+    """A step under way beside others. error: it could not begin."""
+
+    work: ModelStep
+    clock: Clock
+    began_s: float = field(default_factory=time.perf_counter)
+    error: HeadraceError | None = None
+
+    def result(self) -> StepDone:
+        if self.error is not None:
+            raise self.error
+        return self.work.run()
 
 
 def _split_of(step: Advance, stage: Stage) -> Split:

@@ -96,7 +96,10 @@ class ModelStep:
         self._watch = Watch(store.crumb, step.suspects, program.on_error != "fail")
 
     def begin(self, ready: Callable[[], None]) -> bool:
-        """Give the model the rows now, if it works on rows of several steps at once: see ModelRunner.begin. Raises HeadraceError."""
+        """Give the model its rows now, if it works on those of several steps at once: see ModelRunner.begin.
+
+        Raises HeadraceError.
+        """
         op = self._program.ops[self._stage.first]
         if not isinstance(op, Predict):
             return False

@@ -62,3 +62,14 @@ def test_a_worker_that_never_comes_up() -> None:
     patient = StepWatch(2 * START_S)
     patient.starting(0, 0.0)
     assert patient.next_deadline_s == 2 * START_S
+
+
+def test_answers_in_any_order_leave_the_oldest_step_its_limit() -> None:
+    watch = StepWatch(10.0)
+    for step in (1, 2, 3):
+        watch.submitted(0, 0.0, step)
+    watch.answered(0, 8.0, 2)
+    watch.answered(0, 9.0, 3)
+    assert watch.next_deadline_s == 10.0
+    watch.answered(0, 9.5, 1)
+    assert watch.next_deadline_s == NEVER_S

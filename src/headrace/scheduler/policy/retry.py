@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from headrace.core.refs import Segment
+from headrace.core.refs import Origin, Segment
 from headrace.core.steps import Doing, Suspect
 
 MOST_BLIND = 3  # attempts that ended without a word of what killed the worker
@@ -58,6 +58,13 @@ class History:
     def exhausted(self, attempt: int) -> bool:
         """There is no sense in another attempt after this one."""
         return self.blind >= MOST_BLIND or attempt >= MOST_ATTEMPTS
+
+
+def may_hold(origin: Origin, segments: tuple[Segment, ...]) -> bool:
+    """May a block of this origin hold rows of these segments? Rows of unknown origin may be any."""
+    if not origin.segments or not segments:
+        return True
+    return any(s.uri == t.uri and s.row < t.row + t.rows and t.row < s.row + s.rows for s in origin.segments for t in segments)
 
 
 def place_of(doing: Doing) -> tuple[str, str]:

@@ -5,7 +5,7 @@ code is at work. The writer clears the length, writes the record, then sets the 
 death reads as none. The record is plain numbers and text, never a pickle: what a crashed process left can't run code here,
 and bytes that native code trampled on read as none.
 
-Invariant: only the worker's main thread writes; the driver reads with `pread` and maps nothing.
+Invariant: one thread of the worker writes at a time; the driver reads with `pread` and maps nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import threading
 
 from headrace.core.refs import Segment
 from headrace.core.steps import Doing
@@ -43,10 +44,14 @@ class CrumbWriter:
         self._map = mmap.mmap(fd, os.fstat(fd).st_size)  # keeps a descriptor of its own
         os.close(fd)
         self._texts: dict[str, bytes] = {}
+        self._lock = threading.Lock()  # a streaming model takes its rows in a thread of its own
 
     def write(self, doing: Doing) -> None:
         """Survives the death of the process; replaces what was there."""
-        record = self._encode(doing)
+        with self._lock:
+            self._write(self._encode(doing))
+
+    def _write(self, record: bytes) -> None:
         end = _LENGTH.size + len(record)
         memory = self._map
         memory[: _LENGTH.size] = _NOTHING
@@ -57,7 +62,8 @@ class CrumbWriter:
 
     def clear(self) -> None:
         """No user code is at work."""
-        self._map[: _LENGTH.size] = _NOTHING
+        with self._lock:
+            self._map[: _LENGTH.size] = _NOTHING
 
     def _encode(self, doing: Doing) -> bytes:
         name, digest, sample = self._text(doing.name), doing.digest.encode(), doing.sample

@@ -34,6 +34,7 @@ IDLE_S = 0.5  # idle for this long: collect garbage cycles that hold views, give
 # 256 MiB is the most that a worker can hold this way; larger arrays are mapped and returned one by one as before.
 # Arrow's own pool (mimalloc) recycles by itself: malloc for Arrow too was no faster at 40 MB.
 MALLOC_KEEP_BYTES = 256 << 20
+_READY = "ready"  # a message of this process to itself: a step that was begun need not be waited for any more
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
 
@@ -70,7 +71,11 @@ def _serve(channel: _Channel, spec: Any, cwd: str, sys_path: list[str], payload:
     while (message := channel.next_message()) is not None:
         kind = message[0]
         if kind == wire.STEP:
-            channel.answer(_run(body, store, message[2]))
+            if not _begins(body, store, channel, message[2]):
+                channel.answer(_run(body, store, message[2]))
+        elif kind == _READY:
+            store.resume(message[1])
+            channel.answer(_run(body, store, message[1]))
         elif kind == wire.DISCARD:
             body.discard(message[2])
             store.close_cursor(message[2])
@@ -95,10 +100,20 @@ def _make_body(payload: bytes, spec: Any, store: ArenaStore) -> Any:
     return factory(program, spec, store)
 
 
+def _begins(body: Any, store: ArenaStore, channel: _Channel, step: Step) -> bool:
+    """Take a step in, and start it if it goes on beside others."""
+    from headrace.substrates.bodies import begins
+
+    store.begin(step)
+    if not begins(body, step, lambda: channel.is_ready(step)):
+        return False
+    store.pause()
+    return True
+
+
 def _run(body: Any, store: ArenaStore, step: Step) -> Any:
     from headrace.substrates.bodies import run_guarded
 
-    store.begin(step)
     answer = run_guarded(body, step)
     store.end(answer)
     return answer
@@ -114,6 +129,7 @@ class _Channel:
         self._fds: deque[int] = deque()
         self._store: ArenaStore | None = None
         self._idle = False
+        self._ready: deque[Step] = deque()  # filled from any thread
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
         self._poll.register(sock.fileno(), select.POLLIN)
@@ -144,10 +160,16 @@ class _Channel:
     def next_message(self) -> Any:
         """The next message that needs the loop's attention; None when the driver has closed the channel."""
         self._take_available()
-        while not self._inbox:
+        while not self._inbox and not self._ready:
             if not self._wait_idle():
                 return None
-        return self._inbox.popleft()
+        return (_READY, self._ready.popleft()) if self._ready else self._inbox.popleft()
+
+    def is_ready(self, step: Step) -> None:
+        """Bring the step up as a message; from any thread."""
+        self._ready.append(step)
+        with contextlib.suppress(BlockingIOError):  # the counter is full: then it wakes us anyway
+            os.eventfd_write(self._wake_fd, 1)
 
     def _wait_idle(self) -> bool:
         """Block until something came. False at the driver's end."""
@@ -170,6 +192,8 @@ class _Channel:
             for fd, _ in ready:
                 if fd == self._wake_fd:
                     os.eventfd_read(fd)
+                    if self._ready:
+                        return True
                 else:
                     return self._receive(block=True)
 

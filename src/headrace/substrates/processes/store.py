@@ -125,6 +125,14 @@ class ArenaStore:
                 self._leases[part.id] = self._leases.get(part.id, 0) + 1
                 self._pins.setdefault(part.id, set()).add(key)
 
+    def pause(self) -> None:
+        """The step that has begun goes on by itself: others may come before its end."""
+        self._read.clear()
+
+    def resume(self, step: Step) -> None:
+        """Such a step comes to its end."""
+        self._key = step.cursor if isinstance(step, Advance) else -1 - step.id
+
     def end(self, answer: StepDone | StepFailed) -> None:
         """The step is answered: its pins end, and what it left unreported is settled."""
         key = self._key
