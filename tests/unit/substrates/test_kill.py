@@ -67,7 +67,7 @@ def test_the_stack_of_a_hung_worker(body: type[Stuck], tmp_path: Path) -> None:
     with running(lambda: ProcessesSubstrate(body_factory=body), 1, program=str(fifo)) as s:
         hang(s, fifo)
         assert s.substrate.kill(0, "no answer")
-        assert s.substrate.kill(0, "asked twice")
+        s.substrate.kill(0, "asked twice")  # True or, when it is gone by now, False
         s.until(lambda: 0 in s.lost)
         assert s.lost[0].reason == "no answer"
         assert "in wait_for_ever" in s.lost[0].stack or "in run\n" in s.lost[0].stack
