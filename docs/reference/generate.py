@@ -69,10 +69,10 @@ def _entry(name: str, thing: Any) -> list[str]:
     if _is_error(thing):
         base = thing.__mro__[1].__name__
         return [f"### hr.{name}", "", *_doc(thing), *([f"A `{base}`.", ""] if base != "Exception" else [])]
-    if dataclasses.is_dataclass(thing):
+    if dataclasses.is_dataclass(thing) and not name.startswith(("metrics.", "models.")):
         lines = [f"### hr.{name}", "", "```", f"hr.{name}({_fields(thing)})", "```", "", *_doc(thing)]
         return lines + (_members(thing) if name == "Run" else [])
-    if inspect.isclass(thing):
+    if inspect.isclass(thing) and not name.startswith(("metrics.", "models.")):
         return [f"### hr.{name}", "", *_doc(thing), *_members(thing)]
     return [f"### hr.{name}", "", "```", f"hr.{name}{_signature(thing)}", "```", "", *_doc(thing)]
 

@@ -71,9 +71,32 @@ def is_scalar(batch: pa.RecordBatch, column: str) -> bool:
     return not (isinstance(kind, pa.BaseExtensionType) or pa.types.is_nested(kind))
 
 
+def weights(batch: pa.RecordBatch, column: str) -> np.ndarray:
+    """A weight for each row: finite float64, none negative."""
+    made = numbers(batch, column).astype(np.float64)
+    if len(made) and made.min() < 0:
+        raise DataError(
+            f"the weights in column {column!r} go down to {made.min():.4g}",
+            where=(("column", column), ("row", str(int(made.argmin())))),
+            hint="weights must not be negative",
+        )
+    return made
+
+
+def drop_missing(batch: pa.RecordBatch, column: str) -> pa.RecordBatch:
+    """The rows where the column is neither null nor NaN."""
+    import pyarrow.compute as pc
+
+    array = batch.column(column)
+    kept = pc.invert(pc.is_null(array, nan_is_null=True))  # type: ignore[attr-defined]
+    return batch if kept.true_count == len(kept) else batch.filter(kept)
+
+
 def classes_of(batch: pa.RecordBatch, column: str, classes: int) -> np.ndarray:
     """A label column as class indexes, int64 in [0, classes)."""
     made = numbers(batch, column)
+    if made.dtype == np.int64 and (not len(made) or (made.min() >= 0 and made.max() < classes)):
+        return made
     whole = made.astype(np.int64)
     wrong = (whole != made) | (whole < 0) | (whole >= classes)
     if wrong.any():
@@ -86,13 +109,21 @@ def classes_of(batch: pa.RecordBatch, column: str, classes: int) -> np.ndarray:
 
 
 def check_finite(array: np.ndarray, column: str) -> None:
+    if np.isfinite(array).all():
+        return
     bad = array.size - int(np.isfinite(array).sum())
-    if bad:
-        raise DataError(
-            f"a metric reads column {column!r}, which has {bad} value(s) that are NaN or infinite in {len(array)} rows",
-            where=(("column", column),),
-            hint=_DROP_HINT,
-        )
+    raise DataError(
+        f"a metric reads column {column!r}, which has {bad} value(s) that are NaN or infinite in {len(array)} rows",
+        where=(("column", column),),
+        hint=_DROP_HINT,
+    )
+
+
+def checked(array: np.ndarray, what: str) -> np.ndarray:
+    """The same array. Raises DataError when a computation went beyond the range of doubles."""
+    if not np.isfinite(array).all():
+        raise DataError(f"{what} is beyond the range of doubles", hint="scale the columns, or filter extreme rows out")
+    return array
 
 
 def _wrong_type(column: str, kind: pa.DataType, wanted: str) -> DataError:

@@ -1,9 +1,8 @@
-"""AUCROC: the area under the ROC curve from histograms of whole numbers.
+"""AUCROC and AUCPR: areas under the ROC curve and the precision-recall curve, with bounds.
 
-A score becomes a whole-number key that keeps the order of scores; rows are counted per key and label. When there are
-more than `bins` keys, all keys lose their lowest bit, again and again. How many bits are lost is the least number that fits, a
-function of the set of scores alone, so states merge exactly in any order. Scores that share a bin may be ordered either
-way: `interval` gives the bounds, and the result is their middle.
+Rows are counted by score and label (`curves`). While there are no more distinct scores than bins, and with exact=True always,
+the area is exact. Otherwise the scores of a bin that holds several may be ordered in any way: the bounds are the areas of the
+worst and the best, and the result is their middle. Ties, however many, widen nothing: a bin of one score is known as such.
 """
 
 from __future__ import annotations
@@ -15,79 +14,85 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.core.errors import DataError, PlanError
-from headrace.metrics.columns import classes_of, is_scalar, matrix, numbers, values
+from headrace.metrics import curves
+from headrace.metrics.base import Metric, State, unique
+from headrace.metrics.columns import classes_of, is_scalar, matrix, numbers, values, weights
 
-# 65,536 bins keep the interval's width below 1e-4 for continuous scores however many rows there are: the keys' density
-# falls towards the middle of [0, 1] as s**(-3/4), so that a uniform score's width is 2 to 4 / bins.
+# 65,536 bins keep the width of the bounds below 1e-4 for continuous scores however many rows there are: that of uniform scores
+# is 2 to 4 / bins.
 _BINS = 1 << 16
-# The keys' 16 lowest bits would tell apart scores that differ by 1e-11 of their size, and make states larger.
-_KEY_SHIFT = 16
 
 
 @dataclass(frozen=True, slots=True)
-class AUCROC:
-    """The area under the ROC curve; ties count half; NaN when there is only one class.
-
-    score: a float column, higher for label 1 (label: booleans, or 0 and 1), or a tensor or list column with a score per
-    class. Of the latter, `index=k` takes class k against the rest (label: booleans or 0 and 1 when k is 1, generally class
-    indexes), and `classes=n` averages over n classes, each against the rest, those without rows of both kinds left out.
-    bins: how many bins a state may have, for each class and label.
-    """
-
+class _Area(Metric):
     score: str
     label: str
     index: int | None = None
     classes: int | None = None
     bins: int = _BINS
+    exact: bool = False
+    bounds: bool = False
+    weight: str | None = None
 
     def __post_init__(self) -> None:
+        Metric.__post_init__(self)
         if self.index is not None and self.classes is not None:
-            raise PlanError("AUCROC takes either index= or classes=", hint="index: one class; classes: the average of all")
+            raise PlanError(
+                f"{self._name} takes either index= or classes=", hint="index: one class; classes: the average of all"
+            )
         if self.bins < 2:
-            raise PlanError(f"AUCROC: bins is {self.bins}", hint="give at least 2; the default is 65,536")
+            raise PlanError(f"{self._name}: bins is {self.bins}", hint="give at least 2, or leave it out")
+
+    def _reads(self) -> tuple[str, ...]:
+        return unique((self.score, self.label, self.weight))
 
     @property
-    def columns(self) -> tuple[str, ...]:
-        return (self.score, self.label)
+    def _limit(self) -> int | None:
+        return None if self.exact else self.bins
 
-    def zero(self) -> dict[str, Any]:
-        return {"curves": [{"level": 0, "negative": {}, "positive": {}} for _ in range(self.classes or 1)]}
+    def _zero(self) -> State:
+        return {"curves": [curves.zero() for _ in range(self.classes or 1)]}
 
-    def update(self, state: dict[str, Any], batch: pa.RecordBatch) -> dict[str, Any]:
-        if batch.num_rows == 0:
-            return state
+    def _update(self, state: State, batch: pa.RecordBatch) -> State:
+        given = None if self.weight is None else weights(batch, self.weight)
         scores, positives = self._read(batch)
         for curve, score, positive in zip(state["curves"], scores, positives, strict=True):
-            keys = _keys(score)
-            _add(curve, _histogram(keys[~positive]), _histogram(keys[positive]), self.bins)
+            curves.add(curve, score, positive, given, self._limit)
         return state
 
-    def merge(self, a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    def _merge(self, a: State, b: State) -> State:
         for mine, other in zip(a["curves"], b["curves"], strict=True):
-            _raise_level(mine, other["level"])
-            down = mine["level"] - other["level"]
-            for kind in ("negative", "positive"):
-                _count(mine[kind], ((int(key) >> down, count) for key, count in other[kind].items()))
-            _fit(mine, self.bins)
+            curves.merge(mine, other, self._limit)
         return a
 
-    def result(self, state: dict[str, Any]) -> float:
-        low, high = self.interval(state)
-        return (low + high) / 2.0
+    def _result(self, state: State) -> Any:
+        low, high = self._interval(state)
+        value = (low + high) / 2.0
+        return {"value": value, "low": low, "high": high} if self.bounds else value
 
-    def interval(self, state: dict[str, Any]) -> tuple[float, float]:
-        """Bounds between which the area of the unbinned scores lies; NaN when there is only one class."""
-        bounds = [b for b in (_bounds(curve) for curve in state["curves"]) if b is not None]
-        if not bounds:
+    def interval(self, state: State) -> Any:
+        """(low, high), between which the area of the unbinned scores lies, up to the rounding of a float; NaN where it is
+        undefined. With `by`, {group: (low, high)}.
+        """
+        return self._each_group(state, self._interval) if self.by else self._interval(state)
+
+    def _interval(self, state: State) -> tuple[float, float]:
+        each = [self._bounds(curves.load(curve, self._limit)) for curve in state["curves"]]
+        known = [bounds for bounds in each if bounds is not None]
+        if not known:
             return float("nan"), float("nan")
-        return sum(low for low, _ in bounds) / len(bounds), sum(high for _, high in bounds) / len(bounds)
+        return sum(low for low, _ in known) / len(known), sum(high for _, high in known) / len(known)
+
+    def _bounds(self, run: curves.Run) -> tuple[float, float] | None:
+        """The least and the largest area; None where it is undefined."""
+        raise NotImplementedError
 
     def _read(self, batch: pa.RecordBatch) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Scores and truth, one array for each curve."""
         if is_scalar(batch, self.score):
             if self.classes is not None or self.index is not None:
                 raise DataError(
-                    f"AUCROC got index= or classes=, but column {self.score!r} has one score per row",
+                    f"{self._name} got index= or classes=, but column {self.score!r} has one score per row",
                     where=(("column", self.score),),
                     hint="leave them out, or name a tensor column with a score per class",
                 )
@@ -109,89 +114,69 @@ class AUCROC:
 
     def _width(self, width: int, given: str) -> DataError:
         return DataError(
-            f"AUCROC: column {self.score!r} has {width} scores per row, and {given} does not fit",
+            f"{self._name}: column {self.score!r} has {width} scores per row, and {given} does not fit",
             where=(("column", self.score),),
             hint=f"give index=k for class k against the rest, or classes={width} for the average over all",
         )
 
 
-def _keys(scores: np.ndarray) -> np.ndarray:
-    """int64 keys in the order of the scores (equal scores have equal keys).
+@dataclass(frozen=True, slots=True)
+class AUCROC(_Area):
+    """The area under the ROC curve; ties count half; NaN when there is only one class.
 
-    The fourth root spreads scores near 0, and, mirrored, near 1, where classifiers crowd them: a fixed number of bins
-    tells apart 1e-6 from 2e-6 as well as 0.3 from 0.301. Square roots and differences are correctly rounded and so
-    monotone. A double's bits, read as a whole number, are in the order of its absolute value.
+    score: a float column, higher for label 1 (label: booleans, or 0 and 1), or a tensor or list column with a score per
+    class. Of the latter, `index=k` takes class k against the rest (label: booleans or 0 and 1 when k is 1, generally class
+    indexes), and `classes=n` averages over n classes, each against the rest, those without rows of both kinds left out.
+    bins: how many distinct scores a state tells apart, for each class. Up to that many the area is exact; beyond, neighbours
+    share bins, and the area is known within bounds less than 1e-4 apart for continuous scores. bounds: the result is
+    {"value", "low", "high"} rather than the value alone. exact: keep all distinct scores, whatever their number: up to 10 bytes
+    a row in states, receipts and the run log. weight: a column of weights, rounded to multiples of 2**-30 (so that sums are
+    exact); those that are not 0 must be at least 2**-10, and all together at most 2**32.
+    Whole numbers beyond 2**53 are taken as the nearest double.
     """
-    s = scores.astype(np.float64)
-    half = _root(np.float64(0.5))
-    spread = np.select(
-        [s < 0.0, s <= 0.5, s <= 1.0],
-        [-_root(np.abs(s)), _root(np.abs(s)), 2.0 * half - _root(np.abs(1.0 - s))],
-        2.0 * half + _root(np.abs(s - 1.0)),
-    )
-    spread = spread + 0.0  # -0.0 and 0.0 are equal, and must be one key
-    bits = spread.view(np.int64) if spread.flags.c_contiguous else np.ascontiguousarray(spread).view(np.int64)
-    ordered = np.where(bits < 0, np.int64(np.iinfo(np.int64).min) - bits, bits)
-    return ordered >> _KEY_SHIFT
+
+    def _bounds(self, run: curves.Run) -> tuple[float, float] | None:
+        negatives, positives = int(run.negative.sum()), int(run.positive.sum())
+        pairs = negatives * positives
+        if pairs == 0:
+            return None
+        negative, positive = run.negative, run.positive
+        if 2 * pairs > np.iinfo(np.int64).max:  # beyond machine words: whole numbers of Python, slower
+            negative, positive = negative.astype(object), positive.astype(object)
+        below = np.cumsum(negative) - negative
+        shared = negative * positive
+        mixed = run.mixed
+        low = 2 * int((positive * below).sum()) + int(shared[~mixed].sum())
+        return low / (2 * pairs), (low + 2 * int(shared[mixed].sum())) / (2 * pairs)
 
 
-def _root(x: Any) -> Any:
-    return np.sqrt(np.sqrt(x))
+@dataclass(frozen=True, slots=True)
+class AUCPR(_Area):
+    """The area under the precision-recall curve as average precision: the sum over thresholds of precision times the step in
+    recall, without interpolation, as in scikit-learn; NaN without rows of label 1.
 
+    Arguments as those of AUCROC; of several classes, those without rows are left out. The bounds of as many bins are wider, as
+    precision among the highest scores rests on few rows: with twice as many, the default here, 1e-5 to 3e-4 apart.
+    """
 
-def _histogram(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.unique(keys, return_counts=True)
+    bins: int = 2 * _BINS
 
-
-def _add(
-    curve: dict[str, Any],
-    negative: tuple[np.ndarray, np.ndarray],
-    positive: tuple[np.ndarray, np.ndarray],
-    bins: int,
-) -> None:
-    """Count a batch's keys. Lowers its resolution first where the batch alone needs that: quicker than key by key."""
-    level = curve["level"]
-    while max(len(np.unique(keys >> level)) for keys, _ in (negative, positive)) > bins:
-        level += 1
-    _raise_level(curve, level)
-    for kind, (keys, counts) in (("negative", negative), ("positive", positive)):
-        _count(curve[kind], zip((keys >> level).tolist(), counts.tolist(), strict=True))
-    _fit(curve, bins)
-
-
-def _count(histogram: dict[str, int], pairs: Any) -> None:
-    for key, count in pairs:
-        name = str(key)  # JSON's keys are strings
-        histogram[name] = histogram.get(name, 0) + count
-
-
-def _fit(curve: dict[str, Any], bins: int) -> None:
-    while max(len(curve["negative"]), len(curve["positive"])) > bins:
-        _raise_level(curve, curve["level"] + 1)
-
-
-def _raise_level(curve: dict[str, Any], level: int) -> None:
-    down = level - curve["level"]
-    if down <= 0:
-        return
-    for kind in ("negative", "positive"):
-        coarse: dict[str, int] = {}
-        _count(coarse, ((int(key) >> down, count) for key, count in curve[kind].items()))
-        curve[kind] = coarse
-    curve["level"] = level
-
-
-def _bounds(curve: dict[str, Any]) -> tuple[float, float] | None:
-    """The area when every bin's negatives rank above its positives, and the other way round. In whole numbers."""
-    negative = {int(key): count for key, count in curve["negative"].items()}
-    positive = {int(key): count for key, count in curve["positive"].items()}
-    pairs = sum(negative.values()) * sum(positive.values())
-    if pairs == 0:
-        return None
-    below = low = shared = 0
-    for key in sorted(negative.keys() | positive.keys()):
-        ups, downs = positive.get(key, 0), negative.get(key, 0)
-        low += ups * below
-        shared += ups * downs
-        below += downs
-    return low / pairs, (low + shared) / pairs
+    def _bounds(self, run: curves.Run) -> tuple[float, float] | None:
+        total = int(run.positive.sum())
+        if total == 0:
+            return None
+        negative, positive = (part[::-1].astype(np.float64) for part in (run.negative, run.positive))
+        mixed = run.mixed[::-1]
+        # Of a bin: positives and negatives in it, and those above it.
+        p, n = positive[positive > 0], negative[positive > 0]
+        p_above, n_above = (np.cumsum(part) - part for part in (positive, negative))
+        p_above, n_above, mixed = p_above[positive > 0], n_above[positive > 0], mixed[positive > 0]
+        tied = p * (p_above + p) / (p_above + p + n_above + n)
+        # At best all positives share a score above the negatives. At worst each has its own, below all negatives: the
+        # sum of (p_above + j) / (p_above + j + m) over j = 1 ... p, m negatives above. It grows with j: its integral is less.
+        best = p * (p_above + p) / (p_above + p + n_above)
+        m = n_above + n
+        worst = p - m * np.log1p(np.divide(p, p_above + m, out=np.zeros_like(p), where=m > 0))
+        low = float(np.where(mixed, np.maximum(worst, 0.0), tied).sum())
+        high = float(np.where(mixed, best, tied).sum())
+        return low / total, high / total

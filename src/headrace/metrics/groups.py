@@ -1,0 +1,74 @@
+"""Rows by group: batches split by the values of some columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from headrace.core.errors import DataError
+from headrace.metrics.columns import values
+
+
+def split_by_group(batch: pa.RecordBatch, by: tuple[str, ...]) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """(key, its rows in their order). A key is the JSON text of a list with a text for each column of `by`."""
+    codes = np.zeros(batch.num_rows, np.int64)
+    for column in by:
+        found, each = encoded(batch, column)
+        codes = codes * len(each) + found
+        # Codes stay below rows * values: renumbering keeps products of many columns in range.
+        _, codes = np.unique(codes, return_inverse=True)
+    groups, first, sizes = np.unique(codes, return_index=True, return_counts=True)
+    keys = _keys(batch, by, first)
+    if len(groups) == 1:
+        yield keys[0], batch
+        return
+    ordered = batch.take(pa.array(np.argsort(codes, kind="stable")))
+    start = 0
+    for key, size in zip(keys, sizes.tolist(), strict=True):
+        yield key, ordered.slice(start, size)
+        start += size
+
+
+def _keys(batch: pa.RecordBatch, by: tuple[str, ...], rows: np.ndarray) -> list[str]:
+    """The keys of these rows."""
+    at = pa.array(rows)
+    columns = [[_text(v) for v in values(batch, name).take(at).to_pylist()] for name in by]
+    return [json.dumps(row, ensure_ascii=False) for row in zip(*columns, strict=True)]
+
+
+def encoded(batch: pa.RecordBatch, column: str) -> tuple[np.ndarray, list[Any]]:
+    """A column of classes or groups: int64 codes by row, and the value of each code.
+
+    Texts, whole numbers, booleans, dates and times; floats where they are whole numbers. Raises DataError for others.
+    """
+    array = values(batch, column)
+    kind = array.type
+    if pa.types.is_floating(kind):
+        array = _whole(array, column)
+    elif pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType) or pa.types.is_binary(kind):
+        raise DataError(
+            f"column {column!r} is {kind}: it can't name classes or groups",
+            where=(("column", column),),
+            hint="use texts, whole numbers, booleans or dates",
+        )
+    table = array.dictionary_encode()
+    return table.indices.to_numpy(zero_copy_only=False).astype(np.int64), table.dictionary.to_pylist()
+
+
+def _whole(array: pa.Array, column: str) -> pa.Array:
+    try:
+        return array.cast(pa.int64())
+    except pa.ArrowInvalid:
+        raise DataError(
+            f"column {column!r} holds numbers that are no whole numbers: they can't name classes or groups",
+            where=(("column", column),),
+            hint="make classes of them first, for example with map_batches",
+        ) from None
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
