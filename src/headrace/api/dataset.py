@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from headrace.connectors.sinks.parquet import Compression
+    from headrace.observe.rehearsal import Rehearsal
     from headrace.observe.run import Run
 
     Declaration = Mapping[str, Any] | pa.Schema | None  # {column: type}
@@ -382,6 +383,20 @@ class Dataset:
     def explain(self, **options: Unpack[ActionOptions]) -> str:
         """The logical plan, the stages it is cut into, and the decisions taken; nothing is run. Print it."""
         return actions.explain(self._plan, options)
+
+    def check(
+        self, *, rows: int = 1000, splits: int = 8, price_per_hour: float | None = None, **options: Unpack[ActionOptions]
+    ) -> Rehearsal:
+        """A rehearsal: about `rows` rows from `splits` places all over the input go through every step, and nothing is written.
+
+        The Rehearsal tells what failed and where, the output's schema, warnings (types that drift, NaN), the bottleneck, and
+        time, memory and (given the price of an hour of this machine) cost to expect of the whole run. Print it. Models are
+        loaded and called as in a run, with `rows` rows in all; options are those of the run.
+        Failures are in the report, never raised; PlanError is, for what can't be planned.
+        """
+        from headrace.api.check import check
+
+        return check(self._plan, rows, splits, price_per_hour, options)
 
 
 def from_source(source: Any) -> Dataset:

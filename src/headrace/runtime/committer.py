@@ -42,7 +42,7 @@ from headrace.commit.protocol import (
 )
 from headrace.commit.records import Finished, Record, Released, Settled
 from headrace.contracts.accumulator import Accumulator
-from headrace.core.errors import DestinationError, HeadraceError, InternalError
+from headrace.core.errors import DestinationError, HeadraceError, InternalError, UserCodeError
 from headrace.core.receipts import OutputFile, Tally
 from headrace.core.splits import Split
 from headrace.runtime.ledger import Listing, OpenedRun, read_log, write_heartbeat
@@ -81,7 +81,13 @@ class SplitStates:
         self._open: dict[int, tuple[int, dict[str, Any]]] = {}
 
     def merge(self, name: str, a: Any, b: Any) -> Any:
-        return self._accumulators[name].merge(a, b)
+        """Raises UserCodeError, or what the accumulator says itself, naming it."""
+        try:
+            return self._accumulators[name].merge(a, b)
+        except HeadraceError as error:
+            raise error.at(("metric", name)) from None
+        except Exception as exc:
+            raise metric_error(name, "merge", exc) from None
 
     def add(self, split: int, attempt: int, states: Mapping[str, Any]) -> None:
         current, known = self._open.get(split, (attempt, {}))  # before any retry there is one attempt only
@@ -95,6 +101,36 @@ class SplitStates:
     def take(self, split: int, attempt: int) -> dict[str, Any]:
         current, known = self._open.pop(split, (attempt, {}))
         return known if current == attempt else {}
+
+
+def metric_error(name: str, method: str, exc: BaseException) -> UserCodeError:
+    return UserCodeError(
+        f"evaluate({name}): {method} raised {type(exc).__name__}: {exc}",
+        where=(("metric", name),),
+        hint="states are plain JSON values (numbers, strings, lists, dicts with string keys); merge must take any two of them",
+    )
+
+
+def as_logged(states: Mapping[str, Any]) -> dict[str, Any]:
+    """States as a later session will read them, so that totals are the same after any number of resumes.
+
+    Raises UserCodeError for one that JSON can't hold.
+    """
+    out: dict[str, Any] = {}
+    for name, state in states.items():
+        try:
+            out[name] = json.loads(json.dumps(state, default=_number))
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise metric_error(name, "storing its state", exc) from None
+    return out
+
+
+def _number(value: Any) -> Any:
+    """A NumPy scalar as the plain number that it is."""
+    item = getattr(value, "item", None)
+    if callable(item) and getattr(value, "ndim", None) == 0:
+        return item()
+    raise TypeError(f"a {type(value).__name__} can't be kept in the run log")
 
 
 class CommitLoop:
@@ -221,18 +257,23 @@ class Committer:
         self._mark(index)
         self.splits += 1
         self.tally += done.tally
+        kept = as_logged(states)
         if self._opened is None:
-            merge_into(self._totals, states, self._states.merge)
+            merge_into(self._totals, kept, self._states.merge)
             return
-        # Through JSON, as a later session will read them: totals are the same after any number of resumes.
-        self._note(settled_record(self._opened.run, done), json.loads(json.dumps(states)))
+        self._note(settled_record(self._opened.run, done), kept)
 
     def results(self) -> dict[str, Any]:
-        """Each accumulator's result over all sessions; that of no rows when none came. After `flush`."""
-        return {
-            name: accumulator.result(self._totals.get(name, accumulator.zero()))
-            for name, accumulator in self._accumulators.items()
-        }
+        """Each accumulator's result over all sessions; that of no rows when none came. After `flush`. Raises HeadraceError."""
+        return {name: self._result(name, accumulator) for name, accumulator in self._accumulators.items()}
+
+    def _result(self, name: str, accumulator: Accumulator) -> Any:
+        try:
+            return accumulator.result(self._totals.get(name, accumulator.zero()))
+        except HeadraceError as error:
+            raise error.at(("metric", name)) from None
+        except Exception as exc:
+            raise metric_error(name, "result", exc) from None
 
     def totals(self, names: Iterable[str]) -> dict[str, Any]:
         """States of these accumulators, as earlier sessions settled them. Before `start`, and only to be read."""
@@ -336,7 +377,8 @@ class Committer:
             self._serve(loop, opened)
         except BaseException as error:  # a fault of ours: whoever waits in `flush` must hear of it
             with self._changed:
-                loop.error = InternalError(f"the committer failed: {type(error).__name__}: {error}")
+                known = isinstance(error, HeadraceError)
+                loop.error = error if known else InternalError(f"the committer failed: {type(error).__name__}: {error}")
                 self._changed.notify_all()
             self._post(loop.error)
 

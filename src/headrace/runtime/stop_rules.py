@@ -6,13 +6,13 @@ What is committed is not touched by that. At the end, and when a later session b
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from headrace.contracts.accumulator import Accumulator
 from headrace.core.errors import StopConditionMet, UserCodeError
+from headrace.runtime.committer import as_logged
 
 COST = 20  # the share of a driver's time that looking may take is one in so many
 
@@ -43,10 +43,11 @@ class StopRules:
 
     def add(self, states: Mapping[str, Any]) -> None:
         """What earlier sessions settled, or a step's answer; nothing of it is changed."""
-        for name in self._rules.keys() & states.keys():
+        seen = as_logged({name: states[name] for name in self._rules.keys() & states.keys()})
+        for name, state in seen.items():
             accumulator = self._rules[name].accumulator
             before = self._states.get(name)
-            self._states[name] = accumulator.merge(accumulator.zero() if before is None else before, _copy(states[name]))
+            self._states[name] = accumulator.merge(accumulator.zero() if before is None else before, state)
             self._changed = True
 
     def look(self, rows: int) -> None:
@@ -86,8 +87,3 @@ def check(name: str, rule: StopRule, value: Any, rows: int) -> None:
 
 def _shown(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else repr(value)[:200]
-
-
-def _copy(state: Any) -> Any:
-    """As the run log would give it back."""
-    return json.loads(json.dumps(state))
