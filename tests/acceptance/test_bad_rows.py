@@ -257,3 +257,24 @@ def test_a_file_that_nobody_can_count_is_a_bad_row_to_the_limits(data: Path, tmp
 
 def test_a_builtin_class_is_a_function(data: Path, tmp_path: Path, quiet: Options) -> None:
     assert hr.read_parquet(data).map(dict).to_arrow(**quiet).num_rows == 200
+
+
+@pytest.mark.parametrize(
+    ("text", "good", "bad"),
+    [
+        ('a,b\n1,x\n2,"cut off\n3,z\n4,w\n', [(1, "x"), (3, "z"), (4, "w")], 1),
+        ('a,b\n1,x\n2,"cut off\n', [(1, "x")], 1),
+        ('a,b\n1,"x ""y"" z"\r\n\r\n2,5" pipe\n', [(1, 'x "y" z'), (2, '5" pipe')], 0),
+    ],
+)
+def test_a_quote_that_is_not_closed_takes_no_other_lines(
+    text: str, good: list[tuple[int, str]], bad: int, tmp_path: Path, quiet: dict[str, Any]
+) -> None:
+    (tmp_path / "in.csv").write_text(text, newline="")
+    ds = hr.read_csv(str(tmp_path / "in.csv"))
+    run = ds.write_parquet(str(tmp_path / "out"), on_error="skip", **quiet)
+    assert [(row["a"], row["b"]) for row in read_back(tmp_path / "out").to_pylist()] == good
+    assert run.tally.skipped == bad
+    if bad:
+        with pytest.raises(hr.DataError, match="behind the end of its line"):
+            ds.write_parquet(str(tmp_path / "failing"), **quiet)

@@ -127,6 +127,7 @@ class CsvSource(FileSource):
                     parse_options=parse_options,
                     convert_options=options,
                 )
+            _check_lines(table, chunk, where)
             return table.select(self.schema().names)
 
         return parse
@@ -199,6 +200,21 @@ class CsvSource(FileSource):
 
 def _skipped(row: Any) -> str:
     return "skip"
+
+
+def _check_lines(table: pa.Table, chunk: bytes, where: tuple[tuple[str, str], ...]) -> None:
+    """Raise DataError when a quote that is not closed has made the lines behind it part of a value."""
+    lines = chunk.count(b"\n") + (not chunk.endswith(b"\n"))
+    swallowed = table.num_rows < lines and table.num_rows < sum(1 for line in chunk.split(b"\n") if line.strip(b"\r"))
+    if not swallowed and table.num_rows:
+        last = [column[-1].as_py() for column in table.columns if pa.types.is_string(column.type)]
+        swallowed = any(value is not None and "\n" in value for value in last)
+    if swallowed:
+        raise DataError(
+            "a quoted value goes on behind the end of its line",
+            where=where,
+            hint="close the quote; or say newlines_in_values=True, if values hold line ends",
+        )
 
 
 def _without_nulls(schema: pa.Schema) -> pa.Schema:
