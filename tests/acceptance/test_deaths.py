@@ -122,7 +122,7 @@ import sys, time
 import headrace as hr
 
 def slow(batch):
-    time.sleep(0.05)
+    time.sleep(0.15)
     return {**batch, "y": batch["x"] * 2}
 
 if __name__ == "__main__":

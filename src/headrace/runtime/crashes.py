@@ -14,7 +14,7 @@ REPRODUCE = "HEADRACE_REPRODUCE"  # read by connectors/environment.py: the actio
 
 
 class CrashSamples:
-    """folder: where they go, made at the first one; None, or a place that is no local directory: the temporary directory."""
+    """folder: where they go, made at the first one; None, or a place that is no local directory: a temporary one of our own."""
 
     def __init__(self, folder: str | None) -> None:
         self._folder = folder
@@ -30,13 +30,13 @@ class CrashSamples:
         return self._kept[key]
 
     def _write(self, name: str, data: bytes) -> str:
-        folders = [tempfile.gettempdir()]
-        if self._folder is not None and "://" not in self._folder:
-            folders.insert(0, self._folder)
-        for folder in folders:
-            path = os.path.join(folder, name)
+        local = self._folder is not None and "://" not in self._folder
+        for asked in (True, False) if local else (False,):
             try:
+                # Others may write to the temporary directory, and have a link wait there under any name that they can guess.
+                folder = self._folder if asked and self._folder else tempfile.mkdtemp(prefix="headrace-crash-")
                 os.makedirs(folder, exist_ok=True)
+                path = os.path.join(folder, name)
                 with open(path, "wb") as file:
                     file.write(data)
             except OSError:

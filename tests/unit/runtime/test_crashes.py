@@ -26,11 +26,14 @@ def test_nothing_is_made_before_there_is_a_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", [None, "s3://bucket/out/_headrace/run-00000/crashes", "/proc/no/such/place"])
-def test_without_a_local_folder_it_is_a_temporary_file(
+def test_without_a_local_folder_it_is_a_temporary_one_of_our_own(
     folder: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert CrashSamples(folder).keep(DOING) == str(tmp_path / "3-abc123.arrow")
+    kept = Path(CrashSamples(folder).keep(DOING))
+    assert kept.name == "3-abc123.arrow"
+    assert kept.parent.parent == tmp_path
+    assert kept.parent.stat().st_mode & 0o077 == 0, "nobody else may put anything there"
 
 
 def test_the_error_names_the_file_and_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
