@@ -7,6 +7,7 @@ row (a model that can't be constructed) is a failure, too. `sampling` says which
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from headrace.core.schemas import common
 from headrace.observe.rehearsal import Failure, Rehearsal
 from headrace.observe.report import guards as guard_lines
 from headrace.plan.nodes import Evaluate, Limit, MapBatches, Op, Plan, Predict, Write
+from headrace.plan.physical import is_stream
 from headrace.runtime.committer import Committer
 from headrace.runtime.signals import handling_signals
 from headrace.scheduler.messages import Settle
@@ -32,6 +34,9 @@ from headrace.scheduler.messages import Settle
 if TYPE_CHECKING:
     import pyarrow as pa
 
+FIRST_ROWS = 1000
+MOST_ROWS = 64_000
+QUICK_S = 2.0  # what a rehearsal may take to be worth more rows
 MOST_FAILURES = 100  # told one by one
 SMALL_SHARE = 8  # a place's rows are rehearsed as one part in so many, and the rest
 NO_LIMIT = 1 << 60
@@ -46,15 +51,15 @@ _HINTS = {
 _ROW_HINT = 'mend it, or run with on_error="quarantine" (or "skip"), which sets such rows aside'
 
 
-def check(plan: Plan, rows: int, splits: int, price_per_hour: float | None, options: ActionOptions) -> Rehearsal:
-    """See Dataset.check."""
-    _check_numbers(rows, splits, price_per_hour)
+def check(plan: Plan, rows: int | None, splits: int, price_per_hour: float | None, options: ActionOptions) -> Rehearsal:
+    """See Dataset.check. rows None: FIRST_ROWS, and more when those were quick."""
+    _check_numbers(FIRST_ROWS if rows is None else rows, splits, price_per_hour)
     parsed = _trial_options(options)
     name = f"check of {' > '.join([plan.read.name, *(op.name for op in plan.ops)])}"
     try:
         ready, notes = _prepared(plan, parsed)
         source = ready.program.source
-        sample = take_sample(source, ready.physical.limits, rows, splits)
+        sample = take_sample(source, ready.physical.limits, rows or FIRST_ROWS, splits)
     except PlanError:
         raise
     except HeadraceError as error:  # no input, or none that can be understood
@@ -62,7 +67,21 @@ def check(plan: Plan, rows: int, splits: int, price_per_hour: float | None, opti
     trial = _Trial(ready, source.schema())
     if sample.places:
         trial.run(sample, splits)
+    more = _more_rows(plan, trial, sample) if rows is None else 0
+    if more:  # what a call costs, and what a row, is told apart only by batches as large as the run's
+        sample = take_sample(source, ready.physical.limits, more, splits)
+        trial = _Trial(ready, source.schema())
+        trial.run(sample, splits)
     return _report(name, plan, trial, sample, notes, price_per_hour)
+
+
+def _more_rows(plan: Plan, trial: _Trial, sample: Sample) -> int:
+    """Rows worth a second rehearsal; 0 when the first one says enough, or rows are requests that somebody pays for."""
+    if trial.error is not None or trial.aside or not sample.places or trial.wall_s > QUICK_S / 2:
+        return 0
+    if any(isinstance(op, Predict) and is_stream(op) for op in plan.ops):
+        return 0
+    return min(MOST_ROWS, int(sample.rows * QUICK_S / max(trial.wall_s, QUICK_S * sample.rows / MOST_ROWS)))
 
 
 def _check_numbers(rows: object, splits: object, price_per_hour: object) -> None:
@@ -129,6 +148,7 @@ class _Trial:
     metrics: dict[str, Any] = field(default_factory=dict[str, Any])
     error: HeadraceError | None = None
     workers: int = 0
+    wall_s: float = 0.0
 
     @property
     def receipts(self) -> dict[int, TrialReceipt]:
@@ -154,6 +174,7 @@ class _Trial:
         )
         self.committer = _TrialCommitter(accumulators_of(ready))
         driver = make_driver(trial, [self.steps], self.committer)
+        began = time.perf_counter()
         try:
             with handling_signals(driver, resumable=False):
                 self.metrics = driver.run()
@@ -161,6 +182,7 @@ class _Trial:
             raise
         except HeadraceError as error:
             self.error = error
+        self.wall_s = time.perf_counter() - began
 
 
 def _pieces(sample: Sample) -> list[Rows]:

@@ -385,18 +385,25 @@ class Dataset:
         return actions.explain(self._plan, options)
 
     def check(
-        self, *, rows: int = 1000, splits: int = 8, price_per_hour: float | None = None, **options: Unpack[ActionOptions]
+        self,
+        *,
+        rows: int | Literal["auto"] = "auto",
+        splits: int = 8,
+        price_per_hour: float | None = None,
+        **options: Unpack[ActionOptions],
     ) -> Rehearsal:
         """A rehearsal: about `rows` rows from `splits` places all over the input go through every step, and nothing is written.
 
+        rows: "auto" is 1,000, and when those take less than a second and are no requests to a server, up to 64,000 more.
+
         The Rehearsal tells what failed and where, the output's schema, warnings (types that drift, NaN), the bottleneck, and
         time, memory and (given the price of an hour of this machine) cost to expect of the whole run. Print it. Models are
-        loaded and called as in a run, with `rows` rows in all; options are those of the run.
+        loaded and called as in a run; options are those of the run.
         Failures are in the report, never raised; PlanError is, for what can't be planned.
         """
         from headrace.api.check import check
 
-        return check(self._plan, rows, splits, price_per_hour, options)
+        return check(self._plan, None if rows == "auto" else rows, splits, price_per_hour, options)
 
 
 def from_source(source: Any) -> Dataset:
