@@ -111,6 +111,11 @@ def poison_row() -> str | None:
 
 
 def model_cache() -> str:
-    """HEADRACE_CACHE, a folder for what is downloaded, ~/.cache/headrace unless it is set: the folder of models below it."""
+    """The folder of downloaded models in that of `cache_folder`."""
+    return os.path.join(cache_folder(), "models")
+
+
+def cache_folder() -> str:
+    """HEADRACE_CACHE, a folder for what is downloaded or found out, ~/.cache/headrace unless it is set."""
     root = os.environ.get("HEADRACE_CACHE") or os.path.join("~", ".cache", "headrace")
-    return os.path.join(os.path.abspath(os.path.expanduser(root)), "models")
+    return os.path.abspath(os.path.expanduser(root))

@@ -158,6 +158,7 @@ class StepDone:
     whole: indexes of an Apply's outputs that lost rows: such an output is the whole block (carried columns included) that takes
     the input's place, or a block of no rows and no parts when none is left.
     unreadable: what was skipped of the input and is in no tally, because nobody can tell how many rows it held; a few texts.
+    wanted_rows: rows that the models of an Apply would like in one step from now on; 0: as planned.
     """
 
     step: int
@@ -174,6 +175,7 @@ class StepDone:
     shares: tuple[Share, ...] = ()
     whole: frozenset[int] = frozenset()
     unreadable: tuple[str, ...] = ()
+    wanted_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,8 @@ STREAM_STEPS = 64  # steps of streaming models that a worker may have under way 
 STREAM_ROWS = 16_384  # and their rows: requests of any sensible number find work beside many rows that take long
 DEVICE_DEPTH = 2  # steps that a device may hold: one runs, one is queued behind it
 FEED_BLOCKS = 16  # blocks given to a sequential cursor in one step
-APPLY_BYTES = 32 << 20  # a model step gathers blocks up to this much, or the stage's batch_rows
+APPLY_BYTES = 32 << 20  # a model step gathers blocks up to this much, or the stage's batch_rows;
+WANTED_BYTES = 256 << 20  # up to this much when its model has said how many rows it wants
 APPLY_BLOCKS = 64
 LIST_AHEAD = 512  # splits known beforehand: share done and time left are exact where there are no more; about 5 kB each
 FRONT_BLOCKS = 4  # past the budget, blocks of the oldest split that may wait before its front makes more
@@ -80,6 +81,7 @@ class Dispatcher:
         self.cursors: dict[int, int] = {s.id: 0 for s in plan.stages}  # open cursors of each stage
         self.stage_workers: dict[int, set[int]] = {s.id: set() for s in plan.stages if s.max_workers is not None}
         self.measures = {s.id: Measure(self.limits.block_bytes) for s in plan.stages}
+        self.wanted_rows: dict[int, int] = {}  # model stage -> rows for one step, as its workers said last
         self.steps: dict[int, StepEntry] = {}
         self.in_flight = 0
         self.reserved = 0
@@ -275,8 +277,12 @@ class Dispatcher:
         made_rows = self.measures[stage.id].made_rows
         per_step = 1
         if consumer.model and made_rows:
-            per_step = min(APPLY_BLOCKS, max(1, round(consumer.batch_rows / made_rows)))
+            per_step = min(APPLY_BLOCKS, max(1, round(self._step_rows(consumer) / made_rows)))
         return queue_target(consumer.pool, len(self.pools[consumer.pool].workers), per_step)
+
+    def _step_rows(self, stage: Stage) -> int:
+        """Rows worth gathering for one Apply: as planned, or more when its workers want more."""
+        return max(stage.batch_rows, self.wanted_rows.get(stage.id, 0))
 
     def _room_for(self, stage: Stage) -> bool:
         return not self.pressure and within_budget(
@@ -457,7 +463,9 @@ class Dispatcher:
         most = APPLY_BLOCKS if self._room_for(stage) else 1
         nodes: list[Node] = []
         rows = size = 0
-        while len(nodes) < most and rows < stage.batch_rows and size < APPLY_BYTES:
+        most_rows = self._step_rows(stage)
+        most_bytes = WANTED_BYTES if most_rows > stage.batch_rows else APPLY_BYTES
+        while len(nodes) < most and rows < most_rows and size < most_bytes:
             entry = self._top_shared(stage.id)
             if entry is None:
                 break

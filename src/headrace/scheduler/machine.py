@@ -366,6 +366,8 @@ class Scheduler(Dispatcher):
         step, nodes, cursor = self._retire_step(event.step)
         self.measures[step.stage].update(event.timing.wall_s, len(step.inputs), event.outputs, event.finished)
         if isinstance(step, Apply):
+            if event.wanted_rows:
+                self.wanted_rows[step.stage] = event.wanted_rows
             self._applied(step, nodes, event)
         else:
             assert cursor is not None

@@ -1,32 +1,46 @@
 """Running a row-wise model that is a function of a batch, over the rows at hand.
 
 Batches may span the inputs; the answers are scattered back, so that input i gets exactly its own rows. Out of memory
-halves the batch and tries again: rows are independent, so their answers do not change. Where bad rows are set aside (a tolerant
-watch), so does any other failure, down to the rows that fail alone.
+cuts the batch up and tries again: rows are independent, so their answers do not change. Where bad rows are set aside (a
+tolerant watch), any other failure halves it, down to the rows that fail alone.
+
+A model that has `submit(batch) -> handle` and `collect(handle) -> answer` is kept one batch ahead: the next batch is submitted
+before the answer to the one before is collected. It must answer as `__call__` does, and either may raise.
+
+Invariants: handles are collected in the order in which they were submitted, each once, whatever fails in between; nothing is
+submitted while a batch that failed is tried again; answers come in the order of the rows.
 """
 
 from __future__ import annotations
 
-import sys
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pyarrow as pa
 
 from headrace.contracts.model import ModelAdapter
+from headrace.core.origins import join_origins
 from headrace.core.refs import Origin
 from headrace.plan.nodes import BatchFormat, Predict
+from headrace.worker import batch_sizes
 from headrace.worker.bad_rows import Lost, RowError, blames_rows, failure_of
 from headrace.worker.batching import Piece, join
-from headrace.worker.formats import NumpyReader, to_format
+from headrace.worker.formats import Given, NumpyReader, to_format
+from headrace.worker.memory import free_memory, memory_of
 from headrace.worker.model_answers import Answer, ModelRunner, blame, join_columns, name_outputs
 from headrace.worker.operators import Host
 from headrace.worker.results import call
 from headrace.worker.tuning import FIXED_ROWS, BatchTuner, is_out_of_memory
 from headrace.worker.user_code import TorchModule
 from headrace.worker.watch import NOBODY, Watch
+
+STRETCH = 1.25  # a batch may be so much larger than its size when that takes up all rows at hand
+STEP_BATCHES = 4  # batches worth gathering for a step when the model is kept one ahead: the first waits, the others overlap
+
+_Span = list[tuple[int, Piece]]  # a batch: rows of consecutive inputs
 
 
 class BatchRunner(ModelRunner):
@@ -43,11 +57,30 @@ class BatchRunner(ModelRunner):
             self._format = cast(BatchFormat, op.model.target.batch_format)
         self._reader = NumpyReader()
         self._deterministic = host.deterministic
-        self._tuner = BatchTuner(op.batch_rows or (FIXED_ROWS if host.deterministic else None))
+        self._ahead = callable(getattr(model, "submit", None)) and callable(getattr(model, "collect", None))
+        self._device = host.functions.device
+        self._memory = memory_of(self._device)
+        self._fixed = op.batch_rows or (FIXED_ROWS if host.deterministic else None)
+        self._tuners: dict[str, BatchTuner] = {}  # by what they are remembered under
+        self._schema: pa.Schema | None = None  # of the last rows
+        self._tuner = BatchTuner(self._fixed)  # for rows of that schema
 
     @property
     def wanted_rows(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self._tuner.rows
+        return self._tuner.wanted
+
+    @property
+    def step_rows(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        if self._deterministic:
+            return 0
+        return self._tuner.wanted * (STEP_BATCHES if self._ahead else 1)
+
+    def close(self) -> None:
+        """Remember what was found."""
+        for key, tuner in self._tuners.items():
+            if tuner.measured_s >= batch_sizes.LEAST_S:
+                batch_sizes.remember(key, tuner.best)
+        self._tuners.clear()
 
     def run(
         self,
@@ -58,83 +91,230 @@ class BatchRunner(ModelRunner):
     ) -> Iterator[Answer]:
         pieces = [Piece(b, o) for b, o in zip(inputs, origins, strict=True)]
         groups = [[i] for i in range(len(pieces))] if self._deterministic else [list(range(len(pieces)))]
-        for group in groups:
-            yield from self._run_group(pieces, group, part_bytes, watch)
-
-    def _run_group(
-        self, pieces: Sequence[Piece], group: Sequence[int], part_bytes: int | None, watch: Watch
-    ) -> Iterator[Answer]:
-        """One batch after the other over the rows of these pieces, put together again by piece."""
+        if pieces:
+            self._choose_tuner(pieces[0].batch.schema)
         parts = _Parts(pieces, part_bytes, self._op.name)
-        queue = [(i, 0) for i in group if pieces[i].batch.num_rows]
-        queue.reverse()  # the next rows are at the end
-        total = sum(pieces[i].batch.num_rows for i in group)
-        row_bytes = sum(pieces[i].batch.nbytes for i in group) / max(1, total)
-        while queue:
-            span: list[tuple[int, Piece]] = []
-            rows = self._tuner.fit(row_bytes)
-            while queue and rows:
-                i, start = queue.pop()
-                piece = pieces[i]
-                n = min(rows, piece.batch.num_rows - start)
-                whole = n == piece.batch.num_rows
-                span.append((i, piece if whole else piece.slice(start, n)))
-                rows -= n
-                if start + n < piece.batch.num_rows:
-                    queue.append((i, start + n))
-            done = self._predict(join([p for _, p in span]), watch)
-            if len(span) == 1:
-                yield from parts.add(span[0][0], done)
-                continue
-            start = 0
-            for i, part in span:
-                yield from parts.add(i, done.slice(start, part.batch.num_rows))
-                start += part.batch.num_rows
+        with contextlib.closing(self._outcomes(self._spans(pieces, groups), watch)) as outcomes:
+            for span, done in outcomes:
+                if len(span) == 1:
+                    yield from parts.add(span[0][0], done)
+                    continue
+                start = 0
+                for i, part in span:
+                    yield from parts.add(i, done.slice(start, part.batch.num_rows))
+                    start += part.batch.num_rows
+
+    def _choose_tuner(self, schema: pa.Schema) -> None:
+        """Rows of another shape have a size of their own."""
+        if self._fixed is not None or (self._schema is not None and schema.equals(self._schema)):
+            return
+        self._schema = schema
+        key = batch_sizes.key_of(self._op.model, self._device, schema)
+        tuner = self._tuners.get(key)
+        if tuner is None:
+            tuner = BatchTuner(start=batch_sizes.recall(key), room_bytes=self._memory.room_bytes)
+            self._tuners[key] = tuner
+        self._tuner = tuner
+
+    # ---------------------------------------------------------------- batches
+
+    def _spans(self, pieces: Sequence[Piece], groups: Sequence[Sequence[int]]) -> Iterator[_Span]:
+        """The rows of each group, in batches of the size that is right when they are asked for."""
+        for group in groups:
+            queue = [(i, 0) for i in group if pieces[i].batch.num_rows]
+            queue.reverse()  # the next rows are at the end
+            total = sum(pieces[i].batch.num_rows for i in group)
+            row_bytes = sum(pieces[i].batch.nbytes for i in group) / max(1, total)
+            while queue:
+                span: _Span = []
+                rows = self._size(total, row_bytes)
+                total -= rows
+                while queue and rows:
+                    i, start = queue.pop()
+                    piece = pieces[i]
+                    n = min(rows, piece.batch.num_rows - start)
+                    whole = n == piece.batch.num_rows
+                    span.append((i, piece if whole else piece.slice(start, n)))
+                    rows -= n
+                    if start + n < piece.batch.num_rows:
+                        queue.append((i, start + n))
+                yield span
+
+    def _size(self, left: int, row_bytes: float) -> int:
+        rows = self._tuner.fit(row_bytes)
+        if self._fixed is None and rows < left <= STRETCH * rows:  # a small rest costs a call of its own
+            rows = min(left, self._tuner.most(row_bytes))
+        return min(rows, left)
+
+    def _outcomes(self, spans: Iterator[_Span], watch: Watch) -> Generator[tuple[_Span, _Outcome], None, None]:
+        """The answers to batches, in order; of a model that is kept ahead, with the next batch under way."""
+        before: _Submitted | None = None
+        try:
+            for span in spans:
+                piece = join([p for _, p in span])
+                after = None
+                if self._ahead and not watch.doubts(self._index, piece.origin):
+                    after = self._submit(span, piece, watch, before)
+                if before is not None:
+                    done, before = before, after
+                    yield done.span, self._finish(done, after, watch)
+                before = after
+                if after is None:
+                    yield span, self._predict(piece, watch)
+            if before is not None:
+                done, before = before, None
+                yield done.span, self._finish(done, None, watch)
+        finally:
+            if before is not None:  # nobody wants it any more
+                self._collect(before)
 
     def _predict(self, piece: Piece, watch: Watch) -> _Outcome:
         """The answer to one batch; row by row if a worker has died on it before."""
         if not watch.doubts(self._index, piece.origin):
             watch.enter(self._index, self._op.name, piece.origin)
-            return self._halves(piece, watch)
+            return self._try(piece, watch)
         outcomes: list[_Outcome] = []
         for at in range(piece.batch.num_rows):
             row = piece.slice(at, 1)
             failure = watch.condemned(self._index, self._op.name, row)
-            outcomes.append(self._halves(row, watch) if failure is None else _Outcome(1, None, [(0, failure)]))
+            outcomes.append(self._try(row, watch) if failure is None else _Outcome(1, None, [(0, failure)]))
         return _joined(outcomes, self._op.name, piece.origin)
 
-    def _halves(self, piece: Piece, watch: Watch) -> _Outcome:
-        """The answer to one batch. Out of memory, or with rows that fail: in halves."""
+    def _try(self, piece: Piece, watch: Watch) -> _Outcome:
+        """The answer to one batch. Out of memory, or with rows that fail: in parts."""
         rows = piece.batch.num_rows
-        batch, given = to_format(piece.batch, self._format, self._reader)
-        argument = batch
-        if self._op.single:
-            name = self._op.inputs[0]
-            argument = batch[name] if self._format != "pyarrow" else piece.batch.column(name)
+        self._memory.begin()
         began = time.perf_counter()
+        argument, given = self._argument(piece)
         try:
             result, shared = call(self._model, (argument, *self._op.model.args), self._op.model.kwargs)
             made = name_outputs(self._op, result, rows, given, shared)
         except RowError as exc:
-            memory = is_out_of_memory(exc)
-            if not self._may_halve(exc, memory, rows, watch):
-                raise blame(exc, self._op, piece) from None
-            if rows == 1:
-                return _Outcome(1, None, [(0, failure_of(exc, self._op.name))])
+            failed = self._failed(exc, piece, watch)
         else:
-            self._tuner.record(rows, time.perf_counter() - began)
+            self._learn(piece, made, time.perf_counter() - began)
             return _Outcome(rows, made)
-        if memory:
-            _free_device_memory()
-        half = rows // 2
-        outcomes = [self._halves(piece.slice(0, half), watch), self._halves(piece.slice(half, rows - half), watch)]
+        del argument, given
+        return self._after(failed, piece, watch)
+
+    def _argument(self, piece: Piece) -> tuple[Any, Given]:
+        """What the model is called with."""
+        batch, given = to_format(piece.batch, self._format, self._reader)
+        if not self._op.single:
+            return batch, given
+        name = self._op.inputs[0]
+        return (batch[name] if self._format != "pyarrow" else piece.batch.column(name)), given
+
+    def _learn(self, piece: Piece, made: pa.RecordBatch, seconds: float) -> None:
+        """A batch was answered."""
+        if self._fixed is not None:
+            return
+        rows, input_bytes = piece.batch.num_rows, piece.batch.nbytes
+        # With a batch ahead the peak is that of two, which is what this size takes.
+        self._tuner.peaks.add(rows, self._memory.peak_bytes(input_bytes + made.nbytes))
+        self._tuner.record(rows, seconds, input_bytes)
+
+    # ---------------------------------------------------------------- what fails
+
+    def _failed(self, exc: BaseException, piece: Piece, watch: Watch) -> _Outcome | bool:
+        """What becomes of a batch that failed: the outcome of a bad row; else it is to be tried in parts: True because memory
+        ran out. Raises HeadraceError when it is neither.
+        """
+        rows = piece.batch.num_rows
+        memory = is_out_of_memory(exc)
+        if memory and rows > 1 and not self._deterministic and self._tuner.shrink(rows):
+            return True
+        if not (watch.tolerant and blames_rows(exc)) or (memory and rows > 1):
+            error = blame(exc, self._op, piece)
+            if memory:
+                error.hint = _memory_hint(rows)
+            raise error from None
+        return _Outcome(1, None, [(0, failure_of(exc, self._op.name))]) if rows == 1 else False
+
+    def _after(self, failed: _Outcome | bool, piece: Piece, watch: Watch) -> _Outcome:
+        """The outcome of a batch that failed; called when the exception, and the frames that it held, are gone."""
+        if isinstance(failed, _Outcome):
+            return failed
+        if failed:
+            free_memory()
+        rows = piece.batch.num_rows
+        row_bytes = piece.batch.nbytes / rows
+        outcomes: list[_Outcome] = []
+        start = 0
+        while start < rows:
+            n = rows - start if start else rows // 2
+            n = min(n, self._tuner.most(row_bytes)) if failed else n
+            outcomes.append(self._try(piece.slice(start, n), watch))
+            start += n
         return _joined(outcomes, self._op.name, piece.origin)
 
-    def _may_halve(self, exc: BaseException, memory: bool, rows: int, watch: Watch) -> bool:
-        """Or set the row aside, if it is one."""
-        if memory and rows > 1:
-            return not self._deterministic and self._tuner.shrink(rows)
-        return watch.tolerant and blames_rows(exc)
+    # ---------------------------------------------------------------- one batch ahead
+
+    def _submit(self, span: _Span, piece: Piece, watch: Watch, before: _Submitted | None) -> _Submitted:
+        """Start on a batch; a failure is kept for when its turn comes."""
+        under_way = piece.origin if before is None else join_origins([before.piece.origin, piece.origin])
+        watch.enter(self._index, self._op.name, under_way)
+        self._memory.begin(alone=before is None)
+        began = time.perf_counter()
+        argument, given = self._argument(piece)
+        submitted = _Submitted(span, piece, given)
+        try:
+            submitted.handle = self._model.submit(argument, *self._op.model.args, **self._op.model.kwargs)
+        except RowError as exc:
+            submitted.error = exc
+        submitted.seconds = time.perf_counter() - began
+        return submitted
+
+    def _collect(self, submitted: _Submitted) -> None:
+        """Wait for the answer, or the failure, once."""
+        if submitted.collected or submitted.error is not None:
+            return
+        submitted.collected = True
+        handle, submitted.handle = submitted.handle, None
+        began = time.perf_counter()
+        try:
+            submitted.result, submitted.shared = call(self._model.collect, (handle,), {})
+        except RowError as exc:
+            submitted.error = exc
+        submitted.seconds += time.perf_counter() - began
+
+    def _finish(self, batch: _Submitted, after: _Submitted | None, watch: Watch) -> _Outcome:
+        """The outcome of a batch that was submitted, with another one under way behind it."""
+        rows = batch.piece.batch.num_rows
+        self._collect(batch)
+        error, batch.error = batch.error, None
+        if error is None:
+            began = time.perf_counter()
+            try:
+                made = name_outputs(self._op, batch.result, rows, batch.given, batch.shared)
+            except RowError as exc:
+                error = exc
+            else:
+                self._learn(batch.piece, made, batch.seconds + time.perf_counter() - began)
+                return _Outcome(rows, made)
+            finally:
+                batch.result = None
+        if after is not None:
+            self._collect(after)
+        failed = self._failed(error, batch.piece, watch)
+        error.__traceback__ = None  # its frames hold what the model was computing
+        del error
+        return self._after(failed, batch.piece, watch)
+
+
+@dataclass(slots=True)
+class _Submitted:
+    """A batch that was given to a model that is kept ahead. seconds: that were spent on it, without those it ran unwatched."""
+
+    span: _Span
+    piece: Piece
+    given: Given
+    handle: Any = None
+    error: BaseException | None = None
+    result: Any = None
+    shared: bool = True
+    collected: bool = False
+    seconds: float = 0.0
 
 
 @dataclass(slots=True)
@@ -192,7 +372,7 @@ class _Parts:
             yield Answer(i, whole.rows, whole.made, whole.lost)
 
 
-def _free_device_memory() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and hasattr(torch, "cuda") and torch.cuda.is_available():
-        torch.cuda.empty_cache()
+def _memory_hint(rows: int) -> str:
+    if rows > 1:
+        return f"deterministic=True keeps batches as they are, {rows} rows: give a smaller batch_size"
+    return 'a single row does not fit into memory: make it smaller, or set such rows aside with on_error="quarantine"'

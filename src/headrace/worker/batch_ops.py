@@ -25,6 +25,8 @@ from headrace.worker.operators import TARGET_BYTES, BatchOperator, Counts, Host,
 from headrace.worker.results import batch_of, call, with_columns
 from headrace.worker.user_code import TorchModule, explain
 
+HELD_BYTES = 64 << 20  # of rows that wait for a model whose batch size is "auto": columns that are carried count too
+
 
 class MapBatchesOp(BatchOperator):
     """map_batches. What a generator yields leaves as it comes, except where bad rows are set aside or a batch is under
@@ -130,7 +132,7 @@ class PredictOp(Operator):
         self._op = op
         self._runner: ModelRunner = model_runner(op, index, host)
         self._held: list[Piece] = []
-        self._held_rows = 0
+        self._held_rows = self._held_bytes = 0
         self._per_piece = host.deterministic
         self._guard = OutputGuard()
         self._wrong = self._guard.zero()
@@ -141,11 +143,14 @@ class PredictOp(Operator):
     def push(self, piece: Piece) -> Iterator[Piece]:
         self._held.append(piece)
         self._held_rows += piece.batch.num_rows
-        if self._per_piece or self._held_rows >= self._runner.wanted_rows:
+        self._held_bytes += piece.batch.nbytes
+        large = self._op.batch_rows is None and self._held_bytes >= HELD_BYTES
+        if self._per_piece or large or self._held_rows >= self._runner.wanted_rows:
             yield from self.finish()
 
     def finish(self) -> Iterator[Piece]:
-        held, self._held, self._held_rows = self._held, [], 0
+        held, self._held = self._held, []
+        self._held_rows = self._held_bytes = 0
         if not held:
             return
         inputs = [select(p.batch, self._op.inputs or p.batch.schema.names, self.name) for p in held]

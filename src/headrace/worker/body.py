@@ -30,6 +30,7 @@ from headrace.worker.operators import Counts, Host, make
 from headrace.worker.program import Program
 from headrace.worker.readahead import read_ahead
 from headrace.worker.sink_output import SinkOutput
+from headrace.worker.threads import fair_threads
 from headrace.worker.user_code import Functions, internal_error
 from headrace.worker.watch import Watch
 
@@ -43,7 +44,7 @@ class WorkerBody:
         self._store = store
         self._stages = {stage.id: stage for stage in program.stages}
         self._cursors: dict[int, Cursor] = {}
-        self._functions = Functions(spec.device, deterministic=program.deterministic)
+        self._functions = Functions(spec.device, threads=fair_threads(spec.pool), deterministic=program.deterministic)
         self._host = Host(self._functions, program.deterministic)
         self._begun: dict[int, _Begun] = {}  # by step
         self._last_begun_s = 0.0  # when the last of those was answered

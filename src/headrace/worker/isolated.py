@@ -33,6 +33,10 @@ class IsolatedRunner(ModelRunner):
     def wanted_rows(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return FIRST_ROWS if self._runner is None else self._runner.wanted_rows
 
+    @property
+    def step_rows(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return 0 if self._runner is None else self._runner.step_rows
+
     def run(
         self,
         inputs: Sequence[pa.RecordBatch],

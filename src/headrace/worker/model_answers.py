@@ -44,9 +44,12 @@ class Answer:
 
 
 class ModelRunner:
-    """A model in one worker. wanted_rows: how many rows are worth a call."""
+    """A model in one worker. wanted_rows: how many rows are worth a call. step_rows: how many are worth gathering for a step;
+    0: as many as were planned.
+    """
 
     wanted_rows: int
+    step_rows: int = 0
 
     def run(
         self,

@@ -123,7 +123,19 @@ class ModelStep:
         rows = sum(block.rows for block in outputs)
         self._clock.add(WRITE, time.perf_counter() - began, rows, rows)
         whole = frozenset(k for k, i in enumerate(inputs) if i.left is not None)
-        return StepDone(self._step.id, self._step.worker, outputs, finished=True, shares=self._shares(inputs), whole=whole)
+        return StepDone(
+            self._step.id,
+            self._step.worker,
+            outputs,
+            finished=True,
+            shares=self._shares(inputs),
+            whole=whole,
+            wanted_rows=self._wanted_rows(),
+        )
+
+    def _wanted_rows(self) -> int:
+        runners = (self._host.models.get(index) for index in range(self._stage.first, self._stage.stop))
+        return max((runner.step_rows for runner in runners if runner is not None), default=0)
 
     def _inputs(self) -> list[_Input]:
         return [

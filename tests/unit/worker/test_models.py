@@ -203,7 +203,7 @@ def test_out_of_memory_halves_the_batch_and_remembers():
 
     bench = stage(predict(model, batch_rows=8))
     assert column(bench.applied(numbers(8)), "p") == list(range(1, 9))
-    assert sizes == [8, 4, 2, 2, 4, 2, 2]
+    assert sizes == [8, 4, 2, 2, 2, 2]
     sizes.clear()
     bench.applied(numbers(4))
     assert max(sizes) <= 2

@@ -11,16 +11,23 @@ import sys
 from pathlib import Path
 
 from headrace.core.resources import WorkerSpec
+from headrace.worker.threads import fair_threads
 
-# Read by OpenMP (and torch, Arrow), OpenBLAS, MKL, numexpr, OpenCV, Rayon (tokenizers, polars' dependencies), Polars.
+# Read when they load, by OpenMP (and torch, Arrow, scikit-learn, XGBoost), OpenBLAS, BLIS, MKL, Accelerate, numexpr, OpenCV,
+# Rayon (tokenizers, polars' dependencies), Polars, TensorFlow.
 _THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
+    "BLIS_NUM_THREADS",
     "MKL_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+    "NUMEXPR_MAX_THREADS",
     "NUMEXPR_NUM_THREADS",
     "OPENCV_FOR_THREADS_NUM",
     "RAYON_NUM_THREADS",
     "POLARS_MAX_THREADS",
+    "TF_NUM_INTRAOP_THREADS",
+    "TF_NUM_INTEROP_THREADS",
 )
 
 
@@ -67,14 +74,16 @@ def start_process(spec: WorkerSpec, threads: int, report: int) -> tuple[subproce
 
 
 def worker_environment(environment: os._Environ[str] | dict[str, str], spec: WorkerSpec, threads: int) -> dict[str, str]:
-    """The user's environment, with `threads` for native pools where the user did not say, and only the own device.
+    """The user's environment, with a fair number of threads for native pools where the user did not say, and only the own
+    device. threads: a CPU worker's share of the cores; a device's worker gets a few.
 
     A CUDA worker sees its device as the first and only one, counted within what the user made visible; the others see
     none, so that no CPU worker takes device memory by accident.
     """
     env = dict(environment)
+    fair = fair_threads(spec.pool, threads)
     for name in _THREAD_VARIABLES:
-        env.setdefault(name, str(threads))
+        env.setdefault(name, str(fair))
     kind, _, index = spec.device.partition(":")
     if kind == "cuda":
         visible = [d.strip() for d in env.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]
