@@ -80,7 +80,8 @@ def test_blocks_that_wait_go_to_disk(
 
     monkeypatch.setattr(SUBSTRATES[engine], "spill", counted)
     tight(monkeypatch, lambda i: 0.5 if i < 12 else 0.99)
-    ds = hr.range(6000).map_batches(widen, batch_size=100).predict(Label, input=["wide"], output="y", device="sim").drop("wide")
+    ds = hr.range(6000).map_batches(widen, batch_size=100)
+    ds = ds.predict(Label, input=["wide"], output="y", device="sim", batch_size=100).drop("wide")
     ds.write_parquet(tmp_path / "out", **quiet)
     assert read_back(tmp_path / "out")["y"].to_pylist() == [i * 2000.0 for i in range(6000)]
     assert sum(spilled) > 0
