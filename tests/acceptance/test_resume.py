@@ -293,6 +293,7 @@ def test_an_append_that_lands_when_the_session_is_over(
 
     monkeypatch.setattr(LocalRunStore, "create", slow)
     monkeypatch.setattr("headrace.runtime.committer.CLOSE_S", 1.5)
+    monkeypatch.setattr("headrace.runtime.ledger.WATCH_S", 1)
     ds = hr.read_parquet(data).map(breaking_at(marker, 199))
     monkeypatch.setattr("headrace.commit.protocol.GROUP_SPLITS", 1)
     with pytest.raises(UserCodeError):

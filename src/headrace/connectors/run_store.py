@@ -44,7 +44,7 @@ PARTS = 9000  # of 10,000 that S3 allows
 DIGEST = "headrace-digest"  # user metadata of staged objects
 DELETE_AT_ONCE = 1000
 
-_TEMPORARY = f"{PRIVATE}/tmp"
+_TEMPORARY = f"{PRIVATE}/tmp"  # how names of what is on its way begin: no folder, which nobody could remove in time
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
@@ -220,9 +220,9 @@ class LocalRunStore:
 
     def probe(self) -> None:
         """Learn whether there are hard links, and else locks."""
-        folder = self._path(_TEMPORARY + "/x", make=True)
-        with self._errors(folder):
-            temporary, other = self._written(b""), f"{folder}-{secrets.token_hex(8)}"
+        other = self._path(f"{_TEMPORARY}-{secrets.token_hex(8)}", make=True)
+        with self._errors(other):
+            temporary = self._written(b"")
             try:
                 self._link(temporary, other)
             finally:
@@ -322,12 +322,9 @@ class LocalRunStore:
 
     def _written(self, data: bytes) -> str:
         """A temporary file with these bytes, durable."""
-        name = f"{_TEMPORARY}/{os.getpid()}-{threading.get_ident()}-{next(self._count)}-{secrets.token_hex(4)}"
+        name = f"{_TEMPORARY}-{os.getpid()}-{threading.get_ident()}-{next(self._count)}-{secrets.token_hex(4)}"
         path = self._path(name, make=True)
         try:
-            write_whole(path, data, sync=True)
-        except FileNotFoundError:  # the folder was removed by a session that has finished
-            os.makedirs(os.path.dirname(path), exist_ok=True)
             write_whole(path, data, sync=True)
         except OSError:
             _unlink(path)

@@ -32,13 +32,17 @@ class Suspect:
     condemned: tuple[tuple[str, str], ...] = ()
 
 
+CONSTRUCTING = -1
+
+
 @travels
 @dataclass(frozen=True, slots=True)
 class Doing:
     """What a worker's user code was given when it died: its last breadcrumb.
 
-    op, name: the plan node. segments: the rows. digest: of the row's content, when it was run alone; "" otherwise.
-    sample: that row as an Arrow IPC stream, b"" when too large or not alone.
+    op, name: the plan node; op CONSTRUCTING: its function or model was being made, and had no rows yet. segments: the rows.
+    digest: of the row's content, when it was run alone; "" otherwise. sample: that row as an Arrow IPC stream, b"" when too
+    large or not alone.
     """
 
     op: int
@@ -46,6 +50,10 @@ class Doing:
     segments: tuple[Segment, ...] = ()
     digest: str = ""
     sample: bytes = b""
+
+    @property
+    def constructing(self) -> bool:
+        return self.op == CONSTRUCTING
 
 
 @travels

@@ -82,12 +82,7 @@ class SplitStates:
 
     def merge(self, name: str, a: Any, b: Any) -> Any:
         """Raises UserCodeError, or what the accumulator says itself, naming it."""
-        try:
-            return self._accumulators[name].merge(a, b)
-        except HeadraceError as error:
-            raise error.at(("metric", name)) from None
-        except Exception as exc:
-            raise metric_error(name, "merge", exc) from None
+        return merged(name, self._accumulators[name], a, b)
 
     def add(self, split: int, attempt: int, states: Mapping[str, Any]) -> None:
         current, known = self._open.get(split, (attempt, {}))  # before any retry there is one attempt only
@@ -103,25 +98,62 @@ class SplitStates:
         return known if current == attempt else {}
 
 
-def metric_error(name: str, method: str, exc: BaseException) -> UserCodeError:
-    return UserCodeError(
-        f"evaluate({name}): {method} raised {type(exc).__name__}: {exc}",
-        where=(("metric", name),),
-        hint="states are plain JSON values (numbers, strings, lists, dicts with string keys); merge must take any two of them",
-    )
+def zero_of(name: str, accumulator: Accumulator) -> Any:
+    """Raises UserCodeError, or what the accumulator says itself, naming it."""
+    try:
+        return accumulator.zero()
+    except HeadraceError as error:
+        raise error.at(("metric", name)) from None
+    except Exception as exc:
+        raise _metric_error(name, "zero", exc, "zero takes no arguments and returns the state of no rows") from None
+
+
+def merged(name: str, accumulator: Accumulator, a: Any, b: Any) -> Any:
+    """Raises UserCodeError, or what the accumulator says itself, naming it."""
+    try:
+        return accumulator.merge(a, b)
+    except HeadraceError as error:
+        raise error.at(("metric", name)) from None
+    except Exception as exc:
+        raise _metric_error(name, "merge", exc, "merge must take any two states, zero() among them") from None
+
+
+def result_of(name: str, accumulator: Accumulator, state: Any) -> Any:
+    """Raises UserCodeError, or what the accumulator says itself, naming it."""
+    try:
+        return accumulator.result(state)
+    except HeadraceError as error:
+        raise error.at(("metric", name)) from None
+    except Exception as exc:
+        raise _metric_error(name, "result", exc, "result must take any state, that of no rows among them") from None
+
+
+def _metric_error(name: str, method: str, exc: Exception, hint: str) -> UserCodeError:
+    from headrace.worker.user_code import exception_text, user_frames
+
+    text = exception_text(exc)
+    message = f"evaluate({name}): {method} raised {type(exc).__name__}" + (f": {text}" if text else "")
+    return UserCodeError(message, where=(("metric", name),), hint=hint, frames=user_frames(exc))
 
 
 def as_logged(states: Mapping[str, Any]) -> dict[str, Any]:
-    """States as a later session will read them, so that totals are the same after any number of resumes.
+    """States as a later session will read them, so that totals are the same after any number of resumes, logged or not.
 
-    Raises UserCodeError for one that JSON can't hold.
+    Raises UserCodeError for one that JSON can't hold, or would change. NumPy's numbers become Python's, tuples lists.
     """
     out: dict[str, Any] = {}
     for name, state in states.items():
         try:
             out[name] = json.loads(json.dumps(state, default=_number))
+            lost = _change(state, out[name], "state")
         except (TypeError, ValueError, RecursionError) as exc:
-            raise metric_error(name, "storing its state", exc) from None
+            lost = str(exc)
+        if lost:
+            raise UserCodeError(
+                f"evaluate({name}): its state can't be kept as JSON: {lost}",
+                where=(("metric", name),),
+                hint="a state is made of numbers, strings, None, lists, and dicts whose keys are strings",
+            )
     return out
 
 
@@ -130,7 +162,22 @@ def _number(value: Any) -> Any:
     item = getattr(value, "item", None)
     if callable(item) and getattr(value, "ndim", None) == 0:
         return item()
-    raise TypeError(f"a {type(value).__name__} can't be kept in the run log")
+    raise TypeError(f"it holds a {type(value).__module__}.{type(value).__qualname__}")
+
+
+def _change(was: Any, now: Any, place: str) -> str:
+    """What JSON has made of a value, in words; "" when that is the same. Equal values, which most are, are compared in C."""
+    if was == now or (was != was and now != now):  # NaN is not equal to itself
+        return ""
+    if isinstance(was, list | tuple) and isinstance(now, list) and len(was) == len(now):
+        pairs = zip(was, now, strict=True)
+        return next((lost for i, (a, b) in enumerate(pairs) if (lost := _change(a, b, f"{place}[{i}]"))), "")
+    if isinstance(was, dict) and isinstance(now, dict):
+        for key in was:
+            if not isinstance(key, str):
+                return f"the key {key!r} in {place} would come back as a string"
+        return next((lost for key in was if (lost := _change(was[key], now[key], f"{place}[{key!r}]"))), "")
+    return f"{place} is {was!r:.100} and would come back as {now!r:.100}"
 
 
 class CommitLoop:
@@ -265,15 +312,10 @@ class Committer:
 
     def results(self) -> dict[str, Any]:
         """Each accumulator's result over all sessions; that of no rows when none came. After `flush`. Raises HeadraceError."""
-        return {name: self._result(name, accumulator) for name, accumulator in self._accumulators.items()}
-
-    def _result(self, name: str, accumulator: Accumulator) -> Any:
-        try:
-            return accumulator.result(self._totals.get(name, accumulator.zero()))
-        except HeadraceError as error:
-            raise error.at(("metric", name)) from None
-        except Exception as exc:
-            raise metric_error(name, "result", exc) from None
+        return {
+            name: result_of(name, accumulator, self._totals[name] if name in self._totals else zero_of(name, accumulator))
+            for name, accumulator in self._accumulators.items()
+        }
 
     def totals(self, names: Iterable[str]) -> dict[str, Any]:
         """States of these accumulators, as earlier sessions settled them. Before `start`, and only to be read."""

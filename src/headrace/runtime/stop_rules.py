@@ -12,7 +12,7 @@ from typing import Any
 
 from headrace.contracts.accumulator import Accumulator
 from headrace.core.errors import StopConditionMet, UserCodeError
-from headrace.runtime.committer import as_logged
+from headrace.runtime.committer import as_logged, merged, result_of, zero_of
 
 COST = 20  # the share of a driver's time that looking may take is one in so many
 
@@ -47,7 +47,7 @@ class StopRules:
         for name, state in seen.items():
             accumulator = self._rules[name].accumulator
             before = self._states.get(name)
-            self._states[name] = accumulator.merge(accumulator.zero() if before is None else before, state)
+            self._states[name] = merged(name, accumulator, zero_of(name, accumulator) if before is None else before, state)
             self._changed = True
 
     def look(self, rows: int) -> None:
@@ -58,7 +58,7 @@ class StopRules:
         self._changed = False
         for name, rule in self._rules.items():
             if name in self._states and rows >= rule.after_rows:
-                check(name, rule, rule.accumulator.result(self._states[name]), rows)
+                check(name, rule, result_of(name, rule.accumulator, self._states[name]), rows)
         self._due_s = now_s + COST * (self._clock() - now_s)
 
     def judge(self, results: Mapping[str, Any], rows: int) -> None:

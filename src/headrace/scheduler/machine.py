@@ -224,7 +224,8 @@ class Scheduler(Dispatcher):
         self.pools[state.pool].remove(state)
         for members in self.stage_workers.values():
             members.discard(state.id)
-        guilty = self._at_work(list(state.running.values()), lost.doing)
+        doing = None if lost.doing is None or lost.doing.constructing else lost.doing  # no row is to blame then
+        guilty = self._at_work(list(state.running.values()), doing)
         at_work = dict.fromkeys(split for step in guilty for split in self._lose_step(step))
         touched = dict(at_work)
         for step in list(state.running):
@@ -234,11 +235,11 @@ class Scheduler(Dispatcher):
             if any(cursor.worker == state.id for cursor in split.cursors.values()):
                 touched[split] = None
         for split in at_work:
-            certain = split.history.note(lost.doing, lost.reason)
+            certain = split.history.note(doing, lost.reason)
             if (certain and self.limits.fail_on_bad_rows) or split.history.exhausted(split.attempt):
                 raise self._died(lost, split)
         for split in sorted(touched, key=lambda s: s.index):
-            self._retry(split, f"worker {lost.worker} died: {lost.reason}", lost.doing if split in at_work else None)
+            self._retry(split, f"worker {lost.worker} died: {lost.reason}", doing if split in at_work else None)
 
     def _at_work(self, steps: Sequence[Step], doing: Doing | None) -> list[int]:
         """Of a dead worker's steps, those that it died on, as far as is known: its first one; of steps of streaming models,
@@ -284,8 +285,13 @@ class Scheduler(Dispatcher):
     def _died(self, lost: WorkerLost, split: SplitState | None) -> WorkerDied:
         """The error that ends the run."""
         where = [("worker", str(lost.worker))]
+        what = f"worker {lost.worker} died: {lost.reason}"
         if lost.doing is not None:
-            where += [("stage", lost.doing.name), place_of(lost.doing)]
+            where.append(("stage", lost.doing.name))
+            if lost.doing.constructing:
+                what += f", while {lost.doing.name} was constructed"
+            else:
+                where.append(place_of(lost.doing))
         if split is not None:
             where += [("split", split.split.label), ("attempts", str(split.attempt))]
         hint = "look for a crash in native code or the out-of-memory killer (dmesg)"
@@ -293,7 +299,7 @@ class Scheduler(Dispatcher):
             hint = 'on_error="quarantine" sets such a row aside'
         elif split is None:
             hint = "workers can't start: look at what they print"
-        return WorkerDied(f"worker {lost.worker} died: {lost.reason}", where=tuple(where), hint=hint, frames=lost.stack)
+        return WorkerDied(what, where=tuple(where), hint=hint, frames=lost.stack)
 
     # ---------------------------------------------------------------- memory
 

@@ -44,7 +44,9 @@ class WorkerBody:
         self._store = store
         self._stages = {stage.id: stage for stage in program.stages}
         self._cursors: dict[int, Cursor] = {}
-        self._functions = Functions(spec.device, threads=fair_threads(spec.pool), deterministic=program.deterministic)
+        self._functions = Functions(
+            spec.device, threads=fair_threads(spec.pool), deterministic=program.deterministic, crumb=store.crumb
+        )
         self._host = Host(self._functions, program.deterministic)
         self._begun: dict[int, _Begun] = {}  # by step
         self._last_begun_s = 0.0  # when the last of those was answered

@@ -334,7 +334,7 @@ class EvaluateOp(BatchOperator):
         super().__init__(index, name, counts)
         self._accumulators = op.accumulators
         self._key = ""  # the accumulator at work, for messages
-        self.states: dict[str, Any] = {key: a.zero() for key, a in op.accumulators.items()}
+        self.states: dict[str, Any] = {key: self._zero(key) for key in op.accumulators}
 
     def told(self) -> dict[str, Any]:
         return self.states
@@ -371,7 +371,14 @@ class EvaluateOp(BatchOperator):
             self._key = key
             fresh[key] = accumulator.update(accumulator.zero(), given[key])
         for key, accumulator in self._accumulators.items():
+            self._key = key
             self.states[key] = accumulator.merge(self.states[key], fresh[key])
+
+    def _zero(self, key: str) -> Any:
+        try:
+            return self._accumulators[key].zero()
+        except Exception as exc:
+            raise explain(exc, f"evaluate({key})", doing="making the state of no rows") from None
 
     def _blame(self, exc: BaseException, piece: Piece) -> HeadraceError:
         return explain(exc, f"evaluate({self._key})", piece.origin, columns=self._accumulators[self._key].columns)

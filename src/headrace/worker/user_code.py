@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from headrace.contracts.model import ModelAdapter, Place
+from headrace.contracts.substrate import Crumb
 from headrace.core.errors import HeadraceError, InternalError, UserCodeError
 from headrace.core.extras import is_instance
 from headrace.core.redact import redact
 from headrace.core.refs import Origin
+from headrace.core.steps import CONSTRUCTING, Doing
 from headrace.plan.nodes import UserFunction
 from headrace.worker.refused import Refused
 
@@ -36,8 +38,12 @@ _LIBRARIES = tuple({p + os.sep for k, p in sysconfig.get_paths().items() if k in
 class Functions:
     """The user's functions in one worker; classes are constructed at first use."""
 
-    def __init__(self, device: str, *, threads: int = 1, deterministic: bool = False) -> None:
+    def __init__(
+        self, device: str, *, threads: int = 1, deterministic: bool = False, crumb: Crumb | None = None
+    ) -> None:
+        """crumb: says what is being constructed, should the worker not live through it."""
         self.device = device
+        self._crumb = crumb
         self.threads = threads
         self.deterministic = deterministic
         self._made: dict[int, Callable[..., Any]] = {}
@@ -48,7 +54,11 @@ class Functions:
         found = self._made.get(index)
         if found is None:
             with _CONSTRUCTION:
+                if self._crumb is not None:
+                    self._crumb.write(Doing(CONSTRUCTING, op))
                 found = self._make(fn, op, inputs)
+                if self._crumb is not None:
+                    self._crumb.clear()
             self._made[index] = found
         return found
 
@@ -199,6 +209,16 @@ def _hint(exc: BaseException, text: str) -> str:
     if isinstance(exc, MemoryError):
         return "try a smaller batch_size"
     return 'to look into it, run with engine="inline" under pdb'
+
+
+def is_ours(file: str) -> bool:
+    """Is it a file of Headrace's?"""
+    return file.startswith(_OURS)
+
+
+def is_library(file: str) -> bool:
+    """Is it Python's own, or of an installed package?"""
+    return file.startswith((*_LIBRARIES, "<frozen "))
 
 
 def user_frames(exc: BaseException) -> str:

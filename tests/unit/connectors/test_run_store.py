@@ -193,7 +193,7 @@ def test_everything_is_durable_before_it_is_relied_on(store: LocalRunStore, monk
     assert "fsync ." in calls, "the new folder's own name"
     calls.clear()
     store.create("log/0", b"1")
-    temporary = calls.index(next(c for c in calls if c.startswith("fsync _headrace/tmp/")))
+    temporary = calls.index(next(c for c in calls if c.startswith("fsync _headrace/tmp-")))
     assert temporary < calls.index("link log/0") < len(calls) - 1 - calls[::-1].index("fsync log")
 
 
@@ -254,6 +254,15 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
         "the disk is full",
         "['_headrace', 'part-00-000000.jsonl', 'part-00-000002.jsonl']",
     ]
+
+
+def test_nothing_is_left_beside_what_was_written(tmp_path: Path) -> None:
+    store = LocalRunStore(str(tmp_path))
+    store.probe()
+    store.create("a", b"1")
+    assert not store.create("a", b"2")
+    store.write("_headrace/b", b"3")
+    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")) == ["_headrace", "_headrace/b", "a"]
 
 
 def test_check_leaves_nothing(tmp_path: Path) -> None:

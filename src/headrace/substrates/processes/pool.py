@@ -40,7 +40,7 @@ from headrace.substrates.processes import wire
 from headrace.substrates.processes.crumb import create_crumb, read_crumb
 from headrace.substrates.processes.ledger import Ledger
 from headrace.substrates.processes.spawn import death_reason, oom_kills, start_process
-from headrace.substrates.processes.stacks import crash_stack, create_report, take_stack
+from headrace.substrates.processes.stacks import crash_stack, create_report, take_stack, user_stack
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -334,7 +334,8 @@ class ProcessesSubstrate:
                 print(crash, file=sys.stderr, flush=True)
         doing = read_crumb(worker.crumb)
         reason = self._reason(worker, code)
-        self._events.append(WorkerLost(worker.spec.id, reason, doing, worker.stack or crash, worker.up, worker.spec.pool))
+        stack = user_stack(worker.stack or crash)
+        self._events.append(WorkerLost(worker.spec.id, reason, doing, stack, worker.up, worker.spec.pool))
         self._forget(worker)
         self._ledger.worker_died(worker.spec.id)
 

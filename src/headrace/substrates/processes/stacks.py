@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import time
+from collections.abc import Callable
 
 STACK_WAIT_S = 0.5  # a dump takes about a millisecond; a process that a busy machine does not run for so long gets none
 STACK_MAX_BYTES = 64 << 10
@@ -17,6 +19,8 @@ STACK_MAX_BYTES = 64 << 10
 _LOOK_S = 0.002
 _CRASHES = frozenset({"SIGSEGV", "SIGFPE", "SIGABRT", "SIGBUS", "SIGILL"})  # those that faulthandler.enable() catches
 _FATAL = b"Fatal Python error: "
+_THREAD = re.compile(r"(Current thread|Thread) 0x")
+_FRAME = re.compile(r'  File "(.*)", line (?:\d+|\?\?\?) in ')
 
 
 def create_report(worker: int) -> int:
@@ -68,6 +72,29 @@ def crash_stack(code: int, report: int) -> str:
             last = data.rfind(_FATAL)
             return _text(data[last:]) if last >= 0 else ""
     return ""
+
+
+def user_stack(text: str) -> str:
+    """What people need of such a text: the threads that run the user's code, from there inwards (the innermost frame is first).
+
+    Where none does, the current thread: from the code of an installed package inwards; all of it, where that has none either.
+    """
+    from headrace.worker.user_code import is_library, is_ours
+
+    parts = text.split("\n\n")
+    threads = [part for part in parts if _THREAD.match(part)]
+    shown = [inner for part in threads if (inner := _inwards(part, lambda f: not is_ours(f) and not is_library(f)))]
+    if not shown:
+        current = [part for part in threads if part.startswith("Current")] or threads
+        shown = [_inwards(part, lambda f: "-packages/" in f and not is_ours(f)) or part for part in current]
+    return "\n\n".join([part for part in parts if not _THREAD.match(part)] + shown)
+
+
+def _inwards(thread: str, wanted: Callable[[str], bool]) -> str:
+    """A thread's lines up to the outermost wanted frame; "" where no frame's file is."""
+    lines = thread.splitlines()
+    last = max((i for i, line in enumerate(lines) if (frame := _FRAME.match(line)) and wanted(frame[1])), default=0)
+    return "\n".join(lines[: last + 1]) if last else ""
 
 
 def _text(data: bytes) -> str:
