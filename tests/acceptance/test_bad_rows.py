@@ -264,6 +264,8 @@ def test_a_builtin_class_is_a_function(data: Path, tmp_path: Path, quiet: Option
     [
         ('a,b\n1,x\n2,"cut off\n3,z\n4,w\n', [(1, "x"), (3, "z"), (4, "w")], 1),
         ('a,b\n1,x\n2,"cut off\n', [(1, "x")], 1),
+        ('a,b\n1,x\n2,"cut off', [(1, "x")], 1),
+        ('a,b\n1,x\n2,"cut\n\n3,off"\n4,w\n', [(1, "x"), (3, 'off"'), (4, "w")], 1),
         ('a,b\n1,"x ""y"" z"\r\n\r\n2,5" pipe\n', [(1, 'x "y" z'), (2, '5" pipe')], 0),
     ],
 )
@@ -276,5 +278,20 @@ def test_a_quote_that_is_not_closed_takes_no_other_lines(
     assert [(row["a"], row["b"]) for row in read_back(tmp_path / "out").to_pylist()] == good
     assert run.tally.skipped == bad
     if bad:
-        with pytest.raises(hr.DataError, match="behind the end of its line"):
+        with pytest.raises(hr.DataError, match="behind the end of its line") as caught:
             ds.write_parquet(str(tmp_path / "failing"), **quiet)
+        assert ("line", "3") in caught.value.where
+    run = ds.select(["a"]).write_parquet(str(tmp_path / "narrow"), on_error="skip", **quiet)
+    assert read_back(tmp_path / "narrow")["a"].to_pylist() == [a for a, _ in good], "whatever columns are read"
+    assert run.tally.skipped == bad
+
+
+def test_a_value_that_is_not_of_the_type_given_is_a_bad_line(tmp_path: Path, quiet: dict[str, Any]) -> None:
+    (tmp_path / "in.csv").write_text("a,b\n1,x\nmany,y\n3,z\n")
+    ds = hr.read_csv(str(tmp_path / "in.csv"), column_types={"a": pa.int64()})
+    run = ds.write_parquet(str(tmp_path / "out"), on_error="skip", **quiet)
+    assert read_back(tmp_path / "out")["a"].to_pylist() == [1, 3]
+    assert run.tally.skipped == 1
+    with pytest.raises(hr.DataError, match="invalid value 'many'") as caught:
+        ds.write_parquet(str(tmp_path / "failing"), **quiet)
+    assert ("line", "3") in caught.value.where

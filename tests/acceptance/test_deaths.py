@@ -117,6 +117,62 @@ def test_a_hang_is_ended_and_tried_again(data: Path, tmp_path: Path) -> None:
     assert run.workers_lost == 1
 
 
+def test_a_hang_is_told_by_the_users_frames(data: Path, tmp_path: Path) -> None:
+    def fn(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        import time
+
+        time.sleep(1000)
+        return batch
+
+    ds = hr.read_parquet(data / "f0.parquet").map_batches(fn, batch_size=1000)
+    with pytest.raises(WorkerDied) as caught:
+        ds.write_parquet(tmp_path / "out", timeout=1, **QUIET)
+    assert __file__ in caught.value.frames
+    assert os.path.dirname(hr.__file__) not in caught.value.frames
+    assert "threading.py" not in caught.value.frames
+
+
+@pytest.mark.parametrize("device", ["cpu", "sim"])
+def test_a_model_that_dies_as_it_is_made_is_named(data: Path, tmp_path: Path, device: str) -> None:
+    class Fatal:
+        def __init__(self) -> None:
+            import ctypes
+
+            ctypes.string_at(0)
+
+        def __call__(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+            return batch["x"]
+
+    ds = hr.read_parquet(data / "f0.parquet").predict(Fatal, input="x", output="y", device=device)
+    with pytest.raises(WorkerDied, match=r"while predict\(Fatal\) was constructed") as caught:
+        ds.write_parquet(tmp_path / "out", on_error="skip", **QUIET)
+    assert ("stage", "predict(Fatal)") in caught.value.where
+    assert "in __init__" in caught.value.frames
+    assert "user_code.py" not in caught.value.frames
+
+
+def test_a_model_that_dies_once_as_it_is_made_is_made_again(data: Path, tmp_path: Path) -> None:
+    marker = str(tmp_path / "marker")
+
+    class Once:
+        def __init__(self) -> None:
+            import os
+            import signal
+
+            if not os.path.exists(marker):
+                with open(marker, "w"):
+                    pass
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def __call__(self, x: np.ndarray) -> np.ndarray:
+            return x * 2
+
+    ds = hr.read_parquet(data / "f0.parquet").predict(Once, input="x", output="y")
+    run = ds.write_parquet(tmp_path / "out", **QUIET)
+    assert run.workers_lost == 1
+    assert read_back(tmp_path / "out")["id"].to_pylist() == list(range(40))
+
+
 SCRIPT = """
 import sys, time
 import headrace as hr

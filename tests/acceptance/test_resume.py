@@ -235,7 +235,11 @@ def test_verify_finds_what_was_changed(data: Path, tmp_path: Path, quiet: Option
 
 def test_only_whole_files_and_nothing_private_is_left(data: Path, tmp_path: Path, quiet: Options) -> None:
     hr.read_parquet(data).write_parquet(tmp_path / "out", **quiet)
+    hr.read_parquet(data).write_parquet(tmp_path / "out", fresh=True, **quiet)
+    hr.read_parquet(data).write_parquet(tmp_path / "out", take_over=True, **quiet)
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_dir() and not any(p.iterdir())]
     left = sorted(p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert not [name for name in left if name.startswith("_headrace/tmp")]
     assert not [name for name in left if "staging" in name]
     assert not [name for name in left if name.endswith(".tmp")]
     assert pa.concat_tables([pq.read_table(p) for p in sorted((tmp_path / "out").glob("part-*"))]).num_rows == 200

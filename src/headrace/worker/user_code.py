@@ -38,9 +38,7 @@ _LIBRARIES = tuple({p + os.sep for k, p in sysconfig.get_paths().items() if k in
 class Functions:
     """The user's functions in one worker; classes are constructed at first use."""
 
-    def __init__(
-        self, device: str, *, threads: int = 1, deterministic: bool = False, crumb: Crumb | None = None
-    ) -> None:
+    def __init__(self, device: str, *, threads: int = 1, deterministic: bool = False, crumb: Crumb | None = None) -> None:
         """crumb: says what is being constructed, should the worker not live through it."""
         self.device = device
         self._crumb = crumb
@@ -54,11 +52,12 @@ class Functions:
         found = self._made.get(index)
         if found is None:
             with _CONSTRUCTION:
-                if self._crumb is not None:
-                    self._crumb.write(Doing(CONSTRUCTING, op))
+                crumb = self._crumb if fn.is_class or isinstance(fn.target, ModelAdapter) else None
+                if crumb is not None:
+                    crumb.write(Doing(CONSTRUCTING, op))
                 found = self._make(fn, op, inputs)
-                if self._crumb is not None:
-                    self._crumb.clear()
+                if crumb is not None:
+                    crumb.clear()
             self._made[index] = found
         return found
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.unit.runtime.stores import committer, opened, settle, splits, work
 
-from headrace.core.errors import DestinationError, HeadraceError, InputChanged, TransientError
+from headrace.core.errors import DestinationError, HeadraceError, InputChanged, TransientError, UserCodeError
 from headrace.core.receipts import LineageRun, OutputFile, Receipt, Tally
 from headrace.core.splits import Fragment, Split
-from headrace.runtime.committer import settled_record
+from headrace.runtime.committer import as_logged, settled_record
 from headrace.runtime.ledger import Identity
 from headrace.scheduler.messages import Settle, SplitsListed
 from headrace.testing.memory_store import MemoryRunStore
@@ -67,6 +69,39 @@ def test_states_of_the_attempt_that_counts() -> None:
     c.settle(Settle(splits(1)[0], 1, None, Tally(rows_in=5, written=5)))
     c.add(0, 1, {"rows": {"rows": 7}})
     assert (c.results(), c.tally.written, c.splits) == ({"rows": 5}, 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("state", "kept"),
+    [
+        ({"n": np.int64(3), "x": [np.float32(0.5), (1, None)], "ok": np.True_}, {"n": 3, "x": [0.5, [1, None]], "ok": True}),
+        ([math.inf, 1 << 70, "\ud800", {"a": (0.1,)}], [math.inf, 1 << 70, "\ud800", {"a": [0.1]}]),
+    ],
+)
+def test_a_state_is_kept_as_the_log_will_give_it_back(state: Any, kept: Any) -> None:
+    logged = as_logged({"m": state})
+    assert logged == {"m": kept}
+    assert type(logged["m"][0] if isinstance(kept, list) else logged["m"]["n"]) in (int, float)
+    (nan,) = as_logged({"m": (math.nan,)})["m"]
+    assert math.isnan(nan)
+
+
+@pytest.mark.parametrize(
+    ("state", "why"),
+    [
+        ({"a": [0, {1: 2}]}, r"the key 1 in state\['a'\]\[1\] would come back as a string"),
+        ({None: 1}, "the key None in state"),
+        ({np.int64(1): 1}, "keys must be str"),
+        ([{1, 2}], "it holds a builtins.set"),
+        (np.arange(3), "it holds a numpy.ndarray"),
+        (1j, "it holds a builtins.complex"),
+        (b"x", "it holds a builtins.bytes"),
+    ],
+)
+def test_a_state_that_would_not_come_back_is_refused(state: Any, why: str) -> None:
+    with pytest.raises(UserCodeError, match=r"evaluate\(m\): its state can't be kept as JSON: " + why) as caught:
+        as_logged({"m": state})
+    assert caught.value.where == (("metric", "m"),)
 
 
 def test_a_cancelled_split_leaves_nothing() -> None:

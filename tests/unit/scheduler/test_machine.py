@@ -10,7 +10,7 @@ from headrace.core.receipts import Tally
 from headrace.core.refs import Segment
 from headrace.core.resources import CPU_POOL
 from headrace.core.stages import End, Order
-from headrace.core.steps import Discard, Doing, PartsFreed, StepDone, StepFailed, WorkerLost, WorkerUp
+from headrace.core.steps import CONSTRUCTING, Discard, Doing, PartsFreed, StepDone, StepFailed, WorkerLost, WorkerUp
 from headrace.scheduler.invariants import check
 from headrace.scheduler.messages import AddWorker, Deliver, Drop, Fail, Finish, Limits, Release, Retry, Settle, Submit
 from headrace.scheduler.state import DELIVER_STAGE
@@ -148,6 +148,21 @@ def test_a_row_is_condemned_at_its_second_death_alone() -> None:
         condemned = [c for s in submit.step.suspects for c in s.condemned]
         assert bool(condemned) == (worker == 2)
     assert condemned == [("digest of 7", "killed by signal 11")]
+
+
+def test_no_row_is_suspected_of_what_a_construction_did() -> None:
+    desk = Desk(FUSED, {CPU_POOL: 1}, limits=Limits(fail_on_bad_rows=False))
+    desk.list_splits(split(0))
+    making = Doing(CONSTRUCTING, "predict(M)")
+    for worker in range(2):
+        (retry,) = of(desk.tell(WorkerLost(worker, "killed by signal 11", making)), Retry)
+        assert retry.crash is None
+        (submit,) = of(desk.tell(WorkerUp(worker + 1, CPU_POOL)), Submit)
+        assert submit.step.suspects == ()
+    (fail,) = desk.tell(WorkerLost(2, "killed by signal 11", making))
+    assert fail.error.message == "worker 2 died: killed by signal 11, while predict(M) was constructed"
+    assert dict(fail.error.where)["stage"] == "predict(M)"
+    assert "rows" not in dict(fail.error.where)
 
 
 def test_without_quarantine_the_row_ends_the_run() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from headrace.core.steps import StepDone
 from headrace.substrates.inline import InlineSubstrate
 from headrace.substrates.processes import pool
 from headrace.substrates.processes.pool import ProcessesSubstrate
+from headrace.substrates.processes.stacks import user_stack
 from headrace.substrates.threads import ThreadsSubstrate
 from headrace.testing.check_substrate import Act, ScriptedBody, Session, advance, running
 
@@ -70,8 +72,8 @@ def test_the_stack_of_a_hung_worker(body: type[Stuck], tmp_path: Path) -> None:
         s.substrate.kill(0, "asked twice")  # True or, when it is gone by now, False
         s.until(lambda: 0 in s.lost)
         assert s.lost[0].reason == "no answer"
-        assert "in wait_for_ever" in s.lost[0].stack or "in run\n" in s.lost[0].stack
-        assert "wait_for_the_end" in s.lost[0].stack, "all threads are shown"
+        assert s.lost[0].stack.endswith(" in run"), "the user's outermost frame is the last one"
+        assert "wait_for_the_end" not in s.lost[0].stack, "threads of our own are none of the user's code"
 
 
 def test_a_stopped_worker_can_be_killed(tmp_path: Path) -> None:
@@ -97,7 +99,39 @@ def test_a_crash_is_shown_to_people_too(capfd: pytest.CaptureFixture[str]) -> No
         s.submit(advance(1, 0, Act.CRASH))
         s.until(lambda: 0 in s.lost)
         assert s.lost[0].stack.startswith("Fatal Python error: Segmentation fault")
-        assert s.lost[0].stack in capfd.readouterr().err
+        assert "in wait_for_the_end" in capfd.readouterr().err, "with all threads"
+
+
+OURS, PYTHON, PACKAGE = pool.__file__, threading.__file__, pa.__file__
+MINE = "/home/me/model.py"
+
+
+def thread(name: str, *frames: tuple[str, str]) -> str:
+    lines = [f'  File "{file}", line 7 in {function}' for file, function in frames]
+    return "\n".join([f"{name} 0x00007f00 (most recent call first):", *lines])
+
+
+def test_of_a_stack_the_users_part_is_shown() -> None:
+    watchdog = thread("Thread", (OURS, "wait_for_the_end"), (PYTHON, "run"))
+    helper = thread("Thread", (PYTHON, "wait"), (MINE, "helper"), (PYTHON, "run"))
+    main = thread(
+        "Current thread", (PACKAGE, "compute"), (OURS, "helps"), (MINE, "fn"), (OURS, "main"), ("<frozen runpy>", "r")
+    )
+    inner = thread("Current thread", (PACKAGE, "compute"), (OURS, "helps"), (MINE, "fn"))
+    text = "\n\n".join(["Fatal Python error: Aborted", watchdog, helper, main])
+    assert user_stack(text) == "\n\n".join(
+        ["Fatal Python error: Aborted", thread("Thread", (PYTHON, "wait"), (MINE, "helper")), inner]
+    )
+
+
+def test_of_a_stack_without_the_users_code_the_current_thread_is_shown() -> None:
+    watchdog = thread("Thread", (OURS, "wait_for_the_end"), (PYTHON, "run"))
+    adapter = thread("Current thread", (PACKAGE, "compute"), (PACKAGE, "predict"), (OURS, "call"))
+    assert user_stack(f"{watchdog}\n\n{adapter}") == thread("Current thread", (PACKAGE, "compute"), (PACKAGE, "predict"))
+    ours = thread("Current thread", (OURS, "read"), (PYTHON, "run"))
+    assert user_stack(f"{watchdog}\n\n{ours}") == ours
+    assert user_stack("no stack could be taken") == "no stack could be taken"
+    assert user_stack("") == ""
 
 
 def test_a_death_by_the_kernels_memory_killer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,29 @@ def test_every_batch_is_announced_and_nothing_is_left_after_the_step(name):
     assert crumb.cleared == len(bench.answers)
 
 
+def test_a_construction_is_announced_and_over_before_the_first_batch():
+    store, crumb = crumbed()
+    seen: list[tuple[int, int]] = []
+
+    class Model:
+        def __init__(self) -> None:
+            seen.append((len(crumb.written), crumb.cleared))
+
+        def __call__(self, x: np.ndarray) -> np.ndarray:
+            return x
+
+    Bench(
+        [nodes.Predict(fn(Model, is_class=True), ("x",), True, ("p",), batch_rows=4)],
+        source=BatchSource([numbers(6)]),
+        store=store,
+    ).run()
+    assert seen == [(1, 0)]
+    making, *batches = crumb.written
+    assert (making.constructing, making.name, making.segments) == (True, "predict(Model)", ())
+    assert batches
+    assert not any(doing.constructing for doing in batches)
+
+
 @pytest.mark.parametrize("name", USER_OPS)
 @pytest.mark.parametrize("on_error", ["skip", "quarantine"])
 def test_suspected_rows_are_run_alone_with_the_same_result(name, on_error):

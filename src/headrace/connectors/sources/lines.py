@@ -7,7 +7,7 @@ first newline at or beyond b. So every line belongs to exactly one range, wherev
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -20,13 +20,14 @@ from headrace.connectors.listing import COMPRESSED
 from headrace.connectors.sources.unreadable import Mismatch, halves, reported
 from headrace.connectors.storage import Stored
 from headrace.contracts.source import OnBad
-from headrace.core.errors import DataError
+from headrace.core.errors import DataError, HeadraceError
 from headrace.core.options import BlockLimits
 from headrace.core.origins import chosen
 from headrace.core.refs import Origin, Segment
 from headrace.core.splits import Fragment
 
 INFER_BYTES = 4 << 20  # types are inferred from this much of the first object
+COUNT_BYTES = 256 << 20  # for an error's line number no more than this is read again
 _STEP_BYTES = 1 << 20  # read size when looking for the end of a line
 _CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
@@ -176,9 +177,9 @@ def tables(
             table, total, index = parse(chunk, at), -1, None
         except Mismatch:
             raise
-        except DataError:
+        except DataError as error:
             if on_bad is None:
-                raise
+                raise _first_bad(fragment, chunk, at, parse, error) from error.__cause__
             table, total, index = _good_lines(fragment, chunk, at, parse, row, on_bad)
         rows = 0 if table is None else table.num_rows
         total = rows if total < 0 else total
@@ -186,6 +187,40 @@ def tables(
             origin = origin_of(fragment, row, total)
             yield from _measured(table, origin if index is None else chosen(origin, index), limits)
         row += total
+
+
+def _first_bad(
+    fragment: Fragment, chunk: bytes, at: int, parse: Callable[[bytes, int], pa.Table | None], error: DataError
+) -> DataError:
+    """The error of the first line that can't be parsed, with its number; the one given where no line is to blame alone."""
+    starts = line_starts(chunk)
+    good, bad = 0, len(starts) - 1  # so many lines can be parsed together, so many can't
+    try:
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            try:
+                parse(chunk[: starts[middle]], at)
+                good = middle
+            except DataError:
+                bad = middle
+        parse(chunk[starts[good] : starts[bad]], at + starts[good])
+    except DataError as found:
+        number = _line_number(fragment, at + starts[good])
+        found.at(*((("line", str(number)),) if number else ()))
+        return found
+    return error
+
+
+def _line_number(fragment: Fragment, offset: int) -> int:
+    """Of the line that begins there, from 1; 0 where it would take too long to count, or can't be read again."""
+    if offset > COUNT_BYTES:
+        return 0
+    number, left = 1, offset
+    with suppress(HeadraceError, OSError), opened(replace(fragment, start=0, stop=-1)) as (_, stream):
+        while left and (data := stream.read(min(left, _STEP_BYTES))):
+            number += data.count(b"\n")
+            left -= len(data)
+    return 0 if left else number
 
 
 def _good_lines(
