@@ -69,17 +69,57 @@ def pytest_runtest_makereport(
     return report
 
 
+@pytest.fixture(scope="session")
+def ray_cluster() -> Generator[None]:
+    """Two nodes of one CPU each, the second with two simulated devices, and a connection to them."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    store = 100 << 20
+    cluster = Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": store})
+    try:
+        cluster.add_node(num_cpus=1, resources={"sim": 2}, object_store_memory=store)
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", namespace="headrace")
+        yield
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
 @pytest.fixture(autouse=True)
 def nothing_outlives_the_test(request: pytest.FixtureRequest) -> Generator[None]:
     before = holdings()
     yield
     if request.node.stash.get(_FAILED, False):
         return
+    if _connected_to_ray():
+        if found := _ray_leaks(before):
+            pytest.fail("outlived the test: " + "; ".join(found), pytrace=False)
+        return
     found = leaks(before, holdings())
     if found:
         found = _judge_again(before)
     if found:
         pytest.fail("outlived the test: " + "; ".join(found), pytrace=False)
+
+
+def _connected_to_ray() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+def _ray_leaks(before: Holdings) -> list[str]:
+    """Actors and threads. Ray's own processes and descriptors come and go as it likes."""
+    from ray._private.state import state
+
+    deadline = time.monotonic() + _GRACE_S
+    while True:
+        actors = [a for a in state.actor_table(None, None, None).values() if a["State"] not in ("DEAD",)]
+        threads = [t for t in threading.enumerate() if t not in before.threads and t.name.startswith(_OWN_THREADS)]
+        found = [f"actor {a['ActorClassName']}" for a in actors] + [f"thread {t.name!r}" for t in threads]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(_RETRY_S)
 
 
 def _judge_again(before: Holdings) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-ENGINES = ["inline", "threads", *(["processes"] if sys.platform == "linux" else [])]
+ENGINES = ["inline", "threads", *(["processes"] if sys.platform == "linux" else []), *(["ray"] if find_spec("ray") else [])]
 
 
 @pytest.fixture(params=ENGINES)
 def engine(request: pytest.FixtureRequest) -> str:
+    if request.param == "ray":
+        request.getfixturevalue("ray_cluster")
     return request.param
 
 

@@ -11,22 +11,37 @@ from headrace.contracts.substrate import Substrate
 from headrace.substrates.inline import InlineSubstrate
 from headrace.substrates.processes.pool import ProcessesSubstrate
 from headrace.substrates.threads import ThreadsSubstrate
-from headrace.testing.check_substrate import CHECKS, ISOLATION_CHECKS, ScriptedBody
+from headrace.testing.check_substrate import (
+    CHECKS,
+    DEATH_CHECKS,
+    FRAIL_CHECKS,
+    ISOLATION_CHECKS,
+    SPILL_CHECKS,
+    ScriptedBody,
+)
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="processes need Linux")
 KINDS = [InlineSubstrate, ThreadsSubstrate, pytest.param(ProcessesSubstrate, marks=linux)]
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("check", [*CHECKS, *SPILL_CHECKS], ids=lambda c: c.__name__)
 @pytest.mark.parametrize("kind", KINDS, ids=["inline", "threads", "processes"])
 def test_conformance(kind, check):
     check(lambda: kind(body_factory=ScriptedBody))
 
 
 @linux
-@pytest.mark.parametrize("check", ISOLATION_CHECKS, ids=lambda c: c.__name__)
+@pytest.mark.parametrize("check", [*DEATH_CHECKS, *ISOLATION_CHECKS], ids=lambda c: c.__name__)
 def test_isolation(check):
     check(lambda: ProcessesSubstrate(body_factory=ScriptedBody))
+
+
+@pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("check", [*CHECKS, *DEATH_CHECKS, *FRAIL_CHECKS], ids=lambda c: c.__name__)
+def test_ray(check):
+    from headrace.substrates.ray.pool import RaySubstrate
+
+    check(lambda: RaySubstrate(body_factory=ScriptedBody))
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=["inline", "threads", "processes"])

@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from headrace.api.placing import reach
 from headrace.api.planning import parse_options, prepare, resolve, static_schema
 from headrace.api.session import stream, write
 from headrace.core.errors import PlanError
@@ -173,7 +174,9 @@ def to_torch(batch: dict[str, Any], device: str | None, dtypes: Any) -> dict[str
 def explain(plan: Plan, options: ActionOptions) -> str:
     from headrace.plan.explain import explain as explain_plan
 
-    ready = prepare(plan, parse_options(options))
+    parsed = parse_options(options)
+    with reach(parsed):
+        ready = prepare(plan, parsed)
     pools: dict[str, list[str]] = {}
     for worker in ready.workers:
         pools.setdefault(worker.pool, []).append(worker.device)

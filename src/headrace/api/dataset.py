@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
+    from headrace.api.streaming_split import SplitIterator
     from headrace.connectors.sinks.parquet import Compression
     from headrace.observe.rehearsal import Rehearsal
     from headrace.observe.run import Run
@@ -168,6 +169,7 @@ class Dataset:
         batch_format: BatchFormat = "numpy",
         device: str | Mapping[str, str] = "auto",
         replicas: int | Literal["auto"] = "auto",
+        resources: Mapping[str, float] | None = None,
         constructor_args: Sequence[Any] = (),
         constructor_kwargs: Mapping[str, Any] | None = None,
     ) -> Dataset:
@@ -183,6 +185,8 @@ class Dataset:
         device: "auto" (a GPU if there is one and the model can say where it runs, else CPU), "cpu", "cuda", "cuda:1", or
             "sim" for a simulated accelerator: a worker of its own beside the CPU workers.
         replicas: how many workers hold the model; "auto": one per device, or one per core on CPUs.
+        resources: what such a worker holds of its node on a Ray cluster: {"GPU": 0.5}, or custom ones: {"my_license": 1}. On
+            one machine only "GPU" matters: half a GPU makes two workers on each.
 
         The model must return as many rows as it got, and treat rows independently: its batches may span files.
 
@@ -194,18 +198,24 @@ class Dataset:
         """
         if isinstance(model, Mapping):
             options = {"input": input, "output": output, "batch_size": batch_size, "device": device}
-            return self._predict_all(model, options, batch_format, replicas, constructor_args, constructor_kwargs)
+            return self._predict_all(model, options, batch_format, replicas, resources, constructor_args, constructor_kwargs)
         if isinstance(input, Mapping):
             raise PlanError("input names models, but there is only one", hint="give a dict of models")
         if isinstance(batch_size, Mapping) or isinstance(device, Mapping):
             raise PlanError("batch_size or device names models, but there is only one", hint="give a dict of models")
         node = _model_node(
-            model, input, output, batch_size, batch_format, device, replicas, constructor_args, constructor_kwargs
+            model, input, output, batch_size, batch_format, device, replicas, resources, constructor_args, constructor_kwargs
         )
         return self._with(node)
 
     def _predict_all(
-        self, models: Mapping[str, Any], options: Mapping[str, Any], batch_format: BatchFormat, replicas: Any, *constructor: Any
+        self,
+        models: Mapping[str, Any],
+        options: Mapping[str, Any],
+        batch_format: BatchFormat,
+        replicas: Any,
+        resources: Any,
+        *constructor: Any,
     ) -> Dataset:
         """One node for each of several models, in a group."""
         if not models or not all(isinstance(name, str) and name for name in models):
@@ -223,7 +233,7 @@ class Dataset:
                 raise PlanError("several models can't share one output", hint='give output={"ctr": ...}, or leave it out')
             output = own["output"] if own["output"] is not None else name
             node = _model_node(
-                model, own["input"], output, own["batch_size"], batch_format, own["device"], replicas, *constructor
+                model, own["input"], output, own["batch_size"], batch_format, own["device"], replicas, resources, *constructor
             )
             nodes.append(replace(node, group=len(self._plan.ops), label=name))
         _check_apart(nodes)
@@ -355,6 +365,23 @@ class Dataset:
         batches = self.iter_batches(batch_size=batch_size, batch_format="torch", drop_last=drop_last, **options)
         return (actions.to_torch(batch, device, dtypes) for batch in batches)
 
+    def streaming_split(self, n: int, *, equal: bool = False, **options: Unpack[ActionOptions]) -> list[SplitIterator]:
+        """n iterators for n training workers: each epoch is one run of the pipeline, whose rows they share.
+
+        The iterators pickle: give one to each worker (a thread, a process of this machine, a Ray Train worker). Under torchrun,
+        with n its world size, all ranks make the same call and use `[rank]`; rank 0 runs the pipeline for all.
+
+        equal: all get exactly the same number of rows, and fewer than n rows are dropped: collective training does not hang.
+            False: blocks go to whoever asks first, and every row goes to one of them.
+
+        An epoch begins when all n have asked for it; memory stays bounded however slowly one of them takes its rows (with
+        `equal` the others wait for it). Nothing is run before the first batch is asked for.
+        Raises PlanError for a torchrun job on several machines.
+        """
+        from headrace.api.streaming_split import streaming_split
+
+        return streaming_split(self._plan, n, equal, options, repr(self))
+
     def take(self, rows: int = 20, **options: Unpack[ActionOptions]) -> list[dict[str, Any]]:
         """The first rows as dicts of Python values (tensors as NumPy arrays)."""
         return actions.take(self._plan, rows, options)
@@ -444,6 +471,7 @@ def _model_node(
     batch_format: BatchFormat,
     device: Any,
     replicas: Any,
+    resources: Mapping[str, float] | None,
     constructor_args: Sequence[Any],
     constructor_kwargs: Mapping[str, Any] | None,
 ) -> Predict:
@@ -461,8 +489,18 @@ def _model_node(
         batch_format=batch_format,
         device=device,
         replicas=_rows("replicas", replicas),
+        resources=_resources(resources),
         types=_types(output) if isinstance(output, Mapping) else (),
     )
+
+
+def _resources(asked: Mapping[str, float] | None) -> tuple[tuple[str, float], ...]:
+    """Resources by name, in order. Raises PlanError for an amount that Ray would refuse."""
+    for name, amount in (asked or {}).items():
+        good = isinstance(amount, int | float) and not isinstance(amount, bool) and 0 < amount < float("inf")
+        if not isinstance(name, str) or not name or not good or (amount > 1 and amount != int(amount)):
+            raise PlanError(f"resources has {name!r}: {amount!r}", hint='for example {"GPU": 0.5} or {"my_license": 1}')
+    return tuple(sorted((asked or {}).items()))
 
 
 def _types(declared: Declaration) -> tuple[tuple[str, Any], ...]:

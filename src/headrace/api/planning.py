@@ -5,13 +5,14 @@ and engine. Reads the first input's schema (and, to choose an engine, runs its f
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from headrace.api.placing import cluster_machine, place_on_cluster
 from headrace.contracts.model import ModelAdapter
 from headrace.core.errors import PlanError
-from headrace.core.extras import is_instance
+from headrace.core.extras import is_instance, require
 from headrace.core.options import ActionOptions, RunOptions
 from headrace.core.resources import CPU_POOL, WAITING_POOL, Machine, WorkerSpec
 from headrace.plan.columns import ALL, Columns, check_columns
@@ -52,6 +53,7 @@ class Prepared:
     budget_bytes: int
     notes: tuple[str, ...]
     options: RunOptions
+    cluster: Any = None  # engine "ray": {pool: substrates.ray.placement.Shape}
 
 
 def parse_options(options: ActionOptions) -> RunOptions:
@@ -64,8 +66,12 @@ def parse_options(options: ActionOptions) -> RunOptions:
     if values.get("devices") is not None:
         values["devices"] = tuple(values["devices"])
     parsed = RunOptions(**values)
-    if parsed.engine not in ("auto", "inline", "threads", "processes"):
-        raise PlanError(f"engine is {parsed.engine!r}", hint="use auto, inline, threads or processes")
+    if parsed.engine not in ("auto", "inline", "threads", "processes", "ray"):
+        raise PlanError(f"engine is {parsed.engine!r}", hint="use auto, inline, threads, processes or ray")
+    if parsed.address is not None and parsed.engine != "ray":
+        raise PlanError("address names a Ray cluster, and the engine is another one", hint='use engine="ray" with it')
+    if parsed.engine == "ray":
+        require("ray", 'engine="ray"')
     if parsed.progress not in ("auto", "line", "log", "quiet"):
         raise PlanError(f"progress is {parsed.progress!r}", hint="use auto, line, log or quiet")
     if parsed.on_error not in ("fail", "skip", "quarantine"):
@@ -97,7 +103,8 @@ def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL, *, after_cra
 
     after_crash: an earlier session of this run died at work, maybe of the user's code.
     """
-    machine = detect_machine()
+    on_ray = options.engine == "ray"
+    machine = cluster_machine() if on_ray else detect_machine()
     cores = options.cpus or machine.cores
     if options.devices is not None:
         machine = replace(machine, devices=options.devices)
@@ -105,7 +112,7 @@ def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL, *, after_cra
     _check_models(resolved)
     optimised, notes = optimise(resolved, at_end)
     pool_of = _PoolChoice(machine)
-    physical = make_physical(optimised, delivers=plan.write is None, pool_of=pool_of, at_end=at_end)
+    physical = make_physical(optimised, delivers=plan.write is None, pool_of=pool_of, at_end=at_end, networked=on_ray)
     program = Program(
         source=optimised.read.source,
         ops=optimised.ops,
@@ -123,7 +130,11 @@ def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL, *, after_cra
         physical = make_physical(optimised, delivers=plan.write is None, pool_of=pool_of, at_end=at_end)
         program = replace(program, stages=physical.stages)
         notes = (*notes, "the model mostly waits: it has workers of its own beside the CPU workers")
-    workers = _workers(physical, cores, machine)
+    if on_ray:
+        placed = place_on_cluster(optimised, physical, pool_of, options)
+        budget = options.memory_bytes or placed.budget_bytes
+        return Prepared(plan, physical, program, placed.workers, "ray", budget, (*notes, *placed.notes), options, placed.shapes)
+    workers = _workers(physical, cores, machine, _local_shares(optimised, pool_of))
     budget = options.memory_bytes or block_budget_bytes(machine)
     return Prepared(plan, physical, program, workers, choice.engine, budget, notes, options)
 
@@ -240,6 +251,10 @@ class _PoolChoice:
         self.waiting = waiting
 
     def __call__(self, op: Predict) -> str:
+        asked = ",".join(f"{name}={amount:g}" for name, amount in op.resources)
+        return self._kind(op) + (f"({asked})" if asked else "")  # workers of one pool hold the same
+
+    def _kind(self, op: Predict) -> str:
         device = op.device
         has_cuda = any(d.startswith("cuda") for d in self.machine.devices)
         if device == "auto":
@@ -274,8 +289,23 @@ def _takes_device(op: Predict) -> bool:
     return is_instance(target, "torch.nn", "Module")
 
 
-def _workers(physical: PhysicalPlan, cores: int, machine: Machine) -> tuple[WorkerSpec, ...]:
-    """One CPU worker per core, one worker per device of each pool (more when a model asks for more replicas)."""
+def _local_shares(plan: Plan, pool_of: _PoolChoice) -> dict[str, int]:
+    """Workers for each device of a pool whose model asks for a share of one. Raises PlanError for what only a cluster has."""
+    shares: dict[str, int] = {}
+    for op in plan.ops:
+        if isinstance(op, Predict) and op.resources:
+            unknown = [name for name, _ in op.resources if name not in ("CPU", "GPU")]
+            if unknown:
+                raise PlanError(
+                    f"{op.name} asks for resource {unknown[0]!r}, which this machine does not have",
+                    hint='custom resources are those of a Ray cluster: use engine="ray"',
+                )
+            shares[pool_of(op)] = max(1, int(1 / dict(op.resources).get("GPU", 1.0)))
+    return shares
+
+
+def _workers(physical: PhysicalPlan, cores: int, machine: Machine, shares: Mapping[str, int]) -> tuple[WorkerSpec, ...]:
+    """One CPU worker per core, one per device of each pool (more when a model asks for more replicas, or for a share)."""
     specs = [WorkerSpec(i, CPU_POOL, "cpu") for i in range(cores)]
     for pool in physical.pools:
         replicas = max((s.max_workers or 0 for s in physical.stages if s.pool == pool), default=0)
@@ -286,9 +316,11 @@ def _workers(physical: PhysicalPlan, cores: int, machine: Machine) -> tuple[Work
             capped = all(s.max_workers is not None for s in physical.stages if s.pool == pool)
             specs += [WorkerSpec(len(specs) + i, pool, "cpu") for i in range(replicas if capped else max(cores, replicas))]
             continue
-        devices = [pool] if ":" in pool else [d for d in machine.devices if d.partition(":")[0] == pool]
-        if pool == "sim" and not devices:
+        kind = pool.partition("(")[0]
+        devices = [kind] if ":" in kind else [d for d in machine.devices if d.partition(":")[0] == kind]
+        if kind == "sim" and not devices:
             devices = [f"sim:{i}" for i in range(max(1, replicas))]
+        devices = (devices or ["cpu"]) * shares.get(pool, 1)
         for i in range(max(replicas, len(devices))):
             specs.append(WorkerSpec(len(specs), pool, devices[i % len(devices)]))
     return tuple(specs)

@@ -4,12 +4,14 @@ them all.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from headrace.api.placing import reach
 from headrace.api.planning import Prepared, parse_options, prepare, resolve, static_schema
 from headrace.api.reproduce import reproduce
 from headrace.connectors import environment
@@ -50,7 +52,13 @@ if TYPE_CHECKING:
     from headrace.observe.run import Run
 
 
-def _substrate(engine: str) -> Substrate:
+def _substrate(prepared: Prepared, must_see: str | None) -> Substrate:
+    """must_see: a file of the run's destination, where that is a path of this machine."""
+    engine = prepared.engine
+    if engine == "ray":
+        from headrace.substrates.ray.pool import RaySubstrate
+
+        return RaySubstrate(shapes=prepared.cluster, must_see=must_see)
     if engine == "inline":
         from headrace.substrates.inline import InlineSubstrate
 
@@ -64,7 +72,7 @@ def _substrate(engine: str) -> Substrate:
     return ProcessesSubstrate()
 
 
-def _driver(
+def make_driver(
     prepared: Prepared,
     observers: Sequence[Observer],
     committer: Committer,
@@ -76,6 +84,7 @@ def _driver(
     physical, options = prepared.physical, prepared.options
     plan = prepared.written
     private = "" if opened is None else f"{opened.store.root}/_headrace/{opened.run}"
+    local = opened is not None and not is_remote(private)
     pools: dict[str, int] = {}
     for worker in prepared.workers:
         pools[worker.pool] = pools.get(worker.pool, 0) + 1
@@ -105,7 +114,9 @@ def _driver(
     )
     return Driver(
         scheduler=Scheduler(SchedulerPlan(physical.stages, physical.routes, pools), limits),
-        substrate=_substrate(prepared.engine),
+        substrate=_substrate(
+            prepared, f"{opened.store.root}/_headrace" if opened is not None and not is_remote(private) else None
+        ),
         program=prepared.program,
         workers=prepared.workers,
         splits=prepared.program.source.splits(per_input=sink is not None and sink.per_input),
@@ -114,7 +125,7 @@ def _driver(
         started=started,
         deliver=deliver,
         timeout_s=options.timeout,
-        crash_dir=f"{private}/crashes" if private and not is_remote(private) else None,
+        crash_dir=f"{private}/crashes" if local else None,
         stop_rules=_stop_rules(prepared.program.ops),
     )
 
@@ -153,6 +164,11 @@ def write(plan: Plan, sink: Sink, options: ActionOptions, at_end: Columns = ALL)
     if sample is not None:
         reproduce_row(written, sample, options, at_end)
         raise SystemExit(0)
+    with reach(parsed):
+        return _write(written, sink, schema, parsed, at_end)
+
+
+def _write(written: Plan, sink: Sink, schema: pa.Schema | None, parsed: RunOptions, at_end: Columns) -> Run:
     store = sink.store()
     if store is None:
         return _run_unlogged(written, parsed, at_end)
@@ -192,7 +208,7 @@ def _run_unlogged(plan: Plan, options: RunOptions, at_end: Columns) -> Run:
     ready = prepare(plan, options, at_end)
     recorder = RunRecorder()
     committer = Committer(accumulators_of(ready))
-    driver = _driver(ready, [recorder, *make_observers(options.progress)], committer)
+    driver = make_driver(ready, [recorder, *make_observers(options.progress)], committer)
     try:
         with handling_signals(driver, resumable=False):
             driver.run()
@@ -208,7 +224,7 @@ def _run_logged(ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.Schem
 
     committer = Committer(accumulators_of(ready), opened)
     recorder = RunRecorder()
-    driver = _driver(ready, [recorder, *make_observers(ready.options.progress)], committer, opened=opened)
+    driver = make_driver(ready, [recorder, *make_observers(ready.options.progress)], committer, opened=opened)
     done = False
     try:
         with handling_signals(driver):
@@ -328,10 +344,18 @@ def stream(plan: Plan, options: ActionOptions) -> Iterator[Any]:
     parsed = parse_options(options)
     if parsed.on_error == "quarantine":
         raise _no_place_for_bad_rows()
-    ready = prepare(plan, parsed)
-    observers = make_observers(parsed.progress)
+    with contextlib.ExitStack() as reached:
+        reached.enter_context(reach(parsed))
+        ready = prepare(plan, parsed)
+        observers = make_observers(parsed.progress)
 
-    def driver(deliver: Callable[[Any], None]) -> Driver:
-        return _driver(ready, observers, Committer(accumulators_of(ready)), deliver=deliver)
+        def driver(deliver: Callable[[Any], None]) -> Driver:
+            return make_driver(ready, observers, Committer(accumulators_of(ready)), deliver=deliver)
 
-    return stream_blocks(driver, inline=ready.engine == "inline")
+        blocks = stream_blocks(driver, inline=ready.engine == "inline")
+        return _while_reached(blocks, reached.pop_all()) if ready.engine == "ray" else blocks
+
+
+def _while_reached(blocks: Iterator[Any], reached: contextlib.ExitStack) -> Iterator[Any]:
+    with reached, contextlib.closing(blocks):  # type: ignore[type-var]
+        yield from blocks

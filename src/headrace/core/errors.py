@@ -83,6 +83,10 @@ class TransientError(HeadraceError):
     """Storage or network trouble that a retry may cure."""
 
 
+class BlockLost(HeadraceError):
+    """A block's memory is gone with the node or worker that held it: the splits concerned start again."""
+
+
 class WorkerDied(HeadraceError):
     """A worker process died: killed, out of memory, or a crash in native code."""
 

@@ -90,11 +90,14 @@ class SplitRetried:
 
 @dataclass(frozen=True, slots=True)
 class WorkerReplaced:
+    """A worker is started in the place of one that died; replaces None: on a node that has joined. node: "" on one machine."""
+
     at_s: float
     worker: int
     pool: str
-    replaces: int
+    replaces: int | None
     why: str
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ _EXTRAS = {
     "openai": ("aiohttp",),
     "vllm": ("vllm",),
     "sketches": ("datasketches",),
+    "ray": ("ray",),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-Engine = Literal["auto", "inline", "threads", "processes"]
+Engine = Literal["auto", "inline", "threads", "processes", "ray"]
 Progress = Literal["auto", "line", "log", "quiet"]
 Outputs = Literal["packed", "per_input"]
 OnError = Literal["fail", "skip", "quarantine"]
@@ -19,7 +19,9 @@ class RunOptions:
     on_error: what becomes of a row that fails: it ends the run, is left out, or is set aside with its reason. max_bad_rows,
     max_bad_fraction: more bad rows than that (of all rows read) end the run. timeout: seconds that a step may go without an
     answer before its worker is killed and the step tried again; None: as long as it is alive. take_over: stop another driver
-    that is at work on the destination.
+    that is at work on the destination. address: of the Ray cluster for engine="ray" ("auto", "host:6379", "ray://host:10001",
+    "local"); None: the connection that there is, else the cluster that RAY_ADDRESS or this machine names, else a new one here.
+    cpus and devices are those of all nodes then.
     """
 
     engine: Engine = "auto"
@@ -33,6 +35,7 @@ class RunOptions:
     max_bad_fraction: float | None = None
     timeout: float | None = None
     take_over: bool = False
+    address: str | None = None
 
 
 class ActionOptions(TypedDict, total=False):
@@ -49,6 +52,7 @@ class ActionOptions(TypedDict, total=False):
     max_bad_fraction: float | None
     timeout: float | None
     take_over: bool
+    address: str | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,6 +112,7 @@ class PartRef:
     columns: those of its columns that belong to the block, in order; a reader selects them by name and ignores the rest.
     handle: the substrate's own address of it (the batch itself for threads, an arena range for processes,
     an object reference for Ray); nobody else looks inside. The batch may hold columns that are not named (see Origin.listed).
+    node: the machine of a cluster that holds it; "" on one machine.
     """
 
     id: int
@@ -119,6 +120,7 @@ class PartRef:
     bytes: int
     columns: tuple[str, ...]
     handle: Any = None
+    node: str = ""
 
 
 @travels

@@ -19,8 +19,12 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """What a worker to be started holds. pool: "cpu" or a device kind ("cuda", "sim"). device: "cpu", "cuda:0", "sim:1"."""
+    """What a worker to be started holds. pool: "cpu" or a device kind ("cuda", "sim"). device: "cpu", "cuda:0", "sim:1".
+
+    node: which machine of a cluster it lives on; "" for this one, or for wherever there is room.
+    """
 
     id: int
     pool: str
     device: str
+    node: str = ""

@@ -32,7 +32,8 @@ class Stage:
     `columns_in` never leave where they are.
     columns_in: what a model stage reads, None for all. keep: for a model stage, the columns of its input that later
     stages need. transient: columns of this stage's output that only the next (model) stage reads; they go into a
-    part of their own so that their memory is free as soon as the model has run.
+    part of their own so that their memory is free as soon as the model has run. feeds: those that it reads and later stages
+    need, too; named where blocks cross a network: in a part of their own, so that the other columns stay where they are.
     max_workers: at most this many workers open this stage (replicas), None for the whole pool.
     stream: the model works on the rows of several steps at once: they are begun as they come, and answered in any order.
     limit: rows that may pass, for a GLOBAL stage. batch_rows: for a model stage, rows worth gathering for one Apply.
@@ -49,6 +50,7 @@ class Stage:
     columns_in: tuple[str, ...] | None = None
     keep: tuple[str, ...] | None = None
     transient: tuple[str, ...] = ()
+    feeds: tuple[str, ...] = ()
     max_workers: int | None = None
     limit: int | None = None
     batch_rows: int = 256

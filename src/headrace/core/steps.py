@@ -199,12 +199,14 @@ class StepFailed:
 class WorkerUp:
     worker: int
     pool: str
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost:
     """The worker died. reason: "killed by signal 9", "no answer for 30 s", ... doing: its last breadcrumb, None when no user
     code was at work. stack: of all its threads, when it hung. started: it had come up before. pool: that it belonged to.
+    gone: its place is gone with it (the node died or leaves): it was no fault of what ran there, and no worker takes its place.
     """
 
     worker: int
@@ -213,6 +215,34 @@ class WorkerLost:
     stack: str = ""
     started: bool = True
     pool: str = ""
+    gone: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerResting:
+    """The worker shall take no new work while it rests, and goes on with the cursors that it has: its node leaves, or is short
+    of memory.
+    """
+
+    worker: int
+    resting: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RoomOffered:
+    """There is room for another worker: a node has joined. Answered by AddWorker, or by nothing."""
+
+    pool: str
+    device: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class PartsLost:
+    """These parts are gone with the node or worker that held them: the splits that still need them start again."""
+
+    parts: tuple[int, ...]
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,4 +252,4 @@ class PartsFreed:
     parts: tuple[int, ...]
 
 
-SubstrateEvent = StepDone | StepFailed | WorkerUp | WorkerLost | PartsFreed
+SubstrateEvent = StepDone | StepFailed | WorkerUp | WorkerLost | WorkerResting | RoomOffered | PartsFreed | PartsLost

@@ -176,6 +176,7 @@ class Predict:
     inputs: the columns that it gets, () for all columns. single: `input="x"` was one name, so that the model gets the bare
     array instead of a dict. output: names of the columns that it adds; () when the model names them itself (it returns a dict).
     batch_rows: None for "auto". device: "auto", "cpu", "cuda", "cuda:1", "sim", "sim:0". replicas: None for "auto".
+    resources: what a worker with this model holds of its node, in Ray's words ("GPU", "CPU", custom ones).
     group: models that were given together share a number: none sees the others' outputs, and where bad rows are set aside, a
     row that fails in one of them keeps what the others say of it. label: the model's name in its group.
     """
@@ -188,6 +189,7 @@ class Predict:
     batch_format: BatchFormat = "numpy"
     device: str = "auto"
     replicas: int | None = None
+    resources: tuple[tuple[str, float], ...] = ()
     group: int | None = None
     label: str = ""
     types: Types = ()

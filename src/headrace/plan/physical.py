@@ -55,8 +55,12 @@ class _Cut:
     end: End = End.NEXT
 
 
-def make_physical(plan: Plan, *, delivers: bool, pool_of: Callable[[Predict], str], at_end: Columns = ALL) -> PhysicalPlan:
-    """Cut the plan. pool_of: the pool of a model ("cpu", or a device's). delivers: blocks go to a consumer, not a sink."""
+def make_physical(
+    plan: Plan, *, delivers: bool, pool_of: Callable[[Predict], str], at_end: Columns = ALL, networked: bool = False
+) -> PhysicalPlan:
+    """Cut the plan. pool_of: the pool of a model ("cpu", or a device's). delivers: blocks go to a consumer, not a sink.
+    networked: workers are on several machines.
+    """
     ops = plan.ops
     aligned, multiple = _alignment(ops)
     cutter = _Cutter(ops, aligned, delivers, pool_of)
@@ -73,7 +77,7 @@ def make_physical(plan: Plan, *, delivers: bool, pool_of: Callable[[Predict], st
     cuts.sort(key=lambda c: (c.stop, c.first, c.order is not Order.SOURCE))
     wanted = needs(ops, at_end)
     stages = tuple(_stage(i, cut, plan, wanted) for i, cut in enumerate(cuts))
-    stages = tuple(_with_transient(s, cuts, stages, routes, wanted) for s in stages)
+    stages = tuple(_with_transient(s, cuts, stages, routes, wanted, networked) for s in stages)
     made = tuple(Route(name, tuple(cuts.index(c) for c in route)) for name, route in routes.items())
     per_input = plan.write is not None and plan.write.sink.per_input
     limits = BlockLimits(rows_multiple=multiple, least_rows=PER_INPUT_LEAST_ROWS if per_input else 1)
@@ -247,9 +251,14 @@ def _stage(id: int, cut: _Cut, plan: Plan, wanted: Sequence[Columns]) -> Stage:
 
 
 def _with_transient(
-    stage: Stage, cuts: Sequence[_Cut], stages: Sequence[Stage], routes: dict[str, list[_Cut]], wanted: Sequence[Columns]
+    stage: Stage,
+    cuts: Sequence[_Cut],
+    stages: Sequence[Stage],
+    routes: dict[str, list[_Cut]],
+    wanted: Sequence[Columns],
+    networked: bool,
 ) -> Stage:
-    """Name the columns of a stage's output that only the next stage, a model, reads."""
+    """Name the columns of a stage's output that the next stage, a model, reads: alone, or (networked) with later ones."""
     for route in routes.values():
         ids = [cuts.index(c) for c in route]
         if stage.id not in ids[:-1] or stage.model:
@@ -257,5 +266,8 @@ def _with_transient(
         following = stages[ids[ids.index(stage.id) + 1]]
         after = wanted[following.stop]
         if following.model and following.columns_in is not None and isinstance(after, frozenset):
-            return replace(stage, transient=tuple(c for c in following.columns_in if c not in after))
+            transient = tuple(c for c in following.columns_in if c not in after)
+            return replace(stage, transient=transient, feeds=following.columns_in if networked else ())
+        if following.model and following.columns_in is not None and networked:
+            return replace(stage, feeds=following.columns_in)
     return stage

@@ -78,6 +78,8 @@ def choose_engine(
     """
     if asked == "processes" and sys.platform != "linux":
         raise PlanError("processes need Linux (memfd)", hint='use engine="threads"')
+    if asked == "ray":
+        return Choice(asked, "asked for")
     if timeout is not None:
         return _killable(asked, program, timeout)
     if asked != "auto":

@@ -164,12 +164,14 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class AddWorker:
-    """Start a worker in the place of one that died."""
+    """Start a worker: in the place of one that died (`replaces`), or where there is room (replaces None; device, node)."""
 
     worker: int
     pool: str
-    replaces: int
+    replaces: int | None
     why: str
+    device: str = ""
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,9 +126,10 @@ def slices(piece: Piece, cuts: Sequence[int]) -> Iterator[Piece]:
 class BlockOutput:
     """Where a stage's blocks go when another stage or the consumer takes them. emit: told each block."""
 
-    def __init__(self, store: BlockStore, transient: tuple[str, ...], delivers: bool) -> None:
+    def __init__(self, store: BlockStore, transient: tuple[str, ...], delivers: bool, feeds: tuple[str, ...] = ()) -> None:
         self._store = store
         self._transient = frozenset(transient)
+        self._feeds = frozenset(feeds)
         self._delivers = delivers
         self._held: list[Piece] = []
         self._held_bytes = 0
@@ -171,12 +172,15 @@ class BlockOutput:
         last = ""
         for name, column in zip(batch.schema.names, batch.columns, strict=True):
             wide = column.nbytes >= WIDE_ROW_BYTES * batch.num_rows
-            kind = name if wide else "transient" if name in self._transient else "kept"
+            kind = name if wide else self._kind(name)
             if not groups or kind != last or wide:
                 groups.append([])
             groups[-1].append(name)
             last = kind
         return groups or [[]]
+
+    def _kind(self, name: str) -> str:
+        return "transient" if name in self._transient else "fed" if name in self._feeds else "kept"
 
     def close(self) -> Receipt | None:
         return None

@@ -21,6 +21,7 @@ from headrace.core.resources import WorkerSpec
 from headrace.core.splits import Split
 from headrace.core.stages import End, Order, Stage
 from headrace.core.steps import Advance, Apply, StepDone, StepFailed, Timing
+from headrace.plan.nodes import Predict
 from headrace.worker.bad_rows import BadRows
 from headrace.worker.batching import Piece
 from headrace.worker.blocks import BlockOutput
@@ -47,7 +48,8 @@ class WorkerBody:
         self._functions = Functions(
             spec.device, threads=fair_threads(spec.pool), deterministic=program.deterministic, crumb=store.crumb
         )
-        self._host = Host(self._functions, program.deterministic)
+        groups = (op for op in program.ops if isinstance(op, Predict) and op.group is not None)
+        self._host = Host(self._functions, program.deterministic, gaps=frozenset(name for op in groups for name in op.output))
         self._begun: dict[int, _Begun] = {}  # by step
         self._last_begun_s = 0.0  # when the last of those was answered
 
@@ -95,6 +97,7 @@ class WorkerBody:
         except Exception as exc:
             return self._failed(stage, step, internal_error(exc, f"stage {stage.name}"))
         finally:
+            self._host.shared.clear()
             if begun is not None:
                 self._last_begun_s = time.perf_counter()
             if self._store.crumb is not None and not self._begun:
@@ -170,7 +173,7 @@ class WorkerBody:
 
     def _output(self, stage: Stage, step: Advance) -> BlockOutput | SinkOutput:
         if stage.end is not End.SINK:
-            return BlockOutput(self._store, stage.transient, stage.end is End.DELIVER)
+            return BlockOutput(self._store, stage.transient, stage.end is End.DELIVER, stage.feeds)
         sink = self._program.sink
         if sink is None:
             raise InternalError(f"stage {stage.name} ends in a sink, but the program has none")

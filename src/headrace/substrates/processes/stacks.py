@@ -68,10 +68,15 @@ def crash_stack(code: int, report: int) -> str:
     """What faulthandler wrote when native code crashed. code: the exit code, as subprocess tells it; "" for other endings."""
     with contextlib.suppress(ValueError):
         if code < 0 and signal.Signals(-code).name in _CRASHES:
-            data = os.pread(report, STACK_MAX_BYTES, max(0, os.fstat(report).st_size - STACK_MAX_BYTES))
-            last = data.rfind(_FATAL)
-            return _text(data[last:]) if last >= 0 else ""
+            return last_crash(report)
     return ""
+
+
+def last_crash(report: int) -> str:
+    """The last crash that faulthandler wrote there; "" for none."""
+    data = os.pread(report, STACK_MAX_BYTES, max(0, os.fstat(report).st_size - STACK_MAX_BYTES))
+    last = data.rfind(_FATAL)
+    return _text(data[last:]) if last >= 0 else ""
 
 
 def user_stack(text: str) -> str:

@@ -1,0 +1,81 @@
+"""Placement on a Ray cluster, as planning needs it: what the cluster has, and which workers a plan gets there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.core.options import RunOptions
+from headrace.core.resources import Machine, WorkerSpec
+from headrace.plan.nodes import Plan, Predict
+from headrace.plan.physical import PhysicalPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """shapes: pool -> substrates.ray.placement.Shape. notes: for explain and the report."""
+
+    workers: tuple[WorkerSpec, ...]
+    shapes: Mapping[str, Any]
+    budget_bytes: int
+    notes: tuple[str, ...]
+
+
+def reach(options: RunOptions) -> contextlib.AbstractContextManager[None]:
+    """Be connected to the cluster that the options name, while inside; nothing for other engines."""
+    if options.engine != "ray":
+        return contextlib.nullcontext()
+    from headrace.substrates.ray.cluster import connected
+
+    return connected(options.address)
+
+
+def cluster_machine() -> Machine:
+    """The cluster as one machine. With an autoscaler that can bring GPUs it counts as having one."""
+    from headrace.substrates.ray.cluster import kinds_to_come, live_nodes
+
+    nodes = live_nodes()
+    gpus = sum(int(n.resources.get("GPU", 0)) for n in nodes)
+    if not gpus and "GPU" in kinds_to_come():
+        gpus = 1
+    return Machine(
+        cores=max(1, sum(n.cpus for n in nodes)),
+        memory_bytes=sum(n.store_bytes for n in nodes),
+        devices=tuple(f"cuda:{i}" for i in range(gpus)),
+    )
+
+
+def place_on_cluster(plan: Plan, physical: PhysicalPlan, pool_of: Callable[[Predict], str], options: RunOptions) -> Placed:
+    """Workers for every pool of the plan. Raises PlanError for a pool that no node can hold, now or later."""
+    from headrace.substrates.ray import placement
+    from headrace.substrates.ray.cluster import kinds_to_come, live_nodes
+
+    nodes = live_nodes()
+    asked = {pool_of(op): dict(op.resources) for op in plan.ops if isinstance(op, Predict)}
+    shapes = {
+        pool: placement.shape_of(
+            pool,
+            asked.get(pool, {}),
+            nodes,
+            cpus=options.cpus,
+            replicas=max((s.max_workers or 0 for s in physical.stages if s.pool == pool), default=0),
+            devices=options.devices,
+        )
+        for pool in physical.pools
+    }
+    workers = placement.place(shapes, nodes, to_come=kinds_to_come())
+    return Placed(workers, shapes, placement.budget_bytes(nodes), _notes(workers, shapes))
+
+
+def _notes(workers: tuple[WorkerSpec, ...], shapes: Mapping[str, Any]) -> tuple[str, ...]:
+    notes: list[str] = []
+    for pool, shape in shapes.items():
+        where: dict[str, int] = {}
+        for spec in workers:
+            if spec.pool == pool:
+                where[spec.node or "a node that is to come"] = where.get(spec.node or "a node that is to come", 0) + 1
+        places = ", ".join(f"{count} on {node}" for node, count in where.items())
+        notes.append(f"placement {pool}: {places}; each holds {shape}")
+    return tuple(notes)

@@ -1,0 +1,176 @@
+"""The cluster: how we get there, which nodes it has, which of them come, leave or are to leave, and asking for more.
+
+Ray tells nobody when nodes come and go, so a thread looks every two seconds. It is the only thing here that polls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from headrace.core.errors import HeadraceError, PlanError, TransientError
+from headrace.substrates.ray.placement import Node, node_name
+
+LOOK_S = 2.0
+PATIENCE_S = 20.0  # without an answer from the head
+ASK_S = 5.0  # between two requests to the autoscaler
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[None]:
+    """Be connected while inside: through the connection that there is, to the cluster at `address` ("auto", "host:port",
+    "ray://host:port", "local"), or without one to the one that RAY_ADDRESS or this machine names, else to a new one here.
+
+    A connection that was made here ends here. Raises PlanError when there is no cluster at `address`.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    _connect(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str | None) -> None:
+    options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True, "namespace": "headrace"}
+    if address is None:
+        try:
+            ray.init(address="auto", **options)
+            return
+        except ConnectionError:
+            address = "local"
+    try:
+        if address == "local":
+            options["include_dashboard"] = False
+        ray.init(address=address, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        text = f"there is no Ray cluster at {address}: {str(error).splitlines()[0]}"
+        hint = "ray start --head starts one; without an address Headrace starts one on this machine; ray:// needs ray[client]"
+        raise PlanError(text, hint=hint) from None
+
+
+def live_nodes() -> tuple[Node, ...]:
+    """The nodes that are alive, by name."""
+    nodes = [
+        Node(
+            node_name(n.get("NodeManagerAddress", "?"), n["NodeID"]),
+            n["NodeID"],
+            _plain(n.get("Resources", {})),
+            int(n.get("Resources", {}).get("object_store_memory", 0)),
+        )
+        for n in ray.nodes()
+        if n.get("Alive")
+    ]
+    return tuple(sorted(nodes, key=lambda n: n.name))
+
+
+def _plain(resources: Mapping[str, float]) -> dict[str, float]:
+    return {k: v for k, v in resources.items() if not k.startswith("node:") and k not in ("memory", "object_store_memory")}
+
+
+def kinds_to_come() -> frozenset[str]:
+    """Resources that an autoscaler may bring. (Ray tells them in no public place; where it tells nothing: none.)"""
+    try:
+        from ray._private.state import state
+
+        most = state.get_max_resources_from_cluster_config()
+    except Exception:
+        return frozenset()
+    return frozenset(name for name, amount in (most or {}).items() if amount > 0)
+
+
+def _draining() -> frozenset[str]:
+    """Nodes that are about to leave: preempted, or drained by people. As Ray Train asks; where that is gone, none."""
+    try:
+        from ray._private.state import state
+
+        return frozenset(state.get_draining_nodes())
+    except Exception:
+        return frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """What has changed since the last look."""
+
+    joined: tuple[Node, ...] = ()
+    left: tuple[str, ...] = ()
+    leaving: tuple[str, ...] = ()
+    staying: tuple[str, ...] = ()  # that were leaving
+    error: HeadraceError | None = None  # the head does not answer
+
+
+class Watch:
+    """Tells of changes from a thread of its own, and carries wishes to the autoscaler. known: the nodes there are."""
+
+    def __init__(self, known: tuple[Node, ...], tell: Callable[[Changed], None]) -> None:
+        self._known = {n.name for n in known}
+        self._leaving: frozenset[str] = frozenset()
+        self._tell = tell
+        self._end = threading.Event()
+        self._heard_s = time.monotonic()
+        self._wish: tuple[dict[str, float], ...] = ()
+        self._asked: tuple[dict[str, float], ...] = ()
+        self._asked_s = float("-inf")
+        self._thread = threading.Thread(target=self._look, name="headrace-cluster", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wish(self, bundles: tuple[dict[str, float], ...]) -> None:
+        """What the cluster should be able to hold, in resources of one worker each; () for no more than there is."""
+        self._wish = bundles
+
+    def close(self) -> None:
+        self._end.set()
+        if self._thread.is_alive():
+            self._thread.join(PATIENCE_S)
+        if self._asked:
+            self._ask(())
+
+    def _look(self) -> None:
+        while not self._end.wait(LOOK_S):
+            try:
+                changed = self._changes()
+                self._heard_s = time.monotonic()
+            except Exception as error:
+                if time.monotonic() - self._heard_s < PATIENCE_S:
+                    continue
+                text = f"the head of the Ray cluster does not answer: {str(error).splitlines()[0] if str(error) else error!r}"
+                hint = "the same command goes on from here, on this cluster, another one, or one machine"
+                self._tell(Changed(error=TransientError(text, hint=hint)))
+                return
+            if changed != Changed():
+                self._tell(changed)
+            if self._wish != self._asked and time.monotonic() - self._asked_s >= ASK_S:
+                self._ask(self._wish)
+
+    def _changes(self) -> Changed:
+        nodes = {n.name: n for n in live_nodes()}
+        draining = _draining()
+        leaving = frozenset(name for name, n in nodes.items() if n.id in draining)
+        changed = Changed(
+            tuple(n for name, n in nodes.items() if name not in self._known and name not in leaving),
+            tuple(sorted(self._known - nodes.keys())),
+            tuple(sorted(leaving - self._leaving)),
+            tuple(sorted((self._leaving - leaving) & nodes.keys())),
+        )
+        self._known = (self._known & nodes.keys()) | {n.name for n in changed.joined}
+        self._leaving = leaving
+        return changed
+
+    def _ask(self, bundles: tuple[dict[str, float], ...]) -> None:
+        self._asked, self._asked_s = bundles, time.monotonic()
+        with contextlib.suppress(Exception):  # a cluster without an autoscaler: a wish is a hint
+            from ray.autoscaler.sdk import request_resources
+
+            request_resources(bundles=[dict(b) for b in bundles])

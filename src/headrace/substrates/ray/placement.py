@@ -1,0 +1,170 @@
+"""Which workers go on which nodes. Pure: nodes and shapes in, worker specs out.
+
+A CPU worker for each CPU of every node; a device worker for each device, or share of one, where devices are. What Ray must set
+aside for a worker is its pool's shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from headrace.core.errors import PlanError
+from headrace.core.resources import CPU_POOL, WAITING_POOL, WorkerSpec
+
+STORE_SHARE = 0.4  # of the object stores for blocks in flight: a block is in two stores while another node reads it
+LEAST_BUDGET = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A live node. name: unique, and for people: "10.0.0.3/1a2b3c4d". id: Ray's. resources: in Ray's words: CPU, GPU and
+    custom ones. store_bytes: of its object store.
+    """
+
+    name: str
+    id: str
+    resources: Mapping[str, float]
+    store_bytes: int = 0
+
+    @property
+    def cpus(self) -> int:
+        return int(self.resources.get("CPU", 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What one worker of a pool holds of its node. device: what it is told that it runs on. most: workers in all, None for as
+    many as fit.
+    """
+
+    device: str
+    cpus: float = 0.0
+    gpus: float = 0.0
+    resources: Mapping[str, float] = field(default_factory=dict[str, float])
+    most: int | None = None
+
+    def most_on(self, nodes: Sequence[Node]) -> int:
+        """A bound on the workers of the pool: without any demand, as many as there are CPUs."""
+        if self.most is not None:
+            return self.most
+        return 1 << 30 if self.wanted else max(1, sum(n.cpus for n in nodes))
+
+    @property
+    def wanted(self) -> dict[str, float]:
+        """What Ray sets aside for a worker."""
+        return {k: v for k, v in {"CPU": self.cpus, "GPU": self.gpus, **self.resources}.items() if v > 0}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{v:g} {k}" for k, v in self.wanted.items()) or "nothing that Ray counts"
+
+
+def shape_of(
+    pool: str,
+    asked: Mapping[str, float],
+    nodes: Sequence[Node],
+    *,
+    cpus: int | None,
+    replicas: int,
+    devices: Sequence[str] | None = None,
+) -> Shape:
+    """The shape of a pool. asked: resources that its model names. cpus: bound on CPU workers. replicas: 0 for auto."""
+    kind = pool.partition("(")[0].partition(":")[0]
+    custom = {k: v for k, v in asked.items() if k not in ("CPU", "GPU")}
+    if pool == CPU_POOL:
+        return Shape("cpu", cpus=1.0, most=cpus)
+    if pool == WAITING_POOL:
+        return Shape("cpu", most=replicas or max(1, sum(n.cpus for n in nodes)))
+    if kind == "cuda":
+        gpus = sum(int(n.resources.get("GPU", 0)) for n in nodes)
+        share = asked.get("GPU") or (1.0 if replicas <= max(1, gpus) else 1.0 / -(-replicas // max(1, gpus)))
+        return Shape("cuda:0", asked.get("CPU", 0.0), share, custom)  # Ray shows a worker its own devices only
+    if kind == "sim":
+        there = any(n.resources.get("sim") for n in nodes)
+        resources = {**({"sim": 1.0} if there else {}), **custom}
+        device = pool.partition("(")[0] if ":" in pool else "sim:0"
+        named = sum(1 for d in devices or () if d.startswith("sim"))
+        return Shape(
+            device, asked.get("CPU", 0.0), asked.get("GPU", 0.0), resources, None if resources else max(1, replicas, named)
+        )
+    most = replicas or None if asked else max(1, replicas)
+    return Shape("cpu", asked.get("CPU", 0.0), asked.get("GPU", 0.0), custom, most)
+
+
+def place(
+    shapes: Mapping[str, Shape], nodes: Sequence[Node], *, to_come: Collection[str] = (), have: Mapping[str, int] | None = None
+) -> tuple[WorkerSpec, ...]:
+    """The workers to start. Pools take turns, so that those which need the same device share them; CPU workers get what CPUs
+    are left, at least one. to_come: resources that an autoscaler may bring: a pool that fits nowhere yet gets one worker, which
+    waits for its node. have: workers of each pool that there are already, on other nodes: a pool may then get none.
+
+    Raises PlanError for a pool that can never have a worker.
+    """
+    room = {n.name: dict(n.resources) for n in nodes}
+    first = {pool: places for pool, shape in shapes.items() if (places := _take(shape, room, 1))}
+    found = {pool: first.get(pool, []) for pool in shapes}
+    for pool in shapes:
+        if not found[pool] and have is None and not shapes[pool].wanted.keys() <= set(to_come):
+            raise _nowhere(pool, shapes[pool], nodes)
+    before = have or {}
+    growing = [pool for pool in shapes if pool != CPU_POOL and found[pool]]
+    while growing:
+        for pool in list(growing):
+            shape = shapes[pool]
+            full = len(found[pool]) + before.get(pool, 0) >= shape.most_on(nodes)
+            more = [] if full else _take(shape, room, 1, len(found[pool]))
+            found[pool] += more
+            if not more:
+                growing.remove(pool)
+    if CPU_POOL in shapes:
+        shape = shapes[CPU_POOL]
+        most = sum(n.cpus for n in nodes) if shape.most is None else shape.most - before.get(CPU_POOL, 0)
+        found[CPU_POOL] += _take(shape, room, max(0, most - len(found[CPU_POOL])))
+    specs: list[WorkerSpec] = []
+    for pool, shape in shapes.items():
+        full = shape.most is not None and before.get(pool, 0) >= shape.most
+        for node in [] if full else found[pool] or ([""] if have is None else []):
+            specs.append(WorkerSpec(len(specs), pool, shape.device, node))
+    return tuple(specs)
+
+
+def _take(shape: Shape, room: dict[str, dict[str, float]], count: int, turn: int = 0) -> list[str]:
+    """Nodes for up to `count` more workers, in turns; what they hold is taken from `room`."""
+    names = list(room)
+    names = names[turn % len(names) :] + names[: turn % len(names)] if names else []
+    taken: list[str] = []
+    while len(taken) < count:
+        before = len(taken)
+        for name in names:
+            there = room[name]
+            if len(taken) < count and all(there.get(k, 0.0) + 1e-9 >= v for k, v in shape.wanted.items()):
+                for k, v in shape.wanted.items():
+                    there[k] -= v
+                taken.append(name)
+        if len(taken) == before:
+            break
+    return taken
+
+
+def _nowhere(pool: str, shape: Shape, nodes: Sequence[Node]) -> PlanError:
+    return PlanError(
+        f"no node of the cluster can hold a worker of pool {pool!r}: it needs {shape}",
+        where=tuple(("node", f"{n.name}: {_resources(n)}") for n in nodes[:5]),
+        hint="start a node that has it, or ask for what there is (device=, resources=)",
+    )
+
+
+def budget_bytes(nodes: Sequence[Node]) -> int:
+    """Blocks that may be in flight without any store's having to spill: the smallest store sets the share of all."""
+    stores = [n.store_bytes for n in nodes if n.store_bytes]
+    return max(LEAST_BUDGET, int(STORE_SHARE * min(stores) * len(stores))) if stores else 1 << 30
+
+
+def node_name(host: str, id: str) -> str:
+    """As people see it, and unique: nodes of a test cluster share a host."""
+    return f"{host}/{id[:8]}"
+
+
+def _resources(node: Node) -> str:
+    shown = {k: v for k, v in node.resources.items() if ":" not in k and k not in ("memory", "object_store_memory")}
+    return ", ".join(f"{v:g} {k}" for k, v in sorted(shown.items())) or "nothing"

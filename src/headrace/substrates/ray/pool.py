@@ -1,0 +1,595 @@
+"""The driver's side of the Ray substrate: starts actors, carries steps as calls, keeps account of blocks it never sees.
+
+A call's end comes from a thread of Ray's into a queue, on which `wait` blocks. Block bytes stay in the nodes' object stores:
+what passes through here are references, except for what `fetch` copies for the consumer (`fetched_bytes`).
+
+Invariants: each worker that `start` or `add_worker` was given ends in one WorkerLost, or with `stop`; parts that a lost worker
+made are told as lost; `stop` leaves no actor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import ray
+from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from headrace.core.errors import InternalError, PlanError
+from headrace.core.refs import BlockRef, PartRef
+from headrace.core.resources import WorkerSpec
+from headrace.core.stages import Stage
+from headrace.core.steps import (
+    Apply,
+    Discard,
+    PartsFreed,
+    PartsLost,
+    RoomOffered,
+    Step,
+    StepDone,
+    StepFailed,
+    SubstrateEvent,
+    WorkerLost,
+    WorkerResting,
+    WorkerUp,
+)
+from headrace.substrates.blocks import anonymous_bytes, own_copy, zip_parts
+from headrace.substrates.ray.actor import Presence, RayWorker, StreamingRayWorker, Surroundings, Vitals
+from headrace.substrates.ray.cluster import Changed, Watch, live_nodes
+from headrace.substrates.ray.placement import Node, Shape, place
+from headrace.substrates.ray.remains import Obituary, Remains, bury, stack
+from headrace.substrates.ray.store import block_lost, fetch
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from headrace.substrates.bodies import BodyFactory
+
+SHORT_STEP_S = 0.005  # steps of a worker whose last one was that short share a call
+MANY_CALLS = 128  # of a worker with streaming models that may be under way
+BURY_S = 10.0  # a node that has not told by then what a worker left is as dead as the worker
+STOP_S = 5.0  # for workers without work to close cursors and models
+STACK_S = 5.0  # a process may have to start for it
+
+_NO_SHAPE = Shape("cpu")
+
+
+@dataclass(slots=True)
+class _Worker:
+    """node: its name; "" until it is up, if Ray chose. steps: handed over and not answered. killed: why we ended it."""
+
+    spec: WorkerSpec
+    handle: Any
+    streaming: bool
+    node: str
+    up: bool = False
+    steps: dict[int, Step] = field(default_factory=dict[int, Step])
+    killed: str = ""
+    stack: str = ""
+    step_s: float = 1.0
+    reason: str = ""
+    remains: Remains | None = None
+    own_bytes: int = 0
+
+
+@dataclass(slots=True)
+class _Site:
+    """A node as we use it. workers: those that are on it, up or not."""
+
+    node: Node
+    workers: set[int] = field(default_factory=set[int])
+    leaving: bool = False
+    tight: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterState:
+    """What people see of the cluster: live nodes, CPUs and devices that workers of ours hold, blocks in the object stores."""
+
+    nodes: int
+    cpus: int
+    devices: int
+    store_bytes: int
+    leaving: int = 0
+
+
+class RaySubstrate:
+    """Workers are actors. shapes: what the workers of each pool hold. must_see: a file that every node must see: else the run
+    ends with PlanError.
+    """
+
+    name = "ray"
+
+    def __init__(
+        self,
+        *,
+        body_factory: BodyFactory | None = None,
+        shapes: Mapping[str, Shape] | None = None,
+        must_see: str | None = None,
+    ) -> None:
+        self._factory = body_factory
+        self._shapes = dict(shapes or {})
+        self._must_see = must_see
+        self._payload: Any = None
+        self._stages: dict[int, Stage] = {}
+        self._streaming: frozenset[str] = frozenset()
+        self._around: Surroundings | None = None
+        self._workers: dict[int, _Worker] = {}
+        self._sites: dict[str, _Site] = {}
+        self._dying: dict[int, tuple[_Worker, float]] = {}  # their nodes are asked what they left, until when
+        self._gone_nodes: set[str] = set()
+        self._outbox: dict[int, list[Step]] = {}
+        self._parts: dict[int, int] = {}  # part -> the worker that owns it
+        self._bytes: dict[int, int] = {}
+        self._store_bytes = 0
+        self._made: dict[int, set[int]] = {}  # worker -> its live parts
+        self._inbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()  # None: a wake
+        self._events: deque[SubstrateEvent] = deque()
+        self._watch: Watch | None = None
+        self._stopped = False
+        self.fetched_bytes = 0  # of blocks that came through this process, all for the consumer
+        self.spill_dir: str | None = None
+
+    # -- the contract
+
+    def start(self, program: Any, workers: Sequence[WorkerSpec]) -> None:
+        import headrace
+
+        stages: Iterable[Stage] = getattr(program, "stages", ())
+        self._stages = {s.id: s for s in stages}
+        self._streaming = frozenset(s.pool for s in self._stages.values() if s.stream)
+        paths = (*(os.path.abspath(p) for p in sys.path if p), os.getcwd())
+        self._around = Surroundings(os.getcwd(), paths, headrace.__version__, self._must_see or "")
+        self._payload = ray.put(self._pickle(program))
+        nodes = live_nodes()
+        for node in nodes:
+            self._open_site(node)
+        for spec in workers:
+            self.add_worker(spec)
+        self._watch = Watch(nodes, lambda changed: self._inbox.put(("changed", changed)))
+        self._watch.start()
+
+    def add_worker(self, worker: WorkerSpec) -> None:
+        """Its id must be new in this run."""
+        shape = self._shapes.get(worker.pool, _NO_SHAPE)
+        streaming = worker.pool in self._streaming
+        options: dict[str, Any] = {
+            "num_cpus": shape.cpus,
+            "num_gpus": shape.gpus,
+            "resources": dict(shape.resources),
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
+        site = self._sites.get(worker.node)
+        if site is not None:
+            options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(site.node.id, soft=False)
+        if streaming:
+            options["max_concurrency"] = MANY_CALLS
+        actor = ray.remote(StreamingRayWorker if streaming else RayWorker).options(**options)
+        handle = actor.remote(worker, self._payload, self._around)
+        made = _Worker(worker, handle, streaming, worker.node if site is not None else "")
+        self._workers[worker.id] = made
+        if site is not None:
+            site.workers.add(worker.id)
+        self._call(("up", worker.id), handle.up.remote())
+
+    def submit(self, step: Step | Discard) -> None:
+        """Handed over at once; a short step that others go before, at the next `wait`, with what else goes there."""
+        worker = self._workers.get(step.worker)
+        if worker is None or self._stopped:
+            return  # it died; WorkerLost has told, or will
+        if isinstance(step, Discard):
+            self._flush_to(worker)
+            worker.handle.discard.remote(step.cursor)
+            return
+        queued = worker.step_s < SHORT_STEP_S and bool(worker.steps)
+        worker.steps[step.id] = step
+        self._outbox.setdefault(worker.spec.id, []).append(step)
+        if not queued:
+            self._flush_to(worker)
+
+    def release(self, parts: Sequence[PartRef]) -> None:
+        for part in parts:
+            self._forget_part(part.id)
+        if parts:
+            self._inbox.put(("event", PartsFreed(tuple(p.id for p in parts))))
+
+    def wait(self, timeout_s: float | None) -> list[SubstrateEvent]:
+        if self._stopped:
+            return []
+        self._flush()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            woken = self._take_in(self._patience(deadline))
+            self._bury_overdue()
+            if self._events or woken or (deadline is not None and time.monotonic() >= deadline):
+                events = list(self._events)
+                self._events.clear()
+                return events
+            self._flush()
+
+    def wake(self) -> None:
+        self._inbox.put(None)
+
+    def fetch(self, block: BlockRef) -> pa.RecordBatch:
+        """Raises BlockLost when the node that held it is gone."""
+        batches = [(part.columns, fetch(part)) for part in block.parts]
+        self.fetched_bytes += block.bytes
+        return own_copy(zip_parts(batches, block.rows))
+
+    def kill(self, worker: int, reason: str) -> bool:
+        victim = self._workers.get(worker)
+        if victim is None:
+            return False
+        if not victim.killed:
+            victim.killed = reason
+            if victim.remains is not None:
+                with contextlib.suppress(Exception):
+                    victim.stack = ray.get(self._on_node(victim, stack).remote(victim.remains), timeout=STACK_S)
+            ray.kill(victim.handle)
+            self._lose(victim, RuntimeError(reason))
+        return True
+
+    def spill(self, parts: Sequence[PartRef]) -> tuple[PartRef, ...]:
+        """Ray spills by itself when a store is full."""
+        return ()
+
+    def memory_bytes(self) -> int:
+        own = sum(worker.own_bytes for worker in self._workers.values())
+        return anonymous_bytes() + own + self._store_bytes
+
+    def stop(self) -> None:
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._watch is not None:
+            self._watch.close()
+        with contextlib.suppress(Exception):
+            self._end_actors()
+        self._workers.clear()
+        self._sites.clear()
+        self._outbox.clear()
+        self._parts.clear()
+        self._made.clear()
+        self._bytes.clear()
+        self._payload = None
+        self._inbox = queue.SimpleQueue()
+        self._events.clear()
+
+    # -- for display, and the autoscaler
+
+    @property
+    def cluster(self) -> ClusterState:
+        up = [w for w in self._workers.values() if w.up]
+        cpus = sum(1 for w in up if w.spec.device == "cpu")
+        leaving = sum(1 for s in self._sites.values() if s.leaving)
+        return ClusterState(len(self._sites), cpus, len(up) - cpus, self._store_bytes, leaving)
+
+    def want(self, workers: Mapping[str, int]) -> None:
+        """How many workers each pool could use now, for the autoscaler; what there is already is asked for, too, while it is
+        needed.
+        """
+        if self._watch is None:
+            return
+        bundles: list[dict[str, float]] = []
+        for pool, count in sorted(workers.items()):
+            shape = self._shapes.get(pool, _NO_SHAPE)
+            bundle = shape.wanted
+            have = sum(1 for w in self._workers.values() if w.spec.pool == pool)
+            if bundle and count > have and (shape.most is None or have < shape.most):
+                bundles += [bundle] * min(count, 2 * max(1, have), shape.most or count)  # doubling: few steps, little waste
+        self._watch.wish(tuple(bundles))
+
+    # -- calls
+
+    def _call(self, subject: tuple[Any, ...], ref: Any) -> None:
+        inbox = self._inbox
+        ref.future().add_done_callback(lambda done: inbox.put((*subject, done)))
+
+    def _flush(self) -> None:
+        for worker in [self._workers[i] for i in self._outbox if i in self._workers]:
+            self._flush_to(worker)
+        self._outbox.clear()
+
+    def _flush_to(self, worker: _Worker) -> None:
+        steps = self._outbox.pop(worker.spec.id, None)
+        if not steps:
+            return
+        together = not worker.streaming and worker.step_s < SHORT_STEP_S
+        for group in [steps] if together else [[s] for s in steps]:
+            travelling = {p.id: p.handle for s in group for p in self._read_elsewhere(s, worker)}
+            ref = worker.handle.run.remote(group, list(travelling), *travelling.values())
+            self._call(("run", worker.spec.id, group), ref)
+
+    def _read_elsewhere(self, step: Step, worker: _Worker) -> Iterable[PartRef]:
+        """Parts of other nodes that the step will read: Ray brings those that are arguments while the worker is still busy."""
+        stage = self._stages.get(step.stage)
+        columns = stage.columns_in if stage is not None and isinstance(step, Apply) else None
+        for block in step.inputs:
+            for part in block.parts:
+                if part.node != worker.node and (columns is None or not set(columns).isdisjoint(part.columns)):
+                    yield part
+
+    # -- what comes in
+
+    def _patience(self, deadline: float | None) -> float | None:
+        """How long to wait for the next message; 0 when there is something to tell already."""
+        if self._events:
+            return 0.0
+        by = [t for t in (deadline, min((until for _, until in self._dying.values()), default=None)) if t is not None]
+        return max(0.0, min(by) - time.monotonic()) if by else None
+
+    def _take_in(self, timeout_s: float | None) -> bool:
+        """Take what has come, waiting for the first of it. True: somebody called `wake`."""
+        woken = False
+        try:
+            message = self._inbox.get(timeout=timeout_s) if timeout_s != 0.0 else self._inbox.get_nowait()
+            while True:
+                if message is None:
+                    woken = True
+                else:
+                    self._take(message)
+                message = self._inbox.get_nowait()
+        except queue.Empty:
+            return woken
+
+    def _take(self, message: tuple[Any, ...]) -> None:
+        kind = message[0]
+        if kind == "run":
+            self._on_answers(message[1], message[2], message[3])
+        elif kind == "event":
+            self._events.append(message[1])
+        elif kind == "up":
+            self._on_up(message[1], message[2])
+        elif kind == "bury":
+            self._on_buried(message[1], message[2])
+        elif kind == "changed":
+            self._on_changed(message[1])
+
+    def _on_answers(self, id: int, steps: Sequence[Step], done: Any) -> None:
+        worker = self._workers.get(id)
+        error = done.exception()
+        if error is None:
+            answers, vitals = done.result()
+            for answer in answers:
+                self._on_answer(worker, answer)
+            if vitals is not None and worker is not None:
+                self._on_vitals(worker, vitals)
+            return
+        if worker is None:
+            return
+        if isinstance(error, RayActorError):
+            self._lose(worker, error)
+            return
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        for step in steps:
+            if worker.steps.pop(step.id, None) is None:
+                continue
+            told = block_lost(cause) if isinstance(cause, ObjectLostError) else _our_fault(error)
+            self._events.append(StepFailed(step.id, id, told))
+
+    def _on_answer(self, worker: _Worker | None, answer: StepDone | StepFailed) -> None:
+        if worker is None or worker.steps.pop(answer.step, None) is None:
+            return  # it was lost meanwhile, and its parts with it
+        if isinstance(answer, StepDone):
+            worker.step_s = answer.timing.wall_s
+            for block in answer.outputs:
+                for part in block.parts:
+                    self._parts[part.id] = part.owner
+                    self._bytes[part.id] = part.bytes
+                    self._made.setdefault(part.owner, set()).add(part.id)
+                    self._store_bytes += part.bytes
+        self._events.append(answer)
+
+    def _on_up(self, id: int, done: Any) -> None:
+        worker = self._workers.get(id)
+        if worker is None:
+            return
+        error = done.exception()
+        if error is not None:
+            self._lose(worker, error)
+            return
+        presence: Presence = done.result()
+        worker.node, worker.remains = presence.node, presence.remains
+        site = self._sites.get(presence.node) or self._open_site(Node(presence.node, presence.node_id, {}))
+        site.workers.add(id)
+        if not presence.sees:
+            raise PlanError(
+                f"node {site.node.name} does not see {self._must_see}",
+                hint="write to a place that all nodes share: s3://, or a file system mounted on each at the same path",
+            )
+        worker.up = True
+        self._events.append(WorkerUp(id, worker.spec.pool, worker.node))
+        if site.leaving:
+            self._events.append(WorkerResting(id, True))
+
+    def _on_vitals(self, worker: _Worker, vitals: Vitals) -> None:
+        worker.own_bytes = vitals.own_bytes
+        site = self._sites.get(worker.node)
+        if site is None or vitals.tight == site.tight:
+            return
+        site.tight = vitals.tight
+        for other in sorted(site.workers):
+            if other != worker.spec.id and self._workers[other].up:  # one goes on, and tells when there is room again
+                self._events.append(WorkerResting(other, site.tight or site.leaving))
+
+    # -- deaths
+
+    def _lose(self, worker: _Worker, error: BaseException) -> None:
+        """It is gone, or as good as gone: ask its node what it left, then tell."""
+        id = worker.spec.id
+        if self._workers.pop(id, None) is None:
+            return
+        self._outbox.pop(id, None)
+        worker.reason = worker.killed or _reason(error)
+        if isinstance(error, ActorUnavailableError):  # it may be alive behind a broken network: it must not come back
+            with contextlib.suppress(Exception):
+                ray.kill(worker.handle)
+        site = self._sites.get(worker.node)
+        if site is None or worker.node in self._gone_nodes:
+            self._told_lost(worker, None, gone=bool(worker.node))
+            return
+        site.workers.discard(id)
+        if worker.remains is None:  # it never came up
+            self._told_lost(worker, None, gone=False)
+            return
+        self._dying[id] = (worker, time.monotonic() + BURY_S)
+        self._call(("bury", id), self._on_node(worker, bury).remote(worker.remains))
+
+    def _on_node(self, worker: _Worker, function: Any) -> Any:
+        """The function as a task that runs on the worker's node, and costs nothing there."""
+        where = NodeAffinitySchedulingStrategy(self._sites[worker.node].node.id, soft=False)
+        return ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
+
+    def _on_buried(self, id: int, done: Any) -> None:
+        found = self._dying.pop(id, None)
+        if found is None:
+            return
+        worker, _ = found
+        if done.exception() is not None:
+            self._told_lost(worker, None, gone=True)
+        else:
+            self._told_lost(worker, done.result(), gone=False)
+
+    def _bury_overdue(self) -> None:
+        now = time.monotonic()
+        for id in [i for i, (_, until) in self._dying.items() if now >= until]:
+            worker, _ = self._dying.pop(id)
+            self._told_lost(worker, None, gone=True)
+
+    def _told_lost(self, worker: _Worker, left: Obituary | None, *, gone: bool) -> None:
+        id = worker.spec.id
+        doing = left.doing if left is not None and not gone else None
+        crash = left.crash if left is not None and not worker.killed else ""
+        stack = worker.stack or crash
+        if worker.killed:
+            reason = worker.killed
+        elif gone:
+            reason = "its node is gone"
+        else:
+            reason = _crash(crash) or worker.reason
+        self._events.append(WorkerLost(id, reason, doing, stack, worker.up, worker.spec.pool, gone))
+        lost = tuple(self._made.pop(id, ()))
+        for part in lost:
+            self._forget_part(part)
+        if lost:
+            self._events.append(PartsLost(lost, reason))
+
+    def _forget_part(self, part: int) -> None:
+        owner = self._parts.pop(part, None)
+        self._store_bytes -= self._bytes.pop(part, 0)
+        if owner is not None and owner in self._made:
+            self._made[owner].discard(part)
+
+    # -- nodes
+
+    def _open_site(self, node: Node) -> _Site:
+        site = self._sites[node.name] = _Site(node)
+        self._gone_nodes.discard(node.name)
+        return site
+
+    def _on_changed(self, changed: Changed) -> None:
+        """Raises TransientError when the head of the cluster is gone."""
+        if changed.error is not None:
+            raise changed.error
+        for node in changed.leaving:
+            self._let_rest(node, True)
+        for node in changed.staying:
+            self._let_rest(node, False)
+        for node in changed.left:
+            self._close_site(node)
+        for node in changed.joined:
+            if node.name not in self._sites:
+                self._open_site(node)
+            self._offer(node)
+
+    def _let_rest(self, node: str, leaving: bool) -> None:
+        site = self._sites.get(node)
+        if site is None:
+            return
+        site.leaving = leaving
+        for worker in sorted(site.workers):
+            if self._workers[worker].up:
+                self._events.append(WorkerResting(worker, leaving or site.tight))
+
+    def _close_site(self, node: str) -> None:
+        """The node is dead: so are its workers, whether or not their calls have failed yet."""
+        self._gone_nodes.add(node)
+        site = self._sites.pop(node, None)
+        for worker in sorted(site.workers) if site is not None else ():
+            found = self._workers.get(worker)
+            if found is not None:
+                self._lose(found, RuntimeError("its node is gone"))
+        for id in [i for i, (w, _) in self._dying.items() if w.node == node]:
+            worker, _ = self._dying.pop(id)
+            self._told_lost(worker, None, gone=True)
+
+    def _offer(self, node: Node) -> None:
+        """Workers that were to wait for a node may find it by themselves."""
+        have = dict.fromkeys(self._shapes, 0)
+        waiting = dict(have)
+        for worker in self._workers.values():
+            have[worker.spec.pool] = have.get(worker.spec.pool, 0) + 1
+            waiting[worker.spec.pool] = waiting.get(worker.spec.pool, 0) + (not worker.node)
+        for spec in place(self._shapes, [node], have=have):
+            if waiting[spec.pool] > 0:
+                waiting[spec.pool] -= 1
+            else:
+                self._events.append(RoomOffered(spec.pool, spec.device, spec.node))
+
+    # -- starting and ending
+
+    def _pickle(self, program: Any) -> bytes:
+        import cloudpickle
+
+        try:
+            return cloudpickle.dumps((program, self._factory), protocol=5)
+        except Exception as exc:
+            raise PlanError(
+                f"this pipeline can't be sent to the cluster: {type(exc).__name__}: {exc}",
+                hint="make what your functions and models refer to picklable (build it in a class's __init__, which runs "
+                "in the worker)",
+            ) from exc
+
+    def _end_actors(self) -> None:
+        """Let idle workers close what they have; end them all."""
+        idle = [w.handle.close.remote() for w in self._workers.values() if w.up and not w.steps]
+        if idle:
+            ray.wait(idle, num_returns=len(idle), timeout=STOP_S)
+        for worker in self._workers.values():
+            with contextlib.suppress(Exception):
+                ray.kill(worker.handle)
+
+
+def _reason(error: BaseException) -> str:
+    """Why an actor is gone, in a line. Ray's own text is a page."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    if "creation task" in text:
+        return f"it could not start: {lines[-1]}"
+    if "memory pressure" in text or "OOM killer) due to the node running low" in text:
+        return "it was killed because its node ran out of memory"
+    if isinstance(error, RayActorError):
+        return "its process ended (killed, out of memory, or a crash in native code)"
+    return lines[0]
+
+
+def _crash(report: str) -> str:
+    """What faulthandler calls a crash: "Segmentation fault"."""
+    return f"it crashed: {report.splitlines()[0].partition(': ')[2]}" if report else ""
+
+
+def _our_fault(error: BaseException) -> InternalError:
+    return InternalError(
+        f"a step failed outside user code: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+        frames=str(error),
+        hint="this is a fault of Headrace; please report it with the frames above",
+    )
