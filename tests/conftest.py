@@ -69,6 +69,26 @@ def pytest_runtest_makereport(
     return report
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ray", action="store_true", help="every test of the feature suite on Ray, too (a run takes seconds there)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the feature suite only tests marked `on_ray` run on Ray, unless --ray is given."""
+    if config.getoption("--ray"):
+        return
+    left: list[pytest.Item] = []
+    for item in items:
+        params = getattr(item, "callspec", None)
+        on_ray = params is not None and params.params.get("engine") == "ray"
+        if on_ray and item.get_closest_marker("on_ray") is None:
+            left.append(item)
+    if left:
+        gone = set(left)
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in gone]
+
+
 @pytest.fixture(scope="session")
 def ray_cluster() -> Generator[None]:
     """Two nodes of one CPU each, the second with two simulated devices, and a connection to them."""

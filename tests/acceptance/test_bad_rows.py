@@ -86,6 +86,7 @@ def test_the_others_go_on(data: Path, tmp_path: Path, quiet: Options, name: str,
     assert hr.verify(str(tmp_path / "out")).ok
 
 
+@pytest.mark.on_ray
 def test_carried_columns_are_set_aside_too(data: Path, tmp_path: Path, quiet: Options) -> None:
     ds = hr.read_parquet(data).predict(Model, input=["id", "x"], output="y", device="sim")
     ds.write_parquet(tmp_path / "out", on_error="quarantine", **quiet)
@@ -120,6 +121,7 @@ def test_every_row_bad_leaves_an_empty_output(data: Path, tmp_path: Path, quiet:
     assert quarantined(tmp_path / "out").num_rows == 200
 
 
+@pytest.mark.on_ray
 def test_metrics_count_good_rows_only(data: Path, tmp_path: Path, quiet: Options) -> None:
     ds = hr.read_parquet(data).map(per_row).evaluate(n=hr.metrics.Count(), mean=hr.metrics.Mean("y"))
     run = ds.write_parquet(tmp_path / "out", on_error="skip", **quiet)

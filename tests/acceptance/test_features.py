@@ -31,6 +31,7 @@ class Doubler:
         return batch["x"] * self.factor
 
 
+@pytest.mark.on_ray
 def test_predict_carries_every_other_column(data: Path, tmp_path: Path, quiet: Options) -> None:
     run = hr.read_parquet(data).predict(Doubler, input=["x"], output="y").write_parquet(tmp_path / "out", **quiet)
     assert run.rows == 200
@@ -50,6 +51,7 @@ def test_a_bare_array_for_one_named_input(data: Path, tmp_path: Path, quiet: Opt
     assert back["y"].to_pylist() == (np.arange(200) * 0.5 + 1).tolist()
 
 
+@pytest.mark.on_ray
 def test_two_devices_and_two_models_keep_order(data: Path, tmp_path: Path, quiet: Options) -> None:
     ds = (
         hr.read_parquet(data)
@@ -77,6 +79,7 @@ def test_each_worker_sees_its_own_device(data: Path, quiet: Options) -> None:
     assert set(found["d"].to_pylist()) <= {"sim:0", "sim:1"}
 
 
+@pytest.mark.on_ray
 def test_output_is_the_same_on_every_route(tmp_path: Path, quiet: Options) -> None:
     """One big file (several workers share it) and many small ones (a worker each) give the same rows."""
     whole = table(0, 3000)
@@ -156,6 +159,7 @@ def test_limit_takes_the_first_rows(data: Path, tmp_path: Path, quiet: Options, 
     assert [row["id"] for row in ds.take(5, **quiet)] == expected[:5]
 
 
+@pytest.mark.on_ray
 def test_evaluate_in_the_pass(data: Path, tmp_path: Path, quiet: Options) -> None:
     ds = hr.read_parquet(data).predict(lambda x: (x > 20).astype(np.int64), input="x", output="p")
     ds = ds.evaluate(n=hr.metrics.Count(), acc=hr.metrics.Accuracy("p", "label"), mean=hr.metrics.Mean("x"))
@@ -208,6 +212,7 @@ def test_iter_batches_cuts_and_keeps_order(data: Path, quiet: Options) -> None:
     assert [len(b["id"]) for b in kept] == [64, 64, 64]
 
 
+@pytest.mark.on_ray
 def test_leaving_the_loop_ends_the_run(data: Path, quiet: Options) -> None:
     for batch in hr.read_parquet(data).iter_batches(batch_size=10, **quiet):
         assert batch["id"].tolist() == list(range(10))
@@ -249,6 +254,7 @@ def test_memory_sources(quiet: Options) -> None:
     assert hr.from_items([{"a": 1}, {"a": None}]).take(**quiet) == [{"a": 1}, {"a": None}]
 
 
+@pytest.mark.on_ray
 def test_expansion_by_300_through_two_models(tmp_path: Path, quiet: Options) -> None:
     """Video-shaped: each row becomes 300 frames that feed two device models."""
 
@@ -277,6 +283,7 @@ def test_no_rows_at_all(data: Path, tmp_path: Path, quiet: Options) -> None:
     assert hr.read_parquet(tmp_path / "out").count() == 0
 
 
+@pytest.mark.on_ray
 def test_the_stream_model_contract(data: Path, quiet: Options) -> None:
     class Engine:
         async def stream(self, rows: Any) -> Any:

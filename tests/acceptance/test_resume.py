@@ -40,6 +40,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     return read_back(folder).to_pylist()
 
 
+@pytest.mark.on_ray
 def test_a_failed_run_goes_on_where_it_was(data: Path, tmp_path: Path, quiet: Options) -> None:
     marker = tmp_path / "marker"
     score = breaking_at(marker, 150)
@@ -144,6 +145,7 @@ def test_other_sinks_resume_too(data: Path, tmp_path: Path, quiet: Options, verb
     assert len(clean) == 5
 
 
+@pytest.mark.on_ray
 def test_metrics_after_resumes_equal_those_of_one_run(data: Path, tmp_path: Path, quiet: Options) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     one, two = breaking_at(first, 70), breaking_at(second, 170)

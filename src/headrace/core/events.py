@@ -120,6 +120,19 @@ class MemorySampled:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterSampled:
+    """nodes: alive; leaving: those of them that are about to go. workers: pool -> workers that are up. store_bytes: blocks of the
+    run in the nodes' object stores.
+    """
+
+    at_s: float
+    nodes: int
+    leaving: int
+    workers: dict[str, int]
+    store_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class RunFinished:
     """error: its text, or "" after success. metrics: accumulator results by name."""
 
@@ -139,5 +152,6 @@ RunEvent = (
     | WorkerReplaced
     | Noted
     | MemorySampled
+    | ClusterSampled
     | RunFinished
 )

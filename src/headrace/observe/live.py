@@ -16,6 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from headrace.core.events import (
+    ClusterSampled,
     MemorySampled,
     RunEvent,
     RunFinished,
@@ -59,6 +60,7 @@ class Picture:
     quarantine: str = ""
     retries: int = 0
     workers_lost: int = 0
+    cluster: ClusterSampled | None = None  # on a Ray cluster
 
 
 @dataclass(slots=True)
@@ -87,6 +89,7 @@ class Live:
         self._settled_before = 0
         self._retries = 0
         self._workers_lost = 0
+        self._cluster: ClusterSampled | None = None
         self._found_splits = 0
         self._found_bytes = 0
         self._found_rows: int | None = None
@@ -119,13 +122,15 @@ class Live:
                     self._settled_rows += event.receipt.rows
             case MemorySampled():
                 self._in_flight_bytes, self._rss_bytes = event.in_flight_bytes, event.rss_bytes
+            case ClusterSampled():
+                self._cluster = event
             case SplitsFound():
                 self._found_splits, self._found_bytes = event.count, event.bytes
                 self._found_rows, self._listed = event.rows, event.complete
             case SplitRetried():
                 self._retries += 1
                 self._tally = minus(self._tally, event.tally)
-            case WorkerReplaced():
+            case WorkerReplaced() if event.replaces is not None:
                 self._workers_lost += 1
                 self._workers.pop(event.replaces, None)
             case RunStarted():
@@ -166,6 +171,7 @@ class Live:
             quarantine=self.started.quarantine if self.started else "",
             retries=self._retries,
             workers_lost=self._workers_lost,
+            cluster=self._cluster,
         )
         if not samples or now_s - samples[-1].at_s >= BUSY_WINDOW_S / 12:
             samples.append(now)
@@ -188,6 +194,8 @@ class Live:
 
     def _busy_share(self, now: _Sample, start_s: float) -> dict[str, float]:
         pools = self.started.pools if self.started else {}
+        if self._cluster is not None:  # workers come and go
+            pools = pools | self._cluster.workers
         since = self._sample_at(now.at_s - BUSY_WINDOW_S)
         since_s = since.at_s if since else start_s
         span_s = now.at_s - since_s

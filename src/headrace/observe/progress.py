@@ -255,11 +255,18 @@ def live_line(picture: Picture, room: int | None = None) -> str:
         pieces.append((6, f"{words.rate(picture.rows_per_s)} rows/s"))
     eta_s = picture.eta_s
     pieces.append((5, words.clock(picture.elapsed_s) if eta_s is None else f"ETA {words.clock(eta_s)}"))
-    pieces += [(4, f"{pool} {words.share(busy)}") for pool, busy in picture.busy.items()]
+    cluster = picture.cluster
+    if cluster is not None:
+        nodes = words.plural(cluster.nodes, "node")
+        pieces.append((4, f"{nodes} ({cluster.leaving} leaving)" if cluster.leaving else nodes))
+    for pool, busy in picture.busy.items():
+        workers = f"{cluster.workers.get(pool, 0)} " if cluster is not None else ""
+        pieces.append((4, f"{workers}{pool} {words.share(busy)}"))
     if picture.retries:
         pieces.append((3, words.plural(picture.retries, "retry", "retries")))
     if picture.in_flight_bytes or picture.rss_bytes:
-        memory = f"{words.size(picture.in_flight_bytes)} in flight, {words.size(picture.rss_bytes)}"
+        place = "in the object stores" if cluster is not None else "in flight"
+        memory = f"{words.size(picture.in_flight_bytes)} {place}, {words.size(picture.rss_bytes)}"
         pieces.append((3, f"mem {memory}"))
     while room is not None and len(pieces) > 1 and words.cells(_join(pieces)) > room:
         pieces.remove(min(pieces, key=lambda piece: piece[0]))
@@ -308,7 +315,9 @@ def told_lines(event: Noted | SplitRetried | WorkerReplaced) -> list[str]:
     match event:
         case SplitRetried(_, index, attempt, why):
             text = f"split {index} starts again, attempt {attempt}: {why}"
-        case WorkerReplaced(_, worker, pool, replaces, _):
+        case WorkerReplaced(_, worker, pool, None, why, node):
+            text = f"worker {worker} ({pool}) is added: {why}" + (f" ({node})" if node else "")
+        case WorkerReplaced(_, worker, pool, replaces):
             text = f"worker {worker} ({pool}) takes the place of worker {replaces}"
         case Noted(_, text):
             pass

@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from headrace.observe import words
-from headrace.observe.report import _metrics as metric_lines
-from headrace.observe.report import _table as table
-from headrace.observe.run import _plain as plain
+from headrace.observe.report import metric_lines, table
+from headrace.observe.run import plain
 
 if TYPE_CHECKING:
     import pyarrow as pa

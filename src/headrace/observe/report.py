@@ -27,7 +27,7 @@ def text(run: Run) -> str:
     if run.bottleneck is not None:
         lines += ["", *(f"  {line}" for line in _bottleneck(run, run.bottleneck))]
     if run.metrics:
-        lines += ["", "  metrics", *(f"    {line}" for line in _metrics(run.metrics))]
+        lines += ["", "  metrics", *(f"    {line}" for line in metric_lines(run.metrics))]
     lines += [f"  warning: {line}" for line in guards(run.guards)]
     lines += [f"  note: {note}" for note in run.notes]
     return "\n".join(lines)
@@ -40,7 +40,7 @@ def _nothing_to_do(run: Run) -> str:
     lines = [f"{run.name}  nothing to do: finished before{which}, {words.plural(run.rows, 'row')}{files}"]
     lines += [f"  {line}" for line in (_rows(run), _set_aside(run)) if line]
     if run.metrics:
-        lines += ["", "  metrics", *(f"    {line}" for line in _metrics(run.metrics))]
+        lines += ["", "  metrics", *(f"    {line}" for line in metric_lines(run.metrics))]
     lines += [f"  warning: {line}" for line in guards(run.guards)]
     return "\n".join([*lines, *(f"  note: {note}" for note in run.notes)])
 
@@ -59,6 +59,8 @@ def _headline(run: Run) -> str:
 
 def _facts(run: Run) -> list[str]:
     facts = [f"engine {run.engine}", f"{words.count(run.splits)} {'split' if run.splits == 1 else 'splits'}"]
+    if run.nodes:
+        facts.append(words.plural(run.nodes, "node"))
     if run.first_output_s is not None:
         facts.append(f"first output after {words.duration(run.first_output_s)}")
     if run.output_files:
@@ -103,7 +105,7 @@ def _mishaps(run: Run) -> str:
 
 def _pools(run: Run) -> list[str]:
     rows = [(p.name, str(p.workers), words.share(p.busy), words.duration(p.busy_s), words.duration(p.cpu_s)) for p in run.pools]
-    return _table(("pool", "workers", "busy", "busy time", "cpu time"), rows)
+    return table(("pool", "workers", "busy", "busy time", "cpu time"), rows)
 
 
 def _stages(stages: Sequence[StageTime]) -> list[str]:
@@ -114,7 +116,7 @@ def _stages(stages: Sequence[StageTime]) -> list[str]:
             # Taking a block and passing it on, where it costs nothing, is no news.
             if op.op >= 0 or op.wall_s >= _WORTH_TELLING * stage.busy_s:
                 rows.append(_row(f"  {op.name}", "", op.wall_s, op.rows_out, op.rows_per_s))
-    return _table(("stage", "pool", "busy time", "rows", "rows/s a worker"), rows)
+    return table(("stage", "pool", "busy time", "rows", "rows/s a worker"), rows)
 
 
 def _row(name: str, pool: str, busy_s: float, rows: int, rows_per_s: float) -> tuple[str, ...]:
@@ -149,7 +151,8 @@ def guards(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _metrics(metrics: Mapping[str, Any]) -> list[str]:
+def metric_lines(metrics: Mapping[str, Any]) -> list[str]:
+    """A line for each metric."""
     width = max(words.cells(name) for name in metrics)
     return [f"{name}{' ' * (width - words.cells(name))}  {_value(value)}" for name, value in metrics.items()]
 
@@ -162,7 +165,7 @@ def _value(value: Any) -> str:
     return words.count(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Columns aligned: text to the left, numbers to the right."""
     lines = [head, *rows]
     widths = [max(words.cells(line[i]) for line in lines) for i in range(len(head))]

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from headrace.core.events import (
+    ClusterSampled,
     MemorySampled,
     Noted,
     RunEvent,
@@ -116,6 +117,7 @@ class Run:
     resumed_splits, resumed_rows: done before this session. retries: splits that were started again. workers_lost: that died or
     hung, and were replaced. quarantine: where rows that failed (tally.quarantined) are set aside, "" when they are not.
     finished: False for a run that was stopped, or failed. already_done: an earlier call had finished it, this one did nothing.
+    nodes: of a cluster, the most that there were at a time; 0 on one machine.
     guards: what is wrong with outputs of models, {operator: {"nan": {column: values}, "infinite": {column: values}, "failed":
     rows of one of several models that have nulls, "why": one of their failures}}; {} when nothing is.
     """
@@ -148,6 +150,7 @@ class Run:
     finished: bool = True
     already_done: bool = False
     guards: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    nodes: int = 0
 
     @property
     def rows_per_s(self) -> float:
@@ -159,11 +162,11 @@ class Run:
 
         What an undisturbed run has nothing to say of (retries, sessions, ...) is left out.
         """
-        out = _plain(asdict(self))
+        out = plain(asdict(self))
         for name, usual in _USUAL.items():
             if out[name] == usual:
                 del out[name]
-        out["rows_per_s"] = _plain(self.rows_per_s)
+        out["rows_per_s"] = plain(self.rows_per_s)
         return out
 
     def __str__(self) -> str:
@@ -226,6 +229,7 @@ _USUAL: dict[str, Any] = {
     "finished": True,
     "already_done": False,
     "guards": {},
+    "nodes": 0,
 }
 
 
@@ -257,6 +261,8 @@ class RunRecorder:
         self._file_bytes = 0
         self._peak_in_flight = 0
         self._peak_rss = 0
+        self._nodes = 0
+        self._most: dict[str, int] = {}  # pool -> the most workers at a time, where they come and go
         self._stages: dict[int, _StageSum] = {}
         self._stage_pool: dict[int, str] = {}
         self._pools: dict[str, list[float]] = {}  # pool -> [busy_s, cpu_s]
@@ -276,9 +282,13 @@ class RunRecorder:
             case MemorySampled():
                 self._peak_in_flight = max(self._peak_in_flight, event.in_flight_bytes)
                 self._peak_rss = max(self._peak_rss, event.rss_bytes)
+            case ClusterSampled():
+                self._nodes = max(self._nodes, event.nodes)
+                for pool, workers in event.workers.items():
+                    self._most[pool] = max(self._most.get(pool, 0), workers)
             case SplitRetried():
                 self._retries += 1
-            case WorkerReplaced():
+            case WorkerReplaced() if event.replaces is not None:
                 self._place[event.worker] = self._place.get(event.replaces, event.replaces)
             case Noted():
                 if len(self._notes) < MOST_NOTES:
@@ -298,7 +308,7 @@ class RunRecorder:
         end_s = self._finished.at_s if self._finished else self._last_s
         wall_s = max(0.0, end_s - started.at_s)
         stages = tuple(self._stage_time(started, id) for id in sorted(self._stages))
-        pools = tuple(self._pool_time(name, started.pools[name], wall_s) for name in started.pools)
+        pools = tuple(self._pool_time(name, max(workers, self._most.get(name, 0)), wall_s) for name, workers in started.pools.items())
         metrics, guards = split_guards(self._finished.metrics if self._finished else {}, started.ops)
         return Run(
             name=started.name,
@@ -327,6 +337,7 @@ class RunRecorder:
             retries=self._retries,
             workers_lost=len(self._place),
             quarantine=started.quarantine,
+            nodes=self._nodes,
             finished=self._finished is not None and not self._finished.error,
         )
 
@@ -431,13 +442,14 @@ def _share(busy_s: float, workers: int, wall_s: float) -> float:
     return min(1.0, busy_s / (wall_s * max(1, workers))) if wall_s > 0 else 0.0
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as JSON has it; NaN and what is infinite as None."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if hasattr(value, "tolist"):  # NumPy scalars and arrays
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)

@@ -18,7 +18,7 @@ from heapq import heappop, heappush
 from random import Random
 from typing import Any
 
-from headrace.core.errors import InternalError, TransientError, UserCodeError
+from headrace.core.errors import BlockLost, InternalError, TransientError, UserCodeError
 from headrace.core.receipts import Receipt, Tally
 from headrace.core.refs import BlockRef, PartRef, Segment
 from headrace.core.resources import WorkerSpec
@@ -30,6 +30,8 @@ from headrace.core.steps import (
     Discard,
     Doing,
     PartsFreed,
+    PartsLost,
+    RoomOffered,
     Share,
     Step,
     StepDone,
@@ -38,6 +40,7 @@ from headrace.core.steps import (
     Suspect,
     Timing,
     WorkerLost,
+    WorkerResting,
     WorkerUp,
 )
 
@@ -98,6 +101,10 @@ class SimulatedProgram:
     hangs: at these they hang, and are killed for it. kills: at these times some worker dies, whether it has a step or not.
     unborn: these workers, in the order in which they are started, die before they come up.
     stumbles: these steps meet trouble with the storage. record: keep the rows of sinks.
+
+    Where workers name nodes: leaves: (when, notice): a node goes, and its workers rest from that much time before. joins: when
+    a node of one worker for each pool comes. rests: (when, how long): some worker rests. forgets: when some parts of some node
+    are lost. news_s: the longest that it takes until the loss of a node's workers and parts is known.
     """
 
     stages: tuple[Stage, ...]
@@ -114,17 +121,23 @@ class SimulatedProgram:
     unborn: frozenset[int] = frozenset()
     stumbles: frozenset[int] = frozenset()
     record: bool = True
+    leaves: tuple[tuple[float, float], ...] = ()
+    joins: tuple[float, ...] = ()
+    rests: tuple[tuple[float, float], ...] = ()
+    forgets: tuple[float, ...] = ()
+    news_s: float = 0.0
 
 
 @dataclass(slots=True)
 class _Worker:
-    """running: the step at work and its answer to be."""
+    """running: the step at work and its answer to be. untold: it is dead, and nobody knows yet."""
 
     spec: WorkerSpec
     queue: deque[Step | Discard] = field(default_factory=deque[Step | Discard])
     running: tuple[Step, SubstrateEvent] | None = None
     up: bool = False
     dead: bool = False
+    untold: bool = False
     cursors: dict[int, _Cursor] = field(default_factory=dict[int, "_Cursor"])
 
 
@@ -149,6 +162,10 @@ class SimulatedSubstrate:
         self._unfreed_bytes = 0
         self._started = 0
         self._reading: dict[int, int] = {}  # part id -> steps that read it
+        self._nodes: dict[str, bool] = {}  # living nodes -> they leave soon
+        self._named = 0
+        self._home: dict[int, str] = {}  # part id -> the node that holds it
+        self._lost: set[int] = set()  # parts that are gone, and not released yet
         self._woken = threading.Event()
         self._stopped = False
 
@@ -157,27 +174,47 @@ class SimulatedSubstrate:
     def start(self, program: SimulatedProgram, workers: Sequence[WorkerSpec]) -> None:
         self._program = program
         self._random = Random(program.seed)
+        self._nodes = {spec.node: False for spec in workers if spec.node}
         for spec in workers:
             self.add_worker(spec)
         for at_s in program.kills:
             self.later(at_s, self._kill_any)
+        for at_s, notice_s in program.leaves:
+            self.later(at_s, lambda notice_s=notice_s: self._give_notice(notice_s))
+        for at_s in program.joins:
+            self.later(at_s, self._join)
+        for at_s, seconds in program.rests:
+            self.later(at_s, lambda seconds=seconds: self._rest_any(seconds))
+        for at_s in program.forgets:
+            self.later(at_s, self._forget_any)
 
     def add_worker(self, worker: WorkerSpec) -> None:
+        if self._nodes and not worker.node:
+            worker = replace(worker, node=self._random.choice(tuple(self._nodes)))
+        elif worker.node == "" and self._named:
+            worker = replace(worker, node=self._new_node())  # all are gone: it waits until another one comes
         state = self._workers[worker.id] = _Worker(worker)
         self._started += 1
         born = self._started not in self._program.unborn
 
         def up() -> WorkerUp | WorkerLost:
+            if worker.node and worker.node not in self._nodes:
+                state.dead = True
+                return WorkerLost(worker.id, "its node is gone", started=False, pool=worker.pool, gone=True)
             if not born:
                 state.dead = True
                 return WorkerLost(worker.id, "exited while it started", started=False, pool=worker.pool)
             state.up = True
-            return WorkerUp(worker.id, worker.pool)
+            if self._nodes.get(worker.node):
+                self.later(0.0, WorkerResting(worker.id, True))
+            return WorkerUp(worker.id, worker.pool, worker.node)
 
         self.later(self._random.random() * self._program.start_s, up)
 
     def submit(self, step: Step | Discard) -> None:
         worker = self._workers[step.worker]
+        if worker.untold:
+            return  # it goes nowhere, and the worker's loss will say so
         assert not worker.dead or isinstance(step, Discard), f"a step for worker {step.worker}, which is dead"
         assert worker.up, f"a step for worker {step.worker}, which is not up"
         if not isinstance(step, Discard):
@@ -196,6 +233,8 @@ class SimulatedSubstrate:
             assert part.id not in self._reading, f"part {part.id} is released while a step reads it"
             del self._parts[part.id]
             self._moved.pop(part.id, None)
+            self._home.pop(part.id, None)
+            self._lost.discard(part.id)
         event = PartsFreed(tuple(p.id for p in parts))
         size = sum(self._sizes.pop(p.id) for p in parts)
 
@@ -235,7 +274,7 @@ class SimulatedSubstrate:
         for part in parts:
             assert part.id in self._parts, f"part {part.id} is spilled, and was released"
             assert part.id not in self._reading, f"part {part.id} is spilled while a step reads it"
-            if self._random.random() < 0.5:
+            if self._random.random() < 0.5 and part.id not in self._lost:
                 self._unfreed_bytes -= self._sizes[part.id]
                 self._sizes[part.id] = 0
                 self._moved[part.id] = part.handle[:]
@@ -277,6 +316,11 @@ class SimulatedSubstrate:
         """Workers that are up or about to be, by pool."""
         return Counter(w.spec.pool for w in self._workers.values() if not w.dead)
 
+    @property
+    def believed(self) -> Counter[str]:
+        """The same, with those that are dead unknown to anybody."""
+        return Counter(w.spec.pool for w in self._workers.values() if not w.dead or w.untold)
+
     # ---------------------------------------------------------------- workers
 
     def _begin(self, worker: _Worker) -> None:
@@ -310,6 +354,11 @@ class SimulatedSubstrate:
         if not living:
             return None
         worker = self._random.choice(living)
+        doing = self._kill(worker)
+        return WorkerLost(worker.spec.id, "killed by signal 9", doing, pool=worker.spec.pool)
+
+    def _kill(self, worker: _Worker) -> Doing | None:
+        """Its breadcrumb."""
         doing = None
         if worker.running is not None:
             step, answer = worker.running
@@ -318,12 +367,82 @@ class SimulatedSubstrate:
             if isinstance(answer, StepDone):
                 self._forget([part.id for block in answer.outputs for part in block.parts])
         self._die(worker)
-        return WorkerLost(worker.spec.id, "killed by signal 9", doing, pool=worker.spec.pool)
+        return doing
+
+    # ---------------------------------------------------------------- nodes
+
+    def _new_node(self) -> str:
+        self._named += 1
+        name = f"new{self._named}"
+        self._nodes[name] = False
+        return name
+
+    def _join(self) -> None:
+        node = self._new_node()
+        for pool in {w.spec.pool: None for w in self._workers.values()}:
+            self.later(self._random.random() * self._program.start_s, RoomOffered(pool, f"{pool}:{node}", node))
+
+    def _on(self, node: str) -> list[_Worker]:
+        return [w for w in self._workers.values() if w.spec.node == node and w.up and not w.dead]
+
+    def _give_notice(self, notice_s: float) -> None:
+        """Some node is about to leave: its workers take no more work."""
+        staying = [name for name, leaves in self._nodes.items() if not leaves]
+        if not staying:
+            return
+        node = self._random.choice(staying)
+        self._nodes[node] = notice_s > 0.0
+        for worker in self._on(node) if notice_s > 0.0 else ():
+            self.later(0.0, lambda worker=worker: None if worker.dead else WorkerResting(worker.spec.id, True))
+        self.later(notice_s, lambda: self._leave(node))
+
+    def _leave(self, node: str) -> None:
+        """The node is gone with all that it holds; the news comes bit by bit."""
+        del self._nodes[node]
+        self._named = max(self._named, 1)
+        lost = [part for part, home in self._home.items() if home == node]
+        for worker in self._on(node):
+            self._kill(worker)
+            worker.untold = True
+
+            def told(worker: _Worker = worker) -> WorkerLost:
+                worker.untold = False
+                return WorkerLost(worker.spec.id, f"node {node} is gone", pool=worker.spec.pool, gone=True)
+
+            self.later(self._random.random() * self._program.news_s, told)
+        self._lose(lost, f"node {node} is gone")
+
+    def _rest_any(self, seconds: float) -> WorkerResting | None:
+        """Some worker rests for a while."""
+        living = [w for w in self._workers.values() if w.up and not w.dead]
+        if not living:
+            return None
+        worker = self._random.choice(living)
+        leaves = self._nodes.get(worker.spec.node, False)
+        self.later(seconds, lambda: None if worker.dead or leaves else WorkerResting(worker.spec.id, False))
+        return WorkerResting(worker.spec.id, True)
+
+    def _forget_any(self) -> None:
+        """Some parts of some node are lost, and nothing else."""
+        if self._home:
+            node = self._random.choice(sorted(set(self._home.values())))
+            parts = [part for part, home in self._home.items() if home == node and self._random.random() < 0.5]
+            self._lose(parts, f"node {node} has dropped them")
+
+    def _lose(self, parts: list[int], reason: str) -> None:
+        parts = [part for part in parts if part in self._parts]
+        self._lost.update(parts)
+        if parts:
+            self.later(self._random.random() * self._program.news_s, PartsLost(tuple(parts), reason))
+
+    # ---------------------------------------------------------------- steps
 
     def _forget(self, parts: Sequence[int]) -> None:
         """Made and never told: they go with their worker."""
         for part in parts:
             del self._parts[part]
+            self._home.pop(part, None)
+            self._lost.discard(part)
             self._unfreed_bytes -= self._sizes.pop(part)
 
     def _die(self, worker: _Worker) -> None:
@@ -352,6 +471,10 @@ class SimulatedSubstrate:
             if isinstance(step, Advance):
                 worker.cursors.pop(step.cursor, None)
             return StepFailed(step.id, worker.spec.id, TransientError("the simulated storage is busy"))
+        if self._lost and any(part.id in self._lost for block in step.inputs for part in block.parts):
+            if isinstance(step, Advance):
+                worker.cursors.pop(step.cursor, None)
+            return StepFailed(step.id, worker.spec.id, BlockLost("a simulated block is lost"))
         known = self._next_part
         try:
             if self.steps_run in self._program.loses or self.steps_run in self._program.hangs:
@@ -409,7 +532,10 @@ class SimulatedSubstrate:
         self._next_part += 1
         self._parts[self._next_part] = self._sizes[self._next_part] = size
         self._unfreed_bytes += size
-        return PartRef(self._next_part, owner, size, columns, rows)
+        node = self._workers[owner].spec.node
+        if node:
+            self._home[self._next_part] = node
+        return PartRef(self._next_part, owner, size, columns, rows, node)
 
     def stretch(self, seconds: float) -> float:
         """A step's time under the program's jitter."""

@@ -196,8 +196,8 @@ class _WorkerThread(threading.Thread):
 class NativeLimits:
     """Keeps the thread pools of native libraries at `threads` each while several workers use them at once.
 
-    Touches only libraries that are loaded already: importing one here would cost a run its start-up. `restore` brings
-    back what was there. OpenMP keeps its limit per thread, so each worker thread sets it for itself.
+    Touches only libraries that are loaded already: importing one here would cost a run its start-up. (threadpoolctl is small,
+    and NumPy's BLAS always there.) `restore` brings back what was there. OpenMP keeps its limit per thread, so each worker thread sets it for itself.
     """
 
     def __init__(self, threads: int) -> None:
@@ -216,10 +216,12 @@ class NativeLimits:
             threads_before = cv2.getNumThreads()
             cv2.setNumThreads(self._threads)
             self._undo.append(lambda: cv2.setNumThreads(threads_before))
-        threadpoolctl = sys.modules.get("threadpoolctl")
-        if threadpoolctl is not None and hasattr(threadpoolctl, "ThreadpoolController"):
-            self._pools = threadpoolctl.ThreadpoolController()
-            self._undo.append(self._pools.limit(limits=self._threads).restore_original_limits)
+        try:
+            from threadpoolctl import ThreadpoolController  # 5 ms; NumPy's own BLAS has no other switch
+        except ImportError:
+            return
+        self._pools = ThreadpoolController()
+        self._undo.append(self._pools.limit(limits=self._threads).restore_original_limits)
 
     def apply_to_thread(self) -> None:
         if self._pools is not None:

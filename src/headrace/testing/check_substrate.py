@@ -15,6 +15,7 @@ import ctypes
 import os
 import random
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -629,6 +630,8 @@ class _Flow:
 
 
 def _descriptors() -> int:
+    if "ray" in sys.modules:  # its connections come and go
+        return 0
     try:
         return len(os.listdir("/dev/fd"))
     except OSError:

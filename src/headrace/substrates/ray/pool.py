@@ -92,13 +92,12 @@ class _Site:
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """What people see of the cluster: live nodes, CPUs and devices that workers of ours hold, blocks in the object stores."""
+    """What people see of the cluster. workers: pool -> those that are up. store_bytes: blocks in the object stores."""
 
     nodes: int
-    cpus: int
-    devices: int
+    leaving: int
+    workers: dict[str, int]
     store_bytes: int
-    leaving: int = 0
 
 
 class RaySubstrate:
@@ -268,10 +267,12 @@ class RaySubstrate:
 
     @property
     def cluster(self) -> ClusterState:
-        up = [w for w in self._workers.values() if w.up]
-        cpus = sum(1 for w in up if w.spec.device == "cpu")
-        leaving = sum(1 for s in self._sites.values() if s.leaving)
-        return ClusterState(len(self._sites), cpus, len(up) - cpus, self._store_bytes, leaving)
+        up = dict.fromkeys(self._shapes, 0)
+        for worker in self._workers.values():
+            if worker.up:
+                up[worker.spec.pool] = up.get(worker.spec.pool, 0) + 1
+        leaving = sum(1 for site in self._sites.values() if site.leaving)
+        return ClusterState(len(self._sites), leaving, up, self._store_bytes)
 
     def want(self, workers: Mapping[str, int]) -> None:
         """How many workers each pool could use now, for the autoscaler; what there is already is asked for, too, while it is
