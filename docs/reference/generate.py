@@ -20,6 +20,7 @@ GROUPS = (
     ("Readers", READERS + IN_MEMORY),
     ("Dataset", ("Dataset",)),
     ("Run", ("Run",)),
+    ("Training", ("SplitIterator",)),
     ("Outputs", ("verify", "Verification", "why", "Trace")),
     ("Images", ("images.decode", "images.normalize")),
     ("Models", ()),

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         read_parquet,
         read_text,
     )
+    from headrace.api.streaming_split import SplitIterator
     from headrace.api.verify import Verification, verify
     from headrace.api.why import Trace, why
     from headrace.core.errors import (
@@ -87,6 +88,7 @@ _PLACES = (
     | {
         "Dataset": ("headrace.api.dataset", "Dataset"),
         "Run": ("headrace.observe.run", "Run"),
+        "SplitIterator": ("headrace.api.streaming_split", "SplitIterator"),
         "Trace": ("headrace.api.why", "Trace"),
         "Verification": ("headrace.api.verify", "Verification"),
         "verify": ("headrace.api.verify", "verify"),
@@ -106,6 +108,7 @@ __all__ = [
     "InternalError",
     "PlanError",
     "Run",
+    "SplitIterator",
     "StopConditionMet",
     "Trace",
     "TransientError",

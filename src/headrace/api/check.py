@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 from headrace.api.estimate import Estimate, Output, Situation, Steps, estimate
 from headrace.api.planning import Prepared, parse_options, prepare
 from headrace.api.sampling import Sample, take_sample
-from headrace.api.session import _driver as make_driver
-from headrace.api.session import accumulators_of
+from headrace.api.session import accumulators_of, make_driver
 from headrace.api.trial import Rows, TrialAside, TrialReceipt, TrialSink, TrialSource, common_schema, schema_of
 from headrace.core.errors import DataError, HeadraceError, InternalError, PlanError
 from headrace.core.guards import split_guards

@@ -368,8 +368,8 @@ class Dataset:
     def streaming_split(self, n: int, *, equal: bool = False, **options: Unpack[ActionOptions]) -> list[SplitIterator]:
         """n iterators for n training workers: each epoch is one run of the pipeline, whose rows they share.
 
-        The iterators pickle: give one to each worker (a thread, a process of this machine, a Ray Train worker). Under torchrun,
-        with n its world size, all ranks make the same call and use `[rank]`; rank 0 runs the pipeline for all.
+        The iterators pickle: give one to each worker, a thread or a process of this machine. Under torchrun, with n its world
+        size, all ranks make the same call and use `[rank]`; rank 0 runs the pipeline for all.
 
         equal: all get exactly the same number of rows, and fewer than n rows are dropped: collective training does not hang.
             False: blocks go to whoever asks first, and every row goes to one of them.
@@ -484,7 +484,7 @@ def _model_node(
         model=_function(model, (), None, constructor_args, constructor_kwargs),
         inputs=(input,) if isinstance(input, str) else tuple(input or ()),
         single=isinstance(input, str),
-        output=(output,) if isinstance(output, str) else tuple(output or ()),
+        output=_names((output,) if isinstance(output, str) else tuple(output or ())),
         batch_rows=_rows("batch_size", batch_size),
         batch_format=batch_format,
         device=device,

@@ -202,7 +202,7 @@ def _parts(source: Source, f: Fragment, parts: int, rows: int) -> list[_Spot]:
     if not isinstance(source, FileSource) or f.size_bytes <= DIVIDE_OVER_BYTES:
         return whole
     try:
-        divided = source._divide(Stored(f.uri, f.size_bytes, f.version, f.name))
+        divided = source.divide(Stored(f.uri, f.size_bytes, f.version, f.name))
     except HeadraceError:  # told when it is read
         return whole
     if len(divided) < 2:
@@ -416,7 +416,7 @@ def _known_rows(source: Source, found: Survey) -> int | None:
     rows = size = 0
     for _, f in _evenly(found.kept, 8):
         try:
-            parts = source._divide(Stored(f.uri, f.size_bytes, f.version, f.name))
+            parts = source.divide(Stored(f.uri, f.size_bytes, f.version, f.name))
         except HeadraceError:
             continue
         if all(p.rows is not None for p in parts):

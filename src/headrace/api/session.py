@@ -52,13 +52,13 @@ if TYPE_CHECKING:
     from headrace.observe.run import Run
 
 
-def _substrate(prepared: Prepared, must_see: str | None) -> Substrate:
-    """must_see: a file of the run's destination, where that is a path of this machine."""
+def _substrate(prepared: Prepared, must_see: str | None, refs: bool) -> Substrate:
+    """must_see: a file of the run's destination, where that is a path of this machine. refs: see make_driver."""
     engine = prepared.engine
     if engine == "ray":
         from headrace.substrates.ray.pool import RaySubstrate
 
-        return RaySubstrate(shapes=prepared.cluster, must_see=must_see)
+        return RaySubstrate(shapes=prepared.cluster, must_see=must_see, delivers_refs=refs)
     if engine == "inline":
         from headrace.substrates.inline import InlineSubstrate
 
@@ -79,8 +79,9 @@ def make_driver(
     *,
     deliver: Callable[[Any], None] | None = None,
     opened: OpenedRun | None = None,
+    refs: bool = False,
 ) -> Driver:
-    """opened: the run whose log the committer writes, None when nothing is kept."""
+    """opened: the run whose log the committer writes, None when nothing is kept. refs: on a cluster, deliver references."""
     physical, options = prepared.physical, prepared.options
     plan = prepared.written
     private = "" if opened is None else f"{opened.store.root}/_headrace/{opened.run}"
@@ -115,7 +116,7 @@ def make_driver(
     return Driver(
         scheduler=Scheduler(SchedulerPlan(physical.stages, physical.routes, pools), limits),
         substrate=_substrate(
-            prepared, f"{opened.store.root}/_headrace" if opened is not None and not is_remote(private) else None
+            prepared, f"{opened.store.root}/_headrace" if opened is not None and not is_remote(private) else None, refs
         ),
         program=prepared.program,
         workers=prepared.workers,

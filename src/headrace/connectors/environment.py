@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import configparser
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,26 @@ def cache_folder() -> str:
     """HEADRACE_CACHE, a folder for what is downloaded or found out, ~/.cache/headrace unless it is set."""
     root = os.environ.get("HEADRACE_CACHE") or os.path.join("~", ".cache", "headrace")
     return os.path.abspath(os.path.expanduser(root))
+
+
+@dataclass(frozen=True, slots=True)
+class Torchrun:
+    """What torchrun tells its workers. job: the same in all workers of one start of one job, and in no others that live."""
+
+    rank: int
+    world_size: int
+    local_world_size: int
+    job: str
+
+
+def torchrun() -> Torchrun | None:
+    """The torchrun job that this process is a rank of; None when it is none."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" not in env:
+        return None
+    try:
+        rank, world, local = (int(env[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    except (KeyError, ValueError):
+        return None
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")  # an id may be just "none"
+    return Torchrun(rank, world, local, "|".join(env.get(name, "") for name in names))

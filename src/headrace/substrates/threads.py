@@ -197,7 +197,8 @@ class NativeLimits:
     """Keeps the thread pools of native libraries at `threads` each while several workers use them at once.
 
     Touches only libraries that are loaded already: importing one here would cost a run its start-up. (threadpoolctl is small,
-    and NumPy's BLAS always there.) `restore` brings back what was there. OpenMP keeps its limit per thread, so each worker thread sets it for itself.
+    and NumPy's BLAS always there.) `restore` brings back what was there. OpenMP keeps its limit per thread, so each worker
+    thread sets it for itself.
     """
 
     def __init__(self, threads: int) -> None:

@@ -73,3 +73,24 @@ def test_answers_in_any_order_leave_the_oldest_step_its_limit() -> None:
     assert watch.next_deadline_s == 10.0
     watch.answered(0, 9.5, 1)
     assert watch.next_deadline_s == NEVER_S
+
+
+def test_a_worker_that_is_never_idle_is_overdue_by_its_oldest_step() -> None:
+    """Workers are looked at by deadline: answers move it, and so does a new worker under an old number."""
+    watch = StepWatch(10.0)
+    watch.starting(0, 0.0)
+    watch.came_up(0)
+    for second in range(10):
+        watch.submitted(0, float(second), second)
+        watch.submitted(1, float(second), second)
+        if second:
+            watch.answered(0, float(second), second - 1)
+        assert watch.next_deadline_s == 10.0
+    assert [worker for worker, _ in watch.overdue(10.0)] == [1]
+    assert watch.next_deadline_s == 19.0
+    watch.lost(1)
+    watch.submitted(1, 12.0, 200)
+    assert watch.next_deadline_s == 19.0
+    watch.answered(0, 13.0, 9)
+    assert watch.next_deadline_s == 22.0
+    assert [worker for worker, _ in watch.overdue(22.0)] == [1]

@@ -46,6 +46,14 @@ class Surroundings:
     version: str
     must_see: str = ""
 
+    @staticmethod
+    def here(must_see: str = "") -> Surroundings:
+        """Those of this process."""
+        import headrace
+
+        paths = (*(os.path.abspath(p) for p in sys.path if p), os.getcwd())
+        return Surroundings(os.getcwd(), paths, headrace.__version__, must_see)
+
 
 @dataclass(frozen=True, slots=True)
 class Presence:
@@ -94,7 +102,7 @@ class RayWorker:
         context = ray.get_runtime_context()
         self._node = node_name(ray.util.get_node_ip_address(), context.get_node_id())
         self._actor = context.get_actor_id() or ""
-        self._settle_in(around, bool(context.runtime_env.get("working_dir")))
+        settle_in(around)
         self._remains, crumb = _leave_remains(spec.id)
         self._sees = not around.must_see or os.path.exists(around.must_see)
         self._vitals = _VitalSigns()
@@ -139,19 +147,6 @@ class RayWorker:
 
     def _point_out(self, error: HeadraceError) -> None:
         error.at(("node", self._node), ("actor", self._actor))
-
-    @staticmethod
-    def _settle_in(around: Surroundings, has_directory: bool) -> None:
-        """Find the user's modules and relative paths as the driver does, on nodes that have them."""
-        known = set(sys.path)
-        sys.path.extend(p for p in around.sys_path if p not in known and os.path.exists(p))
-        if not has_directory:
-            with contextlib.suppress(OSError):
-                os.chdir(around.cwd)
-        import headrace
-
-        if headrace.__version__ != around.version:
-            raise RuntimeError(f"this node has headrace {headrace.__version__}, and the driver has {around.version}")
 
 
 class StreamingRayWorker(RayWorker):
@@ -199,6 +194,21 @@ class StreamingRayWorker(RayWorker):
             else:
                 answer.put(self._body.close())
             del message, answer  # they must not keep inputs alive while the worker is idle
+
+
+def settle_in(around: Surroundings) -> None:
+    """Find the user's modules and relative paths as the driver does, on nodes that have them. Raises RuntimeError when this
+    node has another version of Headrace.
+    """
+    known = set(sys.path)
+    sys.path.extend(p for p in around.sys_path if p not in known and os.path.exists(p))
+    if not ray.get_runtime_context().runtime_env.get("working_dir"):
+        with contextlib.suppress(OSError):
+            os.chdir(around.cwd)
+    import headrace
+
+    if headrace.__version__ != around.version:
+        raise RuntimeError(f"this node has headrace {headrace.__version__}, and the driver has {around.version}")
 
 
 def _leave_remains(worker: int) -> tuple[Remains, Crumb | None]:

@@ -40,6 +40,12 @@ def connected(address: str | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def connect_to_stay(address: str | None) -> None:
+    """Be connected from now on. Raises PlanError when there is no cluster at `address`."""
+    if not ray.is_initialized():
+        _connect(address)
+
+
 def _connect(address: str | None) -> None:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True, "namespace": "headrace"}
     if address is None:

@@ -10,9 +10,7 @@ made are told as lost; `stop` leaves no actor.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
-import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,13 +42,12 @@ from headrace.core.steps import (
 from headrace.substrates.blocks import anonymous_bytes, own_copy, zip_parts
 from headrace.substrates.ray.actor import Presence, RayWorker, StreamingRayWorker, Surroundings, Vitals
 from headrace.substrates.ray.cluster import Changed, Watch, live_nodes
+from headrace.substrates.ray.ingest import deliver
 from headrace.substrates.ray.placement import Node, Shape, place
 from headrace.substrates.ray.remains import Obituary, Remains, bury, stack
 from headrace.substrates.ray.store import block_lost, fetch
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from headrace.substrates.bodies import BodyFactory
 
 SHORT_STEP_S = 0.005  # steps of a worker whose last one was that short share a call
@@ -102,7 +99,7 @@ class ClusterState:
 
 class RaySubstrate:
     """Workers are actors. shapes: what the workers of each pool hold. must_see: a file that every node must see: else the run
-    ends with PlanError.
+    ends with PlanError. delivers_refs: `fetch` gives an ingest.RefBlock.
     """
 
     name = "ray"
@@ -113,10 +110,12 @@ class RaySubstrate:
         body_factory: BodyFactory | None = None,
         shapes: Mapping[str, Shape] | None = None,
         must_see: str | None = None,
+        delivers_refs: bool = False,
     ) -> None:
         self._factory = body_factory
         self._shapes = dict(shapes or {})
         self._must_see = must_see
+        self._delivers_refs = delivers_refs
         self._payload: Any = None
         self._stages: dict[int, Stage] = {}
         self._streaming: frozenset[str] = frozenset()
@@ -140,13 +139,10 @@ class RaySubstrate:
     # -- the contract
 
     def start(self, program: Any, workers: Sequence[WorkerSpec]) -> None:
-        import headrace
-
         stages: Iterable[Stage] = getattr(program, "stages", ())
         self._stages = {s.id: s for s in stages}
         self._streaming = frozenset(s.pool for s in self._stages.values() if s.stream)
-        paths = (*(os.path.abspath(p) for p in sys.path if p), os.getcwd())
-        self._around = Surroundings(os.getcwd(), paths, headrace.__version__, self._must_see or "")
+        self._around = Surroundings.here(self._must_see or "")
         self._payload = ray.put(self._pickle(program))
         nodes = live_nodes()
         for node in nodes:
@@ -218,8 +214,10 @@ class RaySubstrate:
     def wake(self) -> None:
         self._inbox.put(None)
 
-    def fetch(self, block: BlockRef) -> pa.RecordBatch:
+    def fetch(self, block: BlockRef) -> Any:
         """Raises BlockLost when the node that held it is gone."""
+        if self._delivers_refs:
+            return deliver(block)
         batches = [(part.columns, fetch(part)) for part in block.parts]
         self.fetched_bytes += block.bytes
         return own_copy(zip_parts(batches, block.rows))

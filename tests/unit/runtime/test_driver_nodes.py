@@ -1,0 +1,51 @@
+"""The driver where workers come and go with their nodes."""
+
+from __future__ import annotations
+
+from tests.unit.runtime.stand import Stand, advance
+from tests.unit.runtime.test_driver import answers
+
+from headrace.core.events import Noted, StepFinished, WorkerReplaced
+from headrace.core.resources import WorkerSpec
+from headrace.core.steps import StepDone, WorkerLost, WorkerUp
+from headrace.scheduler.messages import AddWorker, Finish, Submit
+
+
+def test_a_worker_is_added_where_a_node_has_joined() -> None:
+    add = AddWorker(4, "cuda", None, "a node has joined", "cuda:3", "node7")
+    stand = Stand(answers(Start=[add, Finish()]), [])
+    stand.driver.run()
+    assert stand.substrate.started[-1] == WorkerSpec(4, "cuda", "cuda:3", "node7")
+    (added,) = stand.ear.of(WorkerReplaced)
+    assert (added.worker, added.pool, added.replaces, added.node) == (4, "cuda", None, "node7")
+
+
+def test_a_worker_in_the_place_of_one_that_nobody_knows_has_its_pool_for_a_device() -> None:
+    stand = Stand(answers(Start=[AddWorker(4, "sim", 99, "its node is gone"), Finish()]), [])
+    stand.driver.run()
+    assert stand.substrate.started[-1] == WorkerSpec(4, "sim", "sim")
+
+
+def test_what_is_said_of_a_lost_worker_names_its_node() -> None:
+    rounds = [[WorkerUp(0, "sim", "node7")], [WorkerLost(0, "its node is gone", pool="sim", gone=True)]]
+    stand = Stand(answers(WorkerLost=[Finish()]), rounds)
+    stand.driver.run()
+    assert [e.text for e in stand.ear.of(Noted)] == ["worker 0 (sim on node7) is lost: its node is gone"]
+
+
+def test_answers_of_a_lost_worker_are_nobodys() -> None:
+    rounds = [[WorkerLost(0, "its node is gone", pool="sim", gone=True)], [StepDone(1, 0)], [WorkerUp(9, "sim")]]
+    begin = [Submit(advance(1)), Submit(advance(2))]
+    stand = Stand(answers(Start=begin, WorkerUp=[Finish()]), rounds)
+    stand.driver.run()
+    assert stand.ear.of(StepFinished) == []
+
+
+def test_nothing_is_kept_of_workers_that_are_gone() -> None:
+    rounds = [[WorkerLost(i, "its node is gone", pool="sim", gone=True)] for i in range(100)]
+    script = {i: [AddWorker(i + 1, "sim", i, "its node is gone")] for i in range(99)} | {99: [Finish()]}
+    stand = Stand(lambda event: script[event.worker] if isinstance(event, WorkerLost) else None, rounds)
+    stand.driver.run()
+    assert [spec.device for spec in stand.substrate.started] == ["sim:0"] * 100
+    driver = stand.driver
+    assert not any((driver._workers, driver._pools, driver._nodes, driver._at))
