@@ -70,7 +70,7 @@ def pytest_runtest_makereport(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--ray", action="store_true", help="every test of the feature suite on Ray, too (a run takes seconds there)")
+    parser.addoption("--ray", action="store_true", help="all of the feature suite on Ray, too (a run takes seconds)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

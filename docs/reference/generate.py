@@ -15,7 +15,7 @@ from typing import Any
 PAGE = Path(__file__).with_name("api.md")
 
 READERS = ("read_parquet", "read_csv", "read_json", "read_text", "read_images")
-IN_MEMORY = ("from_arrow", "from_pandas", "from_items", "range")
+IN_MEMORY = ("from_arrow", "from_pandas", "from_items", "from_ray_dataset", "range")
 GROUPS = (
     ("Readers", READERS + IN_MEMORY),
     ("Dataset", ("Dataset",)),

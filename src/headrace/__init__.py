@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         from_arrow,
         from_items,
         from_pandas,
+        from_ray_dataset,
         range,
         read_csv,
         read_images,
@@ -66,6 +67,7 @@ _READ = (
     "read_images",
     "from_arrow",
     "from_pandas",
+    "from_ray_dataset",
     "from_items",
     "range",
 )
@@ -118,6 +120,7 @@ __all__ = [
     "from_arrow",
     "from_items",
     "from_pandas",
+    "from_ray_dataset",
     "images",
     "metrics",
     "models",

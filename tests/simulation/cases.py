@@ -70,6 +70,11 @@ def make_workers(cpus: int, devices: int) -> tuple[WorkerSpec, ...]:
     return tuple(WorkerSpec(i, pool, f"{pool}:{i}") for i, pool in enumerate(pools))
 
 
+def on_nodes(workers: tuple[WorkerSpec, ...], nodes: int) -> tuple[WorkerSpec, ...]:
+    """The workers, on so many machines; 0: on one that has no name."""
+    return tuple(replace(w, node=f"node{i % nodes}") for i, w in enumerate(workers)) if nodes else workers
+
+
 @dataclass
 class Table:
     """Builds a stage table link by link."""
@@ -151,7 +156,7 @@ def random_case(seed: int) -> Case:
         start_s=rnd.choice((0.0, 0.01, 1.0)),
         free_s=rnd.choice((0.0, 0.001, 0.1)),
     )
-    workers = make_workers(cpus, schedule.pools.get(DEVICE, 0))
+    workers = on_nodes(make_workers(cpus, schedule.pools.get(DEVICE, 0)), Random(seed + 3).choice((0, 0, 1, 2, 4)))
     return Case(
         schedule,
         program,

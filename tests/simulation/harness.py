@@ -59,6 +59,7 @@ class Simulation:
         self.peak = 0
         self.events = 0
         self._counted = case.limits.settled_before  # and what was settled since
+        self._begun: set[int] = set()  # cursors
         self._unlisted = list(case.splits)
         self._taking = 0
         self._delivered_last = -1
@@ -103,6 +104,10 @@ class Simulation:
         assert self.error is None, f"{command} after Fail"
         match command:
             case Submit(step):
+                known = isinstance(step, Advance) and step.cursor in self._begun
+                assert known or not self.scheduler.workers[step.worker].resting, f"new work for one that rests: {step}"
+                if isinstance(step, Advance):
+                    self._begun.add(step.cursor)
                 self.started.append(step)
                 self.substrate.submit(step)
             case Drop(discard):
@@ -130,7 +135,7 @@ class Simulation:
                 assert command.index not in self.settled, f"split {command.index} is retried, and was settled"
                 self.retries.append(command)
             case AddWorker(worker, pool):
-                self.substrate.add_worker(WorkerSpec(worker, pool, f"{pool}:{worker}"))
+                self.substrate.add_worker(WorkerSpec(worker, pool, f"{pool}:{worker}", command.node))
             case Spill(parts):
                 self.tell(PartsSpilled(self.substrate.spill(parts)))
             case Finish(drained):
@@ -195,7 +200,11 @@ class Simulation:
         assert s.read == self._counted.rows_in + sum(t.rows_in for t in open_now), "rows read differ from a recount"
         assert s.bad == self._counted.bad + sum(t.bad for t in open_now), "bad rows differ from a recount"
         if not s.finished and max(s.unstarted.values(), default=0) < MOST_UNSTARTED:
-            assert self.substrate.living == self.case.plan.pools, f"{self.substrate.living} are alive"
+            program, living = self.case.program, self.substrate.living
+            if not (program.leaves or program.joins):
+                assert living == self.case.plan.pools, f"{living} are alive"
+            believed = self.substrate.believed
+            assert all(believed[pool] for pool in self.case.plan.pools), f"a pool is left without workers: {believed}"
 
     def _stalled(self) -> str:
         lists = "\n".join(story(split) for split in self.scheduler.open.values())

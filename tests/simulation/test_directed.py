@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from tests.simulation.cases import DEVICE, Case, Table, expected, make_splits, make_workers
+from tests.simulation.cases import DEVICE, Case, Table, expected, make_splits, make_workers, on_nodes
 from tests.simulation.harness import Simulation, run_checked, steps_of
 
 from headrace.core.resources import CPU_POOL
@@ -64,6 +66,19 @@ def test_many_devices_are_fed_alike() -> None:
     each = [sum(b.rows for s in steps_of(done, 1) if s.worker == w for b in s.inputs) for w in range(16, 24)]
     assert sum(each) == 64_000
     assert max(each) < 1.15 * min(each)
+
+
+@pytest.mark.parametrize("device_s", [2e-4, 1e-3, 3e-3])
+def test_blocks_stay_on_their_node_where_that_costs_no_time(device_s: float) -> None:
+    """However busy the devices are: of four nodes, a quarter of all blocks would be in place by chance."""
+    case = make_case(images(1e-3, device_s), [1000] * 61, cpus=8, devices=4)
+    anywhere = took_s(case)
+    case = replace(case, workers=on_nodes(case.workers, 4))
+    done = Simulation(case, checked=False).run()
+    assert done.substrate.now_s < 1.03 * anywhere
+    home = {worker.id: worker.node for worker in case.workers}
+    read = [(p.bytes, p.node == home[s.worker]) for s in steps_of(done, 1) for b in s.inputs for p in b.parts]
+    assert sum(size for size, near in read if near) > 0.6 * sum(size for size, _ in read)
 
 
 def test_small_blocks_reach_the_device_as_batches() -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.simulation.cases import Case, expected, random_case
 from tests.simulation.harness import Simulation, run_checked
 
-from headrace.core.errors import TransientError, UserCodeError, WorkerDied
+from headrace.core.errors import BlockLost, TransientError, UserCodeError, WorkerDied
 from headrace.scheduler.machine import FRACTION_ROWS, MOST_UNSTARTED
 from headrace.substrates.simulated import HANG_S, SimulatedProgram, source_rows
 
@@ -64,7 +64,25 @@ def with_troubles(seed: int) -> Case:
     case = replace(case, program=program, pressure_s=rnd.choice((0.0, 0.0, 0.01, 0.1)))
     if rnd.random() < 0.3:
         case = replace(case, program=with_more(case, rnd, steps))
+    if any(worker.node for worker in case.workers):
+        case = replace(case, program=with_nodes(case.program, Random(seed + 17)))
     return case
+
+
+def with_nodes(program: SimulatedProgram, rnd: Random) -> SimulatedProgram:
+    """Nodes that come and go, workers that rest, and blocks that are lost."""
+
+    def times(most: int) -> list[float]:
+        return [rnd.random() * rnd.choice((0.01, 0.1, 1.0, 5.0)) for _ in range(rnd.randint(0, most))]
+
+    return replace(
+        program,
+        leaves=tuple((at_s, rnd.choice((0.0, 0.1, 2.0))) for at_s in times(3)),
+        joins=tuple(times(3)),
+        rests=tuple((at_s, rnd.choice((0.001, 0.1, 3.0))) for at_s in times(4)),
+        forgets=tuple(times(3)),
+        news_s=rnd.choice((0.0, 0.01, 0.5)),
+    )
 
 
 def with_more(case: Case, rnd: Random, steps: int) -> SimulatedProgram:
@@ -110,7 +128,7 @@ def run_with_too_many_bad(seed: int) -> None:
 def gave_up(done: Simulation) -> bool:
     """Chance may hit one split so often that the scheduler must take it for the split's fault."""
     counts = Counter(retry.index for retry in done.retries)
-    return isinstance(done.error, WorkerDied | TransientError) and max(counts.values(), default=0) >= 2
+    return isinstance(done.error, WorkerDied | TransientError | BlockLost) and max(counts.values(), default=0) >= 2
 
 
 def run_resumed(seed: int) -> None:

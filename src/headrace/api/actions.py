@@ -150,6 +150,17 @@ def to_arrow(plan: Plan, options: ActionOptions) -> pa.Table:
     return pa.concat_tables(tables, promote_options="permissive")
 
 
+def to_ray_dataset(plan: Plan, options: ActionOptions) -> Any:
+    from headrace.substrates.ray.cluster import connect_to_stay
+    from headrace.substrates.ray.tables import to_ray_dataset as make
+
+    parsed = parse_options({**options, "engine": "ray"})
+    connect_to_stay(parsed.address)
+    blocks = list(stream(plan, _quiet({**options, "engine": "ray"}), refs=True))
+    static = static_schema(plan.read.source.schema(), resolve(plan).ops)
+    return make(blocks, static)
+
+
 def to_pandas(plan: Plan, options: ActionOptions) -> pd.DataFrame:
     from headrace.worker.formats import to_pandas as frame
 

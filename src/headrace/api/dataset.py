@@ -407,6 +407,14 @@ class Dataset:
         require("pandas", "to_pandas")
         return actions.to_pandas(self._plan, options)
 
+    def to_ray_dataset(self, **options: Unpack[ActionOptions]) -> Any:
+        """All rows as a `ray.data.Dataset`, run now on the cluster; its blocks lie in the object stores, in input order.
+
+        Connects to the cluster that `address` names (see `engine="ray"`) and stays connected.
+        """
+        require("ray", "to_ray_dataset")
+        return actions.to_ray_dataset(self._plan, options)
+
     def explain(self, **options: Unpack[ActionOptions]) -> str:
         """The logical plan, the stages it is cut into, and the decisions taken; nothing is run. Print it."""
         return actions.explain(self._plan, options)

@@ -103,6 +103,8 @@ def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL, *, after_cra
 
     after_crash: an earlier session of this run died at work, maybe of the user's code.
     """
+    if options.engine == "auto" and getattr(plan.read.source, "on_cluster", False):
+        options = replace(options, engine="ray")
     on_ray = options.engine == "ray"
     machine = cluster_machine() if on_ray else detect_machine()
     cores = options.cpus or machine.cores

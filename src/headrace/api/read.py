@@ -7,6 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from headrace.api.dataset import Dataset, from_source
+from headrace.core.extras import require
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,6 +67,14 @@ def from_arrow(table: pa.Table | pa.RecordBatch) -> Dataset:
     from headrace.connectors.sources.memory import ArrowSource
 
     return from_source(ArrowSource(table))
+
+
+def from_ray_dataset(dataset: Any) -> Dataset:
+    """The rows of a `ray.data.Dataset`, which is executed now; runs over it are on its cluster (engine="ray")."""
+    require("ray", "from_ray_dataset")
+    from headrace.substrates.ray.tables import from_ray_dataset as source
+
+    return from_source(source(dataset))
 
 
 def from_pandas(frame: pd.DataFrame) -> Dataset:

@@ -338,8 +338,8 @@ def plain(error: BaseException) -> BaseException:
     return error.with_traceback(None) if isinstance(error, HeadraceError) and not isinstance(error, InternalError) else error
 
 
-def stream(plan: Plan, options: ActionOptions) -> Iterator[Any]:
-    """Record batches of a plan without a sink, in order."""
+def stream(plan: Plan, options: ActionOptions, *, refs: bool = False) -> Iterator[Any]:
+    """Record batches of a plan without a sink, in order. refs: on a cluster, ingest.RefBlock instead."""
     from headrace.observe.progress import make_observers
 
     parsed = parse_options(options)
@@ -351,7 +351,7 @@ def stream(plan: Plan, options: ActionOptions) -> Iterator[Any]:
         observers = make_observers(parsed.progress)
 
         def driver(deliver: Callable[[Any], None]) -> Driver:
-            return make_driver(ready, observers, Committer(accumulators_of(ready)), deliver=deliver)
+            return make_driver(ready, observers, Committer(accumulators_of(ready)), deliver=deliver, refs=refs)
 
         blocks = stream_blocks(driver, inline=ready.engine == "inline")
         return _while_reached(blocks, reached.pop_all()) if ready.engine == "ray" else blocks

@@ -121,8 +121,8 @@ class MemorySampled:
 
 @dataclass(frozen=True, slots=True)
 class ClusterSampled:
-    """nodes: alive; leaving: those of them that are about to go. workers: pool -> workers that are up. store_bytes: blocks of the
-    run in the nodes' object stores.
+    """nodes: alive; leaving: those of them that are about to go. workers: pool -> workers that are up. store_bytes: blocks of
+    the run in the nodes' object stores.
     """
 
     at_s: float

@@ -48,7 +48,8 @@ class _Share(Metric):
 
 @dataclass(frozen=True, slots=True)
 class Accuracy(_Share):
-    """The share of rows where `prediction` equals `label`; NaN of no rows. Numbers, strings, booleans, dates.
+    """The share of rows where `prediction` equals `label`; NaN of no rows. Numbers, strings, booleans, dates;
+    beside numbers booleans are 0 and 1.
 
     weight: a column of weights, added exactly.
     """
@@ -64,6 +65,8 @@ class Accuracy(_Share):
 
         names = (self.prediction, self.label)
         predicted, label = (values(batch, name) for name in names)
+        if pa.types.is_boolean(predicted.type) != pa.types.is_boolean(label.type):
+            predicted, label = map(_zero_or_one, (predicted, label))
         for name, array in zip(names, (predicted, label), strict=True):
             if pa.types.is_floating(array.type):
                 check_finite(array.to_numpy(zero_copy_only=False), name)
@@ -76,6 +79,11 @@ class Accuracy(_Share):
                 hint="give both columns the same type",
             ) from error
         return self._add(state, batch, equal.to_numpy(zero_copy_only=False))
+
+
+def _zero_or_one(array: pa.Array) -> pa.Array:
+    """Booleans as numbers; others as they are."""
+    return array.cast(pa.int8()) if pa.types.is_boolean(array.type) else array
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ _HELD_RUNS = 128
 _LOWEST = np.int64(np.iinfo(np.int64).min)
 # A weight is a whole multiple of this, so that sums are exact.
 WEIGHT_BITS = 30
-LEAST_WEIGHT = 2.0**-10
+LEAST_WEIGHT = 2.0**-10  # that those of a batch may have on average
 _MOST = 1 << 62
 
 
@@ -180,11 +180,14 @@ _MIDDLE = _keys(np.sqrt(np.sqrt(np.array([0.5]))))[0] >> 2
 
 
 def fixed(weights: np.ndarray) -> np.ndarray:
-    """Weights in units of 2**-WEIGHT_BITS, int64. Raises DataError for those that this leaves no digits of, or no room for."""
-    if ((weights > 0) & (weights < LEAST_WEIGHT)).any() or (weights > 2.0**31).any():
+    """Weights in units of 2**-WEIGHT_BITS, int64; what they add up to is off by at most 2**-21 of it. Raises DataError for
+    weights that this leaves no digits of, or no room for.
+    """
+    some = np.count_nonzero(weights)
+    if some and (weights.sum() < LEAST_WEIGHT * some or weights.max() > 2.0**31):
         raise DataError(
             f"the weights of a curve go from {weights.min():.4g} to {weights.max():.4g}",
-            hint="multiply them by a constant, so that all but zeros lie between 0.001 and 2**31: the result stays the same",
+            hint="multiply them by a constant, so that they lie between 0.001 and 2**31: the result stays the same",
         )
     return np.rint(weights * (1 << WEIGHT_BITS)).astype(np.int64)
 

@@ -131,7 +131,7 @@ class AUCROC(_Area):
     share bins, and the area is known within bounds less than 1e-4 apart for continuous scores. bounds: the result is
     {"value", "low", "high"} rather than the value alone. exact: keep all distinct scores, whatever their number: up to 10 bytes
     a row in states, receipts and the run log. weight: a column of weights, rounded to multiples of 2**-30 (so that sums are
-    exact); those that are not 0 must be at least 2**-10, and all together at most 2**32.
+    exact); those of a batch that are not 0 must be at least 2**-10 on average, and all together at most 2**32.
     Whole numbers beyond 2**53 are taken as the nearest double.
     """
 

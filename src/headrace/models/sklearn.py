@@ -118,9 +118,14 @@ class Sklearn(Adapter):
             has = [m for m in ("predict", "predict_proba", "decision_function", "transform") if hasattr(model, m)]
             hint = f"it has {', '.join(has)}" if has else "give a fitted estimator"
             raise PlanError(f"{self.name}: a {type(model).__name__} has no {self.method}", hint=hint)
+        classes = getattr(model, "classes_", None)
+        if self.index is not None and self.method == "predict_proba" and hasattr(classes, "shape"):
+            count = len(classes)  # pyright: ignore[reportArgumentType]
+            if not -count <= self.index < count:
+                hint = f"it has {count} classes: {', '.join(map(str, classes[:20]))}"  # pyright: ignore[reportOptionalSubscript]
+                raise PlanError(f"{self.name} has no class {self.index}", hint=hint)
         if not self.positive:
             return
-        classes = getattr(model, "classes_", None)
         if self.method != "predict_proba" or self.index is not None or classes is None or len(classes) != 2:
             hint = "use index= for one column of several"
             raise PlanError(f"{self.name}: positive=True is for predict_proba of a classifier of two classes", hint=hint)

@@ -18,6 +18,7 @@ What must not live here: what is computed. Invariants:
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -279,24 +280,76 @@ class _Copy:
 
 
 @dataclass(slots=True)
+class _Kept:
+    """Copies of one kind, by the address of their first row."""
+
+    starts: list[int] = field(default_factory=list[int])
+    copies: list[_Copy] = field(default_factory=list[_Copy])
+
+    def add(self, start: int, copy: _Copy) -> None:
+        at = bisect.bisect_right(self.starts, start)
+        self.starts.insert(at, start)
+        self.copies.insert(at, copy)
+
+    def holding(self, address: int, row_bytes: int) -> tuple[_Copy, int] | None:
+        """A copy that holds the row at this address, and the row's place in it."""
+        at = bisect.bisect_right(self.starts, address) - 1
+        if at < 0:
+            return None
+        row, rest = divmod(address - self.starts[at], row_bytes)
+        return None if rest or row >= self.copies[at].host.shape[0] else (self.copies[at], row)
+
+
+@dataclass(slots=True)
 class SharedCopies:
-    """Device copies of host arrays, found by where these lie. Exact matches only: the same rows, in the same type and shape."""
+    """Device copies of rows of host arrays, found by where these lie, in the same type and shape of a row.
+
+    Batches of models may differ in size: rows are found in one copy, or in several that follow one another.
+    keeps: False for copies that nobody will ask for again. hits: batches that were found; saved_bytes: what these hold.
+    """
 
     hits: int = 0
-    _copies: dict[tuple[Any, ...], _Copy] = field(default_factory=dict[tuple[Any, ...], _Copy])
+    saved_bytes: int = 0
+    keeps: bool = True
+    _kept: dict[tuple[Any, ...], _Kept] = field(default_factory=dict[tuple[Any, ...], _Kept])
 
-    def find(self, host: torch.Tensor, device: str) -> _Copy | None:
-        found = self._copies.get(_place_of(host, device))
-        self.hits += found is not None
+    def find(self, host: torch.Tensor, device: str) -> list[_Copy]:
+        """Copies that hold all its rows, cut to these, in order; [] when there are none."""
+        kept = self._kept.get(_kind_of(host, device)) if _has_rows(host) else None
+        if kept is None:
+            return []
+        left = host.shape[0]
+        row_bytes = host.numel() // left * host.element_size()
+        address = host.data_ptr()
+        found: list[_Copy] = []
+        while left:
+            place = kept.holding(address, row_bytes)
+            if place is None:
+                return []
+            copy, row = place
+            rows = min(left, copy.host.shape[0] - row)
+            found.append(_Copy(copy.host, copy.device[row : row + rows], copy.mark))
+            address += rows * row_bytes
+            left -= rows
+        self.hits += 1
+        self.saved_bytes += host.numel() * host.element_size()
         return found
 
     def add(self, host: torch.Tensor, device: str, copy: torch.Tensor, mark: Mark) -> None:
-        if host.numel():
-            self._copies[_place_of(host, device)] = _Copy(host, copy, mark)
+        if self.keeps and _has_rows(host):
+            self._kept.setdefault(_kind_of(host, device), _Kept()).add(host.data_ptr(), _Copy(host, copy, mark))
+
+    def forget(self) -> None:
+        """Let the memory go."""
+        self._kept.clear()
 
 
-def _place_of(host: torch.Tensor, device: str) -> tuple[Any, ...]:
-    return device, host.data_ptr(), host.dtype, tuple(host.shape), host.stride()
+def _has_rows(host: torch.Tensor) -> bool:
+    return host.ndim > 0 and host.numel() > 0 and host.is_contiguous()
+
+
+def _kind_of(host: torch.Tensor, device: str) -> tuple[Any, ...]:
+    return device, host.dtype, tuple(host.shape[1:])
 
 
 _IN_THREAD = threading.local()
@@ -304,9 +357,9 @@ _IN_THREAD = threading.local()
 
 @contextlib.contextmanager
 def sharing() -> Iterator[SharedCopies]:
-    """While one block is worked on in this thread: models on one device that read the same rows of a column share its copy.
+    """While some rows are worked on in this thread: models on one device that read the same rows of a column share its copy.
 
-    Nobody may write to the block's memory meanwhile. The copies are held, in device memory, until the end.
+    Nobody may write to the rows' memory meanwhile. The copies are held, in device memory, until the end, or `forget_shared`.
     """
     outer = getattr(_IN_THREAD, "copies", None)
     _IN_THREAD.copies = SharedCopies()
@@ -314,6 +367,13 @@ def sharing() -> Iterator[SharedCopies]:
         yield _IN_THREAD.copies
     finally:
         _IN_THREAD.copies = outer
+
+
+def forget_shared() -> None:
+    """Let go of what models share in this thread: memory ran out."""
+    copies: SharedCopies | None = getattr(_IN_THREAD, "copies", None)
+    if copies is not None:
+        copies.forget()
 
 
 # --- the path --------------------------------------------------------------------------------------------------------
@@ -335,18 +395,22 @@ class DevicePath:
         if not self.lanes.pins:
             return [t if self.device == "cpu" else t.to(self.device) for t in tensors]
         shared: SharedCopies | None = getattr(_IN_THREAD, "copies", None)
-        found = [None if shared is None else shared.find(t, self.device) for t in tensors]
-        fresh = self._copied([t for t, copy in zip(tensors, found, strict=True) if copy is None], shared)
+        found = [[] if shared is None else shared.find(t, self.device) for t in tensors]
+        fresh = self._copied([t for t, copies in zip(tensors, found, strict=True) if not copies], shared)
+        return [self._joined(copies) if copies else fresh.pop(0) for copies in found]
+
+    def _joined(self, copies: Sequence[_Copy]) -> torch.Tensor:
+        """Rows that are on the device already, for use inside `compute()`."""
+        import torch
+
         compute = self.lanes.compute
-        made: list[torch.Tensor] = []
-        for copy in found:
-            if copy is None:
-                made.append(fresh.pop(0))
-            else:
-                compute.after(copy.mark)
-                compute.uses(copy.device)
-                made.append(copy.device)
-        return made
+        for copy in copies:
+            compute.after(copy.mark)
+            compute.uses(copy.device)
+        if len(copies) == 1:
+            return copies[0].device
+        with compute.issue():
+            return torch.cat([copy.device for copy in copies])
 
     def _copied(self, tensors: Sequence[torch.Tensor], shared: SharedCopies | None) -> list[torch.Tensor]:
         if not tensors:

@@ -308,7 +308,8 @@ class RunRecorder:
         end_s = self._finished.at_s if self._finished else self._last_s
         wall_s = max(0.0, end_s - started.at_s)
         stages = tuple(self._stage_time(started, id) for id in sorted(self._stages))
-        pools = tuple(self._pool_time(name, max(workers, self._most.get(name, 0)), wall_s) for name, workers in started.pools.items())
+        most = {name: max(workers, self._most.get(name, 0)) for name, workers in started.pools.items()}
+        pools = tuple(self._pool_time(name, workers, wall_s) for name, workers in most.items())
         metrics, guards = split_guards(self._finished.metrics if self._finished else {}, started.ops)
         return Run(
             name=started.name,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from headrace.contracts.observer import Observer
 from headrace.contracts.substrate import Substrate
 from headrace.core.errors import HeadraceError
 from headrace.core.events import (
+    ClusterSampled,
     MemorySampled,
     Noted,
     RunEvent,
@@ -35,7 +36,7 @@ from headrace.core.events import (
 )
 from headrace.core.receipts import NO_ROWS, Receipt, Tally
 from headrace.core.resources import WorkerSpec
-from headrace.core.steps import NO_TIME, Advance, Step, StepDone, StepFailed, WorkerLost, WorkerUp
+from headrace.core.steps import NO_TIME, Advance, Step, StepDone, StepFailed, WorkerLost, WorkerResting, WorkerUp
 from headrace.runtime.committer import Committer
 from headrace.runtime.crashes import CrashSamples
 from headrace.runtime.governor import Governor
@@ -122,7 +123,10 @@ class Driver:
         self.over = False
         self._program = program
         self._workers = {w.id: w for w in workers}
-        self._pools: Mapping[int, str] = {w.id: w.pool for w in workers}
+        self._pools = {w.id: w.pool for w in workers}
+        self._nodes: dict[int, str] = {}
+        self._sizes = Counter(self._pools.values())  # pool -> workers, those that start included
+        self._resting: dict[str, set[int]] = {}
         self._observers = observers
         self._started = started
         self._deliver = deliver
@@ -130,6 +134,7 @@ class Driver:
         self._inline = substrate.name == "inline"
         self._lister = Lister(splits, self.post, admit=committer.admit, inline=self._inline)
         self._steps: dict[int, Step] = {}
+        self._at: dict[int, set[int]] = {}  # worker -> its steps
         self._open: dict[int, _Open] = {}
         self._found = SplitsFound(0.0, 0, 0, complete=False, rows=0)
         self._watch = StepWatch(timeout_s)
@@ -292,11 +297,26 @@ class Driver:
                 self._note_failed(event)
             case WorkerUp():
                 self._watch.came_up(event.worker)
+                if event.node:
+                    self._nodes[event.worker] = event.node
             case WorkerLost():
                 path = self._note_lost(event)
+            case WorkerResting():
+                self._note_rest(event)
             case _:
                 pass
         self._carry(self.scheduler.handle(event, self._now()), path)
+        if isinstance(event, WorkerLost):
+            self._forget(event.worker)
+
+    def _forget(self, worker: int) -> None:
+        """After the commands that follow its loss: who takes its place has its device."""
+        self._workers.pop(worker, None)
+        self._nodes.pop(worker, None)
+        pool = self._pools.pop(worker, None)
+        if pool is not None:
+            self._sizes[pool] -= 1
+            self._resting.get(pool, set()).discard(worker)
 
     def _next_deadline(self) -> float:
         by_s = min(self._governor.due_s, self._watch.next_deadline_s)
@@ -355,6 +375,10 @@ class Driver:
     def _submit(self, step: Step) -> None:
         now = self._now()
         self._steps[step.id] = step
+        at = self._at.get(step.worker)
+        if at is None:
+            at = self._at[step.worker] = set()
+        at.add(step.id)
         self._watch.submitted(step.worker, now, step.id)
         if isinstance(step, Advance):
             known = self._open.get(step.split_index)
@@ -377,10 +401,13 @@ class Driver:
         self._tell(SplitRetried(self._now(), command.index, command.attempt, command.why, tally))
 
     def _add_worker(self, command: AddWorker) -> None:
-        spec = WorkerSpec(command.worker, command.pool, self._workers[command.replaces].device)
+        before = None if command.replaces is None else self._workers.get(command.replaces)
+        device = command.device if before is None else before.device
+        spec = WorkerSpec(command.worker, command.pool, device or command.pool, command.node)
         self._workers[spec.id] = spec
-        self._pools = {**self._pools, spec.id: spec.pool}
-        self._tell(WorkerReplaced(self._now(), spec.id, spec.pool, command.replaces, command.why))
+        self._pools[spec.id] = spec.pool
+        self._sizes[spec.pool] += 1
+        self._tell(WorkerReplaced(self._now(), spec.id, spec.pool, command.replaces, command.why, spec.node))
         self._watch.starting(spec.id, self._now())
         self.substrate.add_worker(spec)
 
@@ -391,8 +418,15 @@ class Driver:
         known = self._open.get(split)
         return known if known is not None and known.attempt == attempt else None
 
+    def _answered(self, event: StepDone | StepFailed) -> Step | None:
+        """The step; None when nobody waits for it any more."""
+        at = self._at.get(event.worker)
+        if at is not None:
+            at.discard(event.step)
+        return self._steps.pop(event.step, None)
+
     def _note_done(self, event: StepDone) -> None:
-        step = self._steps.pop(event.step, None)
+        step = self._answered(event)
         if step is None:
             return
         tally = self._add(step, event)
@@ -403,7 +437,7 @@ class Driver:
         self._tell(StepFinished(self._now(), event.worker, pool, step.stage, rows, size, event.timing, tally))
 
     def _note_failed(self, event: StepFailed) -> None:
-        step = self._steps.pop(event.step, None)
+        step = self._answered(event)
         if step is not None:
             pool = self._pools.get(event.worker, "")
             self._tell(StepFinished(self._now(), event.worker, pool, step.stage, 0, 0, NO_TIME, NO_ROWS))
@@ -430,8 +464,11 @@ class Driver:
     def _note_lost(self, event: WorkerLost) -> str:
         """Tell people. Returns the file of the row that it died on, "" when that is not known or could not be kept."""
         self._watch.lost(event.worker)
-        self._steps = {id: step for id, step in self._steps.items() if step.worker != event.worker}
-        text = f"worker {event.worker} ({self._pools.get(event.worker, '?')}) is lost: {event.reason}"
+        for step in self._at.pop(event.worker, ()):
+            self._steps.pop(step, None)
+        node = self._nodes.get(event.worker)
+        pool = self._pools.get(event.worker, "?")
+        text = f"worker {event.worker} ({f'{pool} on {node}' if node else pool}) is lost: {event.reason}"
         doing = event.doing
         path = ""
         if doing is not None:
@@ -446,6 +483,20 @@ class Driver:
                 text += f"\n... and {len(lines) - STACK_LINES} lines more"
         self._tell(Noted(self._now(), text))
         return path
+
+    def _note_rest(self, event: WorkerResting) -> None:
+        """Tell people when nobody of a pool is left to take up work: the run waits then."""
+        pool = self._pools.get(event.worker)
+        if pool is None:
+            return
+        resting = self._resting.setdefault(pool, set())
+        if not event.resting:
+            resting.discard(event.worker)
+        elif event.worker not in resting:
+            resting.add(event.worker)
+            if len(resting) == self._sizes[pool]:
+                text = f"all workers of pool {pool} rest: its work waits until one of them goes on or another one comes"
+                self._tell(Noted(self._now(), text))
 
     def _note_types(self, receipt: Receipt | None) -> None:
         """Tell people, once, when files of the output differ in columns or types."""
@@ -484,6 +535,11 @@ class Driver:
         now = self._now()
         own_bytes, changed, note = self._governor.sample(self.substrate.memory_bytes, now)
         self._tell(MemorySampled(now, self.scheduler.in_flight, own_bytes))
+        cluster = getattr(self.substrate, "cluster", None)
+        if cluster is not None:
+            self._tell(ClusterSampled(now, cluster.nodes, cluster.leaving, cluster.workers, cluster.store_bytes))
+            if not last:
+                self.substrate.want(self.scheduler.wanted_workers())  # type: ignore[attr-defined]
         if (changed or self._governor.level >= 2) and not last:  # at the highest level, each sample lets more go to disk
             if note:
                 self._tell(Noted(now, note))

@@ -5,11 +5,15 @@ Pure: moments are arguments.
 A worker comes up, and then runs its steps one at a time, in the order in which they were submitted. So a step begins when it
 is submitted, or when the one before it is answered, whichever is later. Steps of streaming models are answered in any order:
 the oldest one has the time limit, from when it became the oldest.
+
+A worker stands in a heap, once, by a moment that is not after its deadline: with tens of thousands of workers nobody looks at
+all of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from heapq import heappop, heappush, heapreplace
 
 NEVER_S = float("inf")
 START_S = 120.0  # to come up, which imports the user's modules: many at once, on a slow file system, take long
@@ -24,6 +28,11 @@ class _Busy:
     limit_s: float
     answered: bool = False  # at least once
     up: bool = True
+    filed: bool = False  # in the heap
+
+    @property
+    def due_s(self) -> float:
+        return self.since_s + self.limit_s
 
 
 class StepWatch:
@@ -33,10 +42,13 @@ class StepWatch:
         self._limit_s = limit_s
         self._workers: dict[int, _Busy] = {}
         self._killed: set[int] = set()
+        self._heap: list[tuple[float, int, int, _Busy]] = []  # (see the module, tie, worker, what it is at)
+        self._tie = 0
 
     def starting(self, worker: int, now_s: float) -> None:
         if self._limit_s is not None:
-            self._workers[worker] = _Busy([-1], now_s, max(self._limit_s, START_S), up=False)
+            self._workers[worker] = busy = _Busy([-1], now_s, max(self._limit_s, START_S), up=False)
+            self._file(worker, busy)
 
     def came_up(self, worker: int) -> None:
         self._workers.pop(worker, None)
@@ -44,10 +56,13 @@ class StepWatch:
     def submitted(self, worker: int, now_s: float, step: int = 0) -> None:
         if self._limit_s is None:
             return
-        busy = self._workers.setdefault(worker, _Busy([], now_s, self._limit_s))
+        busy = self._workers.get(worker)
+        if busy is None:
+            busy = self._workers[worker] = _Busy([], now_s, self._limit_s)
         if not busy.steps:
             busy.since_s = now_s
         busy.steps.append(step)
+        self._file(worker, busy)
 
     def answered(self, worker: int, now_s: float, step: int = 0) -> None:
         busy = self._workers.get(worker)
@@ -64,20 +79,31 @@ class StepWatch:
     @property
     def next_deadline_s(self) -> float:
         """When the first step's time is up, if no answer comes before."""
-        if self._limit_s is None:
-            return NEVER_S
-        due_s = (b.since_s + b.limit_s for w, b in self._workers.items() if b.steps and w not in self._killed)
-        return min(due_s, default=NEVER_S)
+        while self._heap:
+            filed_s, tie, worker, busy = self._heap[0]
+            if not busy.steps or self._workers.get(worker) is not busy or worker in self._killed:
+                heappop(self._heap)
+                busy.filed = False
+            elif busy.due_s > filed_s:
+                heapreplace(self._heap, (busy.due_s, tie, worker, busy))
+            else:
+                return busy.due_s
+        return NEVER_S
 
     def overdue(self, now_s: float) -> list[tuple[int, str]]:
         """Workers whose step's time is up, each told once, and the reason in words."""
-        if now_s < self.next_deadline_s:
-            return []
         found: list[tuple[int, str]] = []
-        for worker, busy in self._workers.items():
-            if busy.steps and worker not in self._killed and now_s >= busy.since_s + busy.limit_s:
-                self._killed.add(worker)
-                first = "" if busy.answered else " to its first step, which loads models too"
-                reason = f"no answer for {busy.limit_s:g} s{first}" if busy.up else f"not up after {busy.limit_s:g} s"
-                found.append((worker, reason))
+        while now_s >= self.next_deadline_s:
+            _, _, worker, busy = heappop(self._heap)
+            busy.filed = False
+            self._killed.add(worker)
+            first = "" if busy.answered else " to its first step, which loads models too"
+            reason = f"no answer for {busy.limit_s:g} s{first}" if busy.up else f"not up after {busy.limit_s:g} s"
+            found.append((worker, reason))
         return found
+
+    def _file(self, worker: int, busy: _Busy) -> None:
+        if not busy.filed:
+            busy.filed = True
+            self._tie += 1
+            heappush(self._heap, (busy.due_s, self._tie, worker, busy))

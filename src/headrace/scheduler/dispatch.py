@@ -12,7 +12,7 @@ admitted work that it may do.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from heapq import heappop, heappush
 
 from headrace.core.errors import InternalError
@@ -24,7 +24,7 @@ from headrace.core.steps import Advance, Apply, Step
 from headrace.scheduler.measure import Measure
 from headrace.scheduler.messages import Command, Finish, Limits, ListSplits, SchedulerPlan, Submit
 from headrace.scheduler.policy.admission import may_produce, producers_wanted, queue_target, within_budget
-from headrace.scheduler.policy.routing import prefer_fused
+from headrace.scheduler.policy.routing import MANY_SPLITS, prefer_fused
 from headrace.scheduler.state import (
     DELIVER_STAGE,
     MAX_DEPTH,
@@ -66,15 +66,18 @@ class Dispatcher:
         self.workers: dict[int, WorkerState] = {}
         names = dict.fromkeys((CPU_POOL, *plan.pools, *(s.pool for s in plan.stages)))
         self.pools: dict[str, PoolState] = {name: PoolState() for name in names}
+        self.starting = dict(plan.pools)  # pool -> workers that are not up yet
         self.pending: deque[Split] = deque()
         self.pending_bytes = 0
-        self.open: dict[int, SplitState] = {}  # oldest first
+        self.open: OrderedDict[int, SplitState] = OrderedDict()  # oldest first; it is asked for the first one all the time
         self.listed = 0
         self.settled: int = 0
         self.listing = False
         self.enough = any(s.limit == 0 for s in plan.stages)  # a limit is reached: no further split counts
         self.listing_done = self.enough
         self.shared: dict[int, list[QueueEntry]] = {s.id: [] for s in plan.stages}  # blocks of free stages, unbound cursors
+        self.near: dict[tuple[int, str], list[QueueEntry]] = {}  # (stage, node) -> blocks in `shared` that lie there
+        self.passed_over = dict.fromkeys(self.shared, 0)  # stage -> times that a block nearer than the oldest was taken
         self.bound: dict[int, list[QueueEntry]] = {s.id: [] for s in plan.stages}  # cursors that have their worker
         self.waiting: dict[int, int] = {s.id: 0 for s in plan.stages} | {DELIVER_STAGE: 0}
         self.producing: dict[int, int] = {s.id: 0 for s in plan.stages}
@@ -120,20 +123,22 @@ class Dispatcher:
     def _ask_for_splits(self) -> None:
         if self.listing or self.listing_done or self.draining:
             return
-        ahead = 2 * max(1, len(self.pools[CPU_POOL].workers)) + 2
+        # Routes are chosen by whether there is a split for each worker; of very many workers not all must have theirs in sight.
+        workers = min(max(1, self.pools[CPU_POOL].awake), MANY_SPLITS)
+        ahead = workers + max(workers // 4, min(workers, LIST_AHEAD)) + 2
         if self.listed == 0:  # a few at once, so that work starts; then enough to know the whole of most runs
             self.listing = True
             self._out.append(ListSplits(2 * ahead))
         elif len(self.pending) < max(ahead, LIST_AHEAD // 2):
             self.listing = True
-            self._out.append(ListSplits(max(ahead, LIST_AHEAD)))
+            self._out.append(ListSplits(max(LIST_AHEAD, ahead - len(self.pending) + workers // 8)))
 
     def _feed_first(self, stage: Stage, following: int) -> None:
         """Let a cursor go on before its worker takes up the blocks that it makes, if others would have nothing to do else.
 
         A cursor runs in one worker only, its blocks run anywhere: workers that have no cursor of this stage live on them.
         """
-        dependents = len(self.pools[stage.pool].workers) - self.cursors[stage.id]
+        dependents = self.pools[stage.pool].awake - self.cursors[stage.id]
         while self.waiting[following] + self.producing[stage.id] <= dependents and dependents and self._room_for(stage):
             entry = self._top_bound(stage.id)
             if entry is None or not self._start_bound(stage, entry):
@@ -163,23 +168,27 @@ class Dispatcher:
         return True
 
     def _start_shared(self, stage: Stage, entry: QueueEntry) -> bool:
-        worker = self._pick(stage)
+        item = entry[3]
+        worker = self._pick(stage, item)
         if worker is None or self._is_enough(stage.pool):
             return False
-        item = entry[3]
         if isinstance(item, CursorEntry):
             if not self._admit(stage, item.node):
                 return False
             heappop(self.shared[stage.id])
             self._submit_advance(worker, item)
             return True
-        if not self._admit(stage, item):
+        closer = self._closer(stage, worker, entry)
+        if closer is not entry and self._admit(stage, found := _block(closer)):
+            item = found
+        elif self._admit(stage, item):
+            closer = entry
+        else:
             return False
         if stage.model:
-            self._submit_apply(worker, stage)
+            self._submit_apply(worker, stage, closer)
             return True
-        heappop(self.shared[stage.id])
-        self.waiting[stage.id] -= 1
+        self._take(stage, worker, closer)
         cursor = self._new_cursor(stage, item.split)
         assert item.block is not None
         cursor.fed = (item.block,)
@@ -190,27 +199,86 @@ class Dispatcher:
 
     def _is_enough(self, pool: str) -> bool:
         """Memory is nearly used up, and the pool has a step running: another one would need more."""
-        return self.pressure >= 2 and any(w.running for w in self.pools[pool].workers.values())
+        return self.pressure >= 2 and bool(self.pools[pool].busy)
 
-    def _pick(self, stage: Stage) -> WorkerState | None:
-        """Who shall do a shared piece of this stage's work: with max_workers, its own workers as far as they are free."""
+    def _pick(self, stage: Stage, item: Node | CursorEntry) -> WorkerState | None:
+        """Who shall do this shared piece of the stage's work: with max_workers, its own workers as far as they are free."""
         pool = self.pools[stage.pool]
+        near = self._near(stage, item) if pool.spread else ""
         if stage.max_workers is None:
-            return pool.pick()
+            return pool.pick(near)
         members = self.stage_workers[stage.id]
-        free = [w for i in members if (w := self.workers.get(i)) is not None and w.place is not None]
-        best = min(free, key=lambda w: len(w.running), default=None)
-        if len(members) >= stage.max_workers or (best is not None and not best.running):
+        free = [w for i in members if (w := self.workers.get(i)) is not None and w.place is not None and not w.resting]
+        best = min(free, key=lambda w: (len(w.running), w.node != near), default=None)
+        if best is not None and (not best.running or len(members) >= stage.max_workers):
             return best
-        other = pool.pick()
+        if len(members) >= stage.max_workers and not all(self.workers[i].resting for i in members):
+            return None
+        other = pool.pick(near)
         return other if best is None or (other is not None and not other.running) else best
+
+    def _closer(self, stage: Stage, worker: WorkerState, oldest: QueueEntry) -> QueueEntry:
+        """The oldest block on the worker's own node, in the place of the oldest of all. The oldest split waits for nobody,
+        others for a turn of the whole pool.
+        """
+        pool = self.pools[stage.pool]
+        if not pool.spread or oldest[0] == next(iter(self.open)) or self.passed_over[stage.id] >= pool.awake:
+            return oldest
+        heap = self.near.get((stage.id, worker.node))
+        while heap:
+            if _is_waiting(heap[0][3]):
+                return heap[0]
+            heappop(heap)
+        return oldest
+
+    def _take(self, stage: Stage, worker: WorkerState, entry: QueueEntry) -> None:
+        """The block leaves its queue."""
+        self.waiting[stage.id] -= 1
+        if self.shared[stage.id][0] is entry:
+            heappop(self.shared[stage.id])
+            self.passed_over[stage.id] = 0
+        else:  # `_top_shared` will find it void
+            heappop(self.near[stage.id, worker.node])
+            self.passed_over[stage.id] += 1
+
+    def _join(self, stage: Stage, worker: WorkerState) -> None:
+        """The worker opens a stage that few may open. It takes the place of one that rests when none is left; a cursor that
+        goes on in a worker which has lost its place takes none.
+        """
+        assert stage.max_workers is not None
+        members = self.stage_workers[stage.id]
+        if worker.id in members:
+            return
+        if len(members) >= stage.max_workers:
+            asleep = next((i for i in members if self.workers[i].resting), None)
+            if asleep is None or worker.resting:
+                return
+            members.remove(asleep)
+        members.add(worker.id)
+
+    def _near(self, stage: Stage, item: Node | CursorEntry) -> str:
+        """The node that holds most of what a step on this item would read; "" when it reads nothing, or nobody knows."""
+        found: dict[str, int] = {}
+        if isinstance(item, Node):
+            assert item.block is not None
+            read = stage.columns_in if stage.model else None
+            for part in item.block.parts:
+                if read is None or any(column in read for column in part.columns):
+                    found[part.node] = found.get(part.node, 0) + part.bytes
+        elif item.sequential:
+            node, blocks = item.node.next, 0
+            while node is not None and node.block is not None and node.stage == stage.id and blocks < FEED_BLOCKS:
+                for part in node.block.parts:
+                    found[part.node] = found.get(part.node, 0) + part.bytes
+                node, blocks = node.next, blocks + 1
+        return max(found, key=lambda name: found[name], default="")
 
     def _explain_stillness(self) -> None:
         """Nothing runs: something will come (a worker, the listing, the consumer), or the fault is ours."""
         if not self.open and not self.pending:
             return
-        if self.consumer_waiting or any(not self.pools[pool].workers for pool in self.plan.pools):
-            return
+        if self.consumer_waiting or any(not self.pools[pool].awake for pool in self.plan.pools):
+            return  # workers that rest may wake, or be lost
         waits = ", ".join(f"{self.stages[s].name}: {n}" for s, n in self.waiting.items() if n and s != DELIVER_STAGE)
         raise InternalError(f"the run has stalled with {len(self.open)} open splits ({waits or 'no block waits'})")
 
@@ -247,7 +315,7 @@ class Dispatcher:
         if self.stages[following].pool == stage.pool:
             return waiting < target
         pool = self.pools[self.stages[following].pool]
-        wanted = producers_wanted(len(pool.workers), self.measures[stage.id].make_s, self.measures[following].take_s)
+        wanted = producers_wanted(pool.awake, self.measures[stage.id].make_s, self.measures[following].take_s)
         producing = self.producing[stage.id]
         return may_produce(waiting=waiting, target=target, producing=producing, wanted=wanted, starving=pool.starving)
 
@@ -272,13 +340,13 @@ class Dispatcher:
     def _target(self, stage: Stage, following: int) -> int:
         """Blocks of `stage` that may wait for the stage `following`."""
         if following == DELIVER_STAGE:
-            return queue_target(CPU_POOL, len(self.pools[CPU_POOL].workers))
+            return queue_target(CPU_POOL, self.pools[CPU_POOL].awake)
         consumer = self.stages[following]
         made_rows = self.measures[stage.id].made_rows
         per_step = 1
         if consumer.model and made_rows:
             per_step = min(APPLY_BLOCKS, max(1, round(self._step_rows(consumer) / made_rows)))
-        return queue_target(consumer.pool, len(self.pools[consumer.pool].workers), per_step)
+        return queue_target(consumer.pool, self.pools[consumer.pool].awake, per_step)
 
     def _step_rows(self, stage: Stage) -> int:
         """Rows worth gathering for one Apply: as planned, or more when its workers want more."""
@@ -317,6 +385,18 @@ class Dispatcher:
                     return False
             before = before.prev
         return True
+
+    def wanted_workers(self) -> dict[str, int]:
+        """Workers that each pool could keep at work now: more than it has only where none is idle."""
+        wanted: dict[str, int] = {}
+        for name, pool in self.pools.items():
+            have = len(pool.workers)
+            if name == CPU_POOL:
+                more = len(self.pending)
+            else:
+                more = sum(self.waiting[s.id] for s in self.stages if s.pool == name) - DEVICE_DEPTH * have
+            wanted[name] = have + (max(0, more) if have and not pool.starving and not self.draining else 0)
+        return wanted
 
     # ---------------------------------------------------------------- opening splits
 
@@ -363,9 +443,14 @@ class Dispatcher:
             left_bytes=self.pending_bytes - split.bytes,
             left_splits=len(self.pending) - 1,
             listing_done=self.listing_done,
-            workers=max(len(self.pools[CPU_POOL].workers), self.plan.pools.get(CPU_POOL, 0)),  # some may not be up yet
+            workers=self._cpus(),
+            listed=self.listed,
         )
         return routes[0] if fused else routes[-1]
+
+    def _cpus(self) -> int:
+        """CPU workers that there are or soon will be."""
+        return self.pools[CPU_POOL].awake + max(0, self.starting.get(CPU_POOL, 0))
 
     def _open_next(self, worker: WorkerState, route: Route) -> None:
         split = self.pending.popleft()
@@ -422,6 +507,7 @@ class Dispatcher:
         cursor.more = False
         cursor.end_sent = end
         cursor.worker = worker.id
+        worker.cursors[cursor.id] = cursor
         cursor.state = CursorState.RUNNING
         self._submit(worker, stage, step, (), cursor)
 
@@ -458,26 +544,28 @@ class Dispatcher:
         cursor.fed = tuple(fed)
         return node is split.tail and split.source_done and self._may_end(cursor)
 
-    def _submit_apply(self, worker: WorkerState, stage: Stage) -> None:
-        """Gather the oldest blocks for one step; past the budget, only the one that was admitted."""
+    def _submit_apply(self, worker: WorkerState, stage: Stage, first: QueueEntry) -> None:
+        """Gather the oldest blocks for one step, after the first those near the worker; past the budget, only the first, which
+        was admitted.
+        """
         most = APPLY_BLOCKS if self._room_for(stage) else 1
         nodes: list[Node] = []
         rows = size = 0
         most_rows = self._step_rows(stage)
         most_bytes = WANTED_BYTES if most_rows > stage.batch_rows else APPLY_BYTES
-        while len(nodes) < most and rows < most_rows and size < most_bytes:
-            entry = self._top_shared(stage.id)
-            if entry is None:
-                break
-            node = entry[3]
-            assert isinstance(node, Node)
+        entry: QueueEntry | None = first
+        while entry is not None:
+            self._take(stage, worker, entry)
+            node = _block(entry)
             assert node.block is not None
-            heappop(self.shared[stage.id])
-            self.waiting[stage.id] -= 1
             node.running = True
             nodes.append(node)
             rows += node.block.rows
             size += node.block.bytes
+            if len(nodes) >= most or rows >= most_rows or size >= most_bytes:
+                break
+            oldest = self._top_shared(stage.id)
+            entry = None if oldest is None else self._closer(stage, worker, oldest)
         self._next_step += 1
         step = Apply(
             self._next_step,
@@ -496,7 +584,7 @@ class Dispatcher:
         self.reserved += reserved
         self.producing[stage.id] += 1
         if stage.max_workers is not None:
-            self.stage_workers[stage.id].add(worker.id)
+            self._join(stage, worker)
         self.steps[step.id] = (step, nodes, cursor, reserved)
         worker.running[step.id] = step
         self._count_stream(worker, step, 1)
@@ -545,15 +633,21 @@ class Dispatcher:
 
     def _queue_block(self, node: Node) -> None:
         self._tie += 1
-        heappush(self.shared[node.stage], (node.split.index, node.key, self._tie, node))
+        entry = (node.split.index, node.key, self._tie, node)
+        heappush(self.shared[node.stage], entry)
+        stage = self.stages[node.stage]
+        pool = self.pools[stage.pool]
+        if pool.spread and (home := self._near(stage, node)) in pool.nodes:
+            heap = self.near.setdefault((stage.id, home), [])
+            while heap and not _is_waiting(heap[0][3]):
+                heappop(heap)
+            heappush(heap, entry)
 
     def _top_shared(self, stage: int) -> QueueEntry | None:
-        """The oldest runnable item; entries made void by a cancel are dropped on the way."""
+        """The oldest runnable item; entries made void by a cancel, or taken out of turn, are dropped on the way."""
         heap = self.shared[stage]
         while heap:
-            item = heap[0][3]
-            alive = not item.gone if isinstance(item, Node) else item.state is CursorState.QUEUED
-            if alive:
+            if _is_waiting(heap[0][3]):
                 return heap[0]
             heappop(heap)
         return None
@@ -593,3 +687,14 @@ class Dispatcher:
                 if makes and following.order is Order.FREE and following.pool == stage.pool:
                     found[here, there] = None
         return tuple((self.stages[here], there) for here, there in sorted(found, reverse=True))
+
+
+def _is_waiting(item: Node | CursorEntry) -> bool:
+    """Is it still to be taken?"""
+    return not (item.gone or item.running) if isinstance(item, Node) else item.state is CursorState.QUEUED
+
+
+def _block(entry: QueueEntry) -> Node:
+    node = entry[3]
+    assert isinstance(node, Node)
+    return node

@@ -114,6 +114,11 @@ def _check_queues(s: Scheduler) -> None:
                     assert item.stage.id == stage
                     assert (item.worker is not None) == bound, f"cursor {item.id} is in the wrong heap"
                     queued[item.id] += 1
+    for (stage, place), heap in s.near.items():
+        assert place in s.pools[s.stages[stage].pool].nodes, f"stage {stage}: blocks near {place}, where no worker is"
+        everywhere = {id(entry) for entry in s.shared[stage]}
+        for entry in heap:
+            assert not isinstance(entry[3], Node) or not _waits(entry[3]) or id(entry) in everywhere, "near, and nowhere"
     for worker in s.workers.values():
         assert not worker.parked or worker.place is None, f"worker {worker.id} has room and parked cursors"
         for _, _, _, item in worker.parked:
@@ -174,24 +179,51 @@ def _check_steps(s: Scheduler) -> None:
     for split in s.open.values():
         if split.source is not None and not split.source_done and split.source.worker is not None:
             sources[split.source.worker] += 1
+    cursors: dict[int, set[int]] = {}
+    for split in s.open.values():
+        for cursor in split.cursors.values():
+            if cursor.worker is not None:
+                cursors.setdefault(cursor.worker, set()).add(cursor.id)
+    assert cursors.keys() <= s.workers.keys(), f"cursors at workers that are no more: {cursors.keys() - s.workers.keys()}"
     for worker in s.workers.values():
         assert worker.sources == sources[worker.id], f"worker {worker.id} reads {sources[worker.id]} splits"
+        assert set(worker.cursors) == cursors.get(worker.id, set()), f"worker {worker.id} has cursors {set(worker.cursors)}"
         _check_place(s, worker)
+    _check_pools(s)
     for stage_id, members in s.stage_workers.items():
         limit = s.stages[stage_id].max_workers
         assert limit is None or len(members) <= limit, f"stage {stage_id} is open in {len(members)} workers"
 
 
 def _check_place(s: Scheduler, worker: WorkerState) -> None:
-    places = s.pools[worker.pool].places
+    pool = s.pools[worker.pool]
+    places = (*pool.places, pool.asleep)
     homes = [i for i, place in enumerate(places) if worker.id in place]
     assert len(homes) <= 1, f"worker {worker.id} is filed {len(homes)} times"
     assert (worker.place is None) == (not homes)
     if homes:
-        at = min(len(worker.running), MAX_DEPTH - 1)
-        assert homes[0] == 2 * at + (worker.sources > 0), f"worker {worker.id} is filed wrongly"
+        at = 2 * min(len(worker.running), MAX_DEPTH - 1) + (worker.sources > 0)
+        assert homes[0] == (len(pool.places) if worker.resting else at), f"worker {worker.id} is filed wrongly"
     else:
         assert worker.running, f"worker {worker.id} does nothing and nobody knows"
+    for node, filed in pool.nodes.items():
+        there = [i for i, place in enumerate(filed) if worker.id in place]
+        assert there == (homes if node == worker.node else []), f"worker {worker.id} is filed wrongly at node {node}"
+    assert (worker.id in pool.busy) == bool(worker.running), f"worker {worker.id} is busy, or is it not?"
+
+
+def _check_pools(s: Scheduler) -> None:
+    for name, pool in s.pools.items():
+        mine = {w.id for w in s.workers.values() if w.pool == name}
+        assert mine == set(pool.workers), f"pool {name} has workers {set(pool.workers)}, not {mine}"
+        assert pool.busy <= mine, f"pool {name}: workers that are no more are busy"
+        assert pool.resting == sum(w.resting for w in pool.workers.values()), f"pool {name}: {pool.resting} rest?"
+        nodes = Counter(w.node for w in pool.workers.values() if w.node)
+        assert pool.members == nodes, f"pool {name}: nodes {pool.members}, not {nodes}"
+        assert pool.nodes.keys() == nodes.keys(), f"pool {name}: places at {set(pool.nodes)}, nodes are {set(nodes)}"
+        filed = [i for places in (*pool.places, pool.asleep) for i in places]
+        filed_at_nodes = [i for places in pool.nodes.values() for place in places for i in place]
+        assert {*filed, *filed_at_nodes} <= mine, f"pool {name}: workers that are no more are filed"
 
 
 def _check_memory(s: Scheduler) -> None:
@@ -216,7 +248,7 @@ def _check_memory(s: Scheduler) -> None:
 
 def _check_work_conserving(s: Scheduler) -> None:
     """No worker is idle while there is admitted work that it may do. Asks the scheduler's own admission, never its queues."""
-    idle = [w for w in s.workers.values() if not w.running]
+    idle = [w for w in s.workers.values() if not w.running]  # one that rests goes on with the cursors that it has
     if not idle or s.pressure >= 2:
         return
     for split in s.open.values():
@@ -225,7 +257,8 @@ def _check_work_conserving(s: Scheduler) -> None:
             if stage is None:
                 continue
             for worker in idle:
-                if worker.pool == stage.pool and needs in (None, worker.id) and not _closed_to(s, worker, stage):
+                mine = needs == worker.id or (needs is None and not worker.resting)
+                if worker.pool == stage.pool and mine and not _closed_to(s, worker, stage):
                     assert not _is_first(s, stage, node) or not Dispatcher._admit(s, stage, node), (  # pyright: ignore[reportPrivateUsage]
                         f"worker {worker.id} is idle, stage {stage.id} has work for it: {story(split)}"
                     )
@@ -244,15 +277,22 @@ def _is_first(s: Scheduler, stage: Stage, node: Node) -> bool:
     """The node is what its queue would give out next: within a stage the oldest goes first."""
     if stage.end is End.SINK:
         return True
-    tops = [heap[0][3] for heap in (s.shared[stage.id], s.bound[stage.id]) if heap]
+    heaps = (s.shared[stage.id], s.bound[stage.id])
+    waiting = [[entry for entry in heap if not isinstance(entry[3], Node) or _waits(entry[3])] for heap in heaps]
+    tops = [min(found)[3] for found in waiting if found]
     return any(item is node or item is node.cursor for item in tops)
+
+
+def _waits(node: Node) -> bool:
+    return not node.gone and not node.running
 
 
 def _closed_to(s: Scheduler, worker: WorkerState, stage: Stage) -> bool:
     if stage.max_workers is None:
         return False
     members = s.stage_workers[stage.id]
-    return worker.id not in members and len(members) >= stage.max_workers
+    full = len(members) >= stage.max_workers and not all(s.workers[i].resting for i in members)
+    return worker.id not in members and full
 
 
 def _check_end(s: Scheduler) -> None:

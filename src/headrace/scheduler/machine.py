@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from headrace.core.errors import HeadraceError, InternalError, TransientError, UserCodeError, WorkerDied
+from headrace.core.errors import BlockLost, HeadraceError, InternalError, TransientError, UserCodeError, WorkerDied
 from headrace.core.receipts import Tally
 from headrace.core.refs import BlockRef, PartRef
 from headrace.core.stages import End, Order, Stage
@@ -24,10 +24,13 @@ from headrace.core.steps import (
     Discard,
     Doing,
     PartsFreed,
+    PartsLost,
+    RoomOffered,
     Step,
     StepDone,
     StepFailed,
     WorkerLost,
+    WorkerResting,
     WorkerUp,
 )
 from headrace.scheduler.dispatch import Dispatcher
@@ -52,7 +55,7 @@ from headrace.scheduler.messages import (
     SplitsListed,
     Start,
 )
-from headrace.scheduler.policy.retry import MOST_TRANSIENT, may_hold, place_of
+from headrace.scheduler.policy.retry import MOST_ATTEMPTS, may_hold, place_of
 from headrace.scheduler.state import DELIVER_STAGE, CursorEntry, CursorState, Node, SplitState, WorkerState
 
 MOST_UNSTARTED = 6  # workers of a pool in a row that die before they come up; after that none is started in their place
@@ -60,6 +63,7 @@ SPILL_BYTES = 64 << 20  # at a time: the driver waits for the disk meanwhile
 FRACTION_ROWS = 1000  # rows before a share of bad ones says something
 
 _NO_ROWS = Tally()
+_UNSTABLE = "nodes come and go faster than the work is done: smaller splits, or nodes that last longer"
 
 
 class Scheduler(Dispatcher):
@@ -71,7 +75,6 @@ class Scheduler(Dispatcher):
         self.deliver_next = 0
         self.failed = False
         self.next_worker = sum(plan.pools.values())
-        self.starting = dict(plan.pools)  # pool -> workers that are not up yet
         self.unstarted: dict[str, int] = {}  # pool -> workers in a row that died before they came up
         self.read = self.limits.settled_before.rows_in  # rows, of the attempts that count
         self.bad = self.limits.settled_before.bad
@@ -108,11 +111,12 @@ class Scheduler(Dispatcher):
             case ConsumerTook(blocks):
                 self.consumer_waiting -= blocks
                 self._deliver()
-            case WorkerUp(worker, pool):
+            case WorkerUp(worker, pool, node):
                 self.next_worker = max(self.next_worker, worker + 1)
                 self.unstarted.pop(pool, None)
                 self.starting[pool] = self.starting.get(pool, 0) - 1
-                self.workers[worker] = self.pools[pool].workers[worker] = state = WorkerState(worker, pool)
+                self.workers[worker] = state = WorkerState(worker, pool, node)
+                self.pools[pool].add(state)
                 self._file(state)
             case StepFailed(step, _, error):
                 if step not in self.steps:
@@ -120,6 +124,15 @@ class Scheduler(Dispatcher):
                 self._on_failed(step, error)
             case WorkerLost():
                 self._on_lost(event)
+            case WorkerResting(worker, resting):
+                if (state := self.workers.get(worker)) is not None:
+                    self.pools[state.pool].rest(state, resting)
+                    self._file(state)
+            case RoomOffered(pool, device, node):
+                if pool in self.plan.pools and not self.draining:
+                    self._ask_for_worker(pool, None, "a node has joined", device, node)
+            case PartsLost(parts, reason):
+                self._on_parts_lost(parts, reason)
             case Drain():
                 self.draining = True
             case MemoryPressure(level):
@@ -174,6 +187,7 @@ class Scheduler(Dispatcher):
             case StepFailed(step) if not self.failed and step in self.steps:
                 self._abandon(step, ())
             case WorkerLost(worker) if not self.failed and (state := self.workers.pop(worker, None)) is not None:
+                self._forget(state)
                 for step in list(state.running):
                     self._lose_step(step)
             case _:
@@ -190,27 +204,55 @@ class Scheduler(Dispatcher):
         if self._is_cancelled(step_id):
             self._abandon(step_id, ())
             return
-        if not isinstance(error, TransientError):
+        if not isinstance(error, TransientError | BlockLost):
             raise error
         for split in self._lose_step(step_id):
-            split.history.transient += 1
-            if split.history.transient >= MOST_TRANSIENT:
+            if not split.history.goes_on_after(error):
                 raise error
             self._retry(split, error.message, None)
 
+    def _on_parts_lost(self, parts: Sequence[int], reason: str) -> None:
+        """Splits that hold any of these parts start again. What nobody holds any more is no loss."""
+        lost = {part for part in parts if part in self.alive}
+        for split in self._holders(lost) if lost else ():
+            error = BlockLost(f"blocks are lost: {reason}", where=(("split", split.split.label),), hint=_UNSTABLE)
+            if not split.history.goes_on_after(error):
+                raise error
+            self._retry(split, error.message, None)
+
+    def _holders(self, parts: set[int]) -> list[SplitState]:
+        """Open splits with any of these parts in a block that waits, or that a running step was given."""
+        found: list[SplitState] = []
+        for split in self.open.values():
+            blocks = [node.block for node in split.nodes() if node.block is not None]
+            blocks += [block for cursor in split.cursors.values() for block in cursor.fed]
+            if any(part.id in parts for block in blocks for part in block.parts):
+                found.append(split)
+        return found
+
     def _on_lost(self, lost: WorkerLost) -> None:
-        """Splits with anything unfinished in that worker start again, and another worker takes its place."""
+        """Splits with anything unfinished in that worker start again. Another worker takes its place, unless that is gone, too:
+        then only a pool that has none else asks for one.
+        """
         state = self.workers.pop(lost.worker, None)
         pool = lost.pool if state is None else state.pool
         self.next_worker = max(self.next_worker, lost.worker + 1)
         if state is not None:
             self._bury(state, lost)
+        elif lost.gone:
+            self.starting[pool] = self.starting.get(pool, 0) - 1
         elif not self._worth_another(pool):
             if not self.pools[pool].workers and self.starting[pool] <= 0:
                 raise self._died(lost, None)
             return  # the others do its work
+        if not lost.gone:
+            self._ask_for_worker(pool, lost.worker, lost.reason, node="" if state is None else state.node)
+        elif not self.pools[pool].workers and self.starting.get(pool, 0) <= 0:
+            self._ask_for_worker(pool, lost.worker, "its node is gone")
+
+    def _ask_for_worker(self, pool: str, replaces: int | None, why: str, device: str = "", node: str = "") -> None:
         self.starting[pool] = self.starting.get(pool, 0) + 1
-        self._out.append(AddWorker(self.next_worker, pool, lost.worker, lost.reason))
+        self._out.append(AddWorker(self.next_worker, pool, replaces, why, device, node))
         self.next_worker += 1
 
     def _worth_another(self, pool: str) -> bool:
@@ -220,8 +262,7 @@ class Scheduler(Dispatcher):
         return self.unstarted[pool] < MOST_UNSTARTED
 
     def _bury(self, state: WorkerState, lost: WorkerLost) -> None:
-        self.pools[state.pool].workers.pop(state.id, None)
-        self.pools[state.pool].remove(state)
+        self._forget(state)
         for members in self.stage_workers.values():
             members.discard(state.id)
         doing = None if lost.doing is None or lost.doing.constructing else lost.doing  # no row is to blame then
@@ -231,15 +272,27 @@ class Scheduler(Dispatcher):
         for step in list(state.running):
             if step not in guilty:
                 touched.update(dict.fromkeys(self._lose_step(step)))
-        for split in self.open.values():
-            if any(cursor.worker == state.id for cursor in split.cursors.values()):
-                touched[split] = None
-        for split in at_work:
+        touched.update(dict.fromkeys(cursor.split for cursor in state.cursors.values()))
+        for split in touched if lost.gone else ():
+            if split.attempt >= MOST_ATTEMPTS:
+                raise self._died(lost, split, state.node)
+        for split in at_work if not lost.gone else ():
             certain = split.history.note(doing, lost.reason)
             if (certain and self.limits.fail_on_bad_rows) or split.history.exhausted(split.attempt):
-                raise self._died(lost, split)
+                raise self._died(lost, split, state.node)
+        befell = "is gone" if lost.gone else "died"
         for split in sorted(touched, key=lambda s: s.index):
-            self._retry(split, f"worker {lost.worker} died: {lost.reason}", doing if split in at_work else None)
+            crash = doing if split in at_work and not lost.gone else None
+            self._retry(split, f"worker {lost.worker} {befell}: {lost.reason}", crash)
+
+    def _forget(self, state: WorkerState) -> None:
+        """What is filed by workers and their nodes knows it no more."""
+        pool = self.pools[state.pool]
+        pool.forget(state)
+        if state.node and state.node not in pool.nodes:
+            for stage in self.stages:
+                if stage.pool == state.pool:
+                    self.near.pop((stage.id, state.node), None)
 
     def _at_work(self, steps: Sequence[Step], doing: Doing | None) -> list[int]:
         """Of a dead worker's steps, those that it died on, as far as is known: its first one; of steps of streaming models,
@@ -282,9 +335,11 @@ class Scheduler(Dispatcher):
         self._queue(self._lay_out(again))
         self._out.append(Retry(split.index, again.attempt, why, crash))
 
-    def _died(self, lost: WorkerLost, split: SplitState | None) -> WorkerDied:
+    def _died(self, lost: WorkerLost, split: SplitState | None, node: str = "") -> WorkerDied:
         """The error that ends the run."""
         where = [("worker", str(lost.worker))]
+        if node:
+            where.append(("node", node))
         what = f"worker {lost.worker} died: {lost.reason}"
         if lost.doing is not None:
             where.append(("stage", lost.doing.name))
@@ -495,9 +550,11 @@ class Scheduler(Dispatcher):
         cursor.split.cursors.pop(cursor.id, None)
         if cursor.sequential:
             cursor.split.markers.pop(cursor.stage.id, None)
+        worker = self.workers.get(cursor.worker) if cursor.worker is not None else None
+        if worker is not None:
+            worker.cursors.pop(cursor.id, None)
         if cursor is cursor.split.source:
             cursor.split.source_done = True
-            worker = self.workers.get(cursor.worker) if cursor.worker is not None else None
             if worker is not None:
                 worker.sources -= 1
                 self._file(worker)

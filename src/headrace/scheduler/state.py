@@ -14,10 +14,11 @@ a queued cursor that has a worker is in its stage's `bound` heap, or parked at i
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from enum import Enum
 
-from headrace.core.receipts import OutputFile, Receipt, Tally
+from headrace.core.receipts import NO_ROWS, OutputFile, Receipt
 from headrace.core.refs import BlockRef
 from headrace.core.splits import Split
 from headrace.core.stages import Order, Route, Stage
@@ -132,7 +133,7 @@ class SplitState:
         self.source: CursorEntry | None = None
         self.source_done = False
         self.receipt: Receipt | None = None
-        self.tally = Tally()
+        self.tally = NO_ROWS
         self.closed = False
 
     @property
@@ -172,20 +173,47 @@ class SplitState:
 
 class WorkerState:
     """A live worker. running: its steps, oldest first. sources: open splits that it reads. streams: how many of its steps are
-    of streaming models; stream_rows: rows given to those.
+    of streaming models; stream_rows: rows given to those. node: its machine, "" when there is one only. resting: it takes no
+    new work, and goes on with `cursors`, those that it has begun.
 
-    parked: queued cursors that only it can run, while it has no room. place: where its pool has filed it.
+    parked: queued cursors that only it can run, while it has no room. place: where its pool has filed it; None: no room.
     """
 
-    __slots__ = ("id", "parked", "place", "pool", "running", "sources", "stream_rows", "streams")
+    __slots__ = (
+        "at",
+        "cursors",
+        "id",
+        "node",
+        "parked",
+        "place",
+        "pool",
+        "resting",
+        "running",
+        "sources",
+        "stream_rows",
+        "streams",
+    )
 
-    def __init__(self, id: int, pool: str) -> None:
+    def __init__(self, id: int, pool: str, node: str = "") -> None:
         self.id = id
         self.pool = pool
+        self.node = node
+        self.resting = False
         self.running: dict[int, Step] = {}
+        self.cursors: dict[int, CursorEntry] = {}
         self.parked: list[QueueEntry] = []
-        self.place: dict[int, WorkerState] | None = None
+        self.place: Place | None = None
+        self.at = 0  # the number of its place
         self.sources = self.streams = self.stream_rows = 0
+
+
+Place = OrderedDict[int, WorkerState]  # ordered: the first of a plain dict is found slowly once many before it are gone
+
+_ASLEEP = 2 * MAX_DEPTH  # the place of those that rest
+
+
+def _places() -> tuple[Place, ...]:
+    return tuple(Place() for _ in range(_ASLEEP + 1))
 
 
 class PoolState:
@@ -193,42 +221,100 @@ class PoolState:
 
     places: those with nothing running that read no split, those with nothing running that do, then the same for those
     with one step that may have a second one queued, and so on; the last ones are for those with more steps too. A worker
-    without room is in none.
+    without room is in none, one that rests in `asleep`. nodes: the same for the workers of each node, where they have names.
+    busy: workers with a step. resting: how many rest.
     """
 
-    __slots__ = ("places", "workers")
+    __slots__ = ("asleep", "busy", "members", "nodes", "places", "resting", "workers")
 
     def __init__(self) -> None:
         self.workers: dict[int, WorkerState] = {}
-        self.places: tuple[dict[int, WorkerState], ...] = tuple({} for _ in range(2 * MAX_DEPTH))
+        places = _places()
+        self.places = places[:_ASLEEP]
+        self.asleep = places[_ASLEEP]
+        self.nodes: dict[str, tuple[Place, ...]] = {}
+        self.members: dict[str, int] = {}  # node -> its workers
+        self.busy: set[int] = set()
+        self.resting = 0
+
+    def add(self, worker: WorkerState) -> None:
+        self.workers[worker.id] = worker
+        if worker.node:
+            self.members[worker.node] = self.members.get(worker.node, 0) + 1
+            self.nodes.setdefault(worker.node, _places())
+
+    def forget(self, worker: WorkerState) -> None:
+        """The worker is no more."""
+        self._take_out(worker)
+        self.busy.discard(worker.id)
+        self.resting -= worker.resting
+        del self.workers[worker.id]
+        if worker.node:
+            self.members[worker.node] -= 1
+            if not self.members[worker.node]:
+                del self.members[worker.node], self.nodes[worker.node]
+
+    def rest(self, worker: WorkerState, resting: bool) -> None:
+        """To be filed anew afterwards."""
+        self.resting += resting - worker.resting
+        worker.resting = resting
 
     def file(self, worker: WorkerState, depth: int) -> None:
         """Put the worker where it belongs. depth: steps that it may hold now."""
         running = len(worker.running)
-        place = self.places[2 * min(running, MAX_DEPTH - 1) + (worker.sources > 0)] if running < depth else None
-        if place is not worker.place:
-            self.remove(worker)
-            if place is not None:
-                place[worker.id] = worker
-            worker.place = place
+        if running:
+            self.busy.add(worker.id)
+        else:
+            self.busy.discard(worker.id)
+        if running >= depth:
+            self._take_out(worker)
+            return
+        at = _ASLEEP if worker.resting else 2 * min(running, MAX_DEPTH - 1) + (worker.sources > 0)
+        if worker.place is None or worker.at != at:
+            self._take_out(worker)
+            worker.at = at
+            worker.place = self.asleep if at == _ASLEEP else self.places[at]
+            worker.place[worker.id] = worker
+            if worker.node:
+                self.nodes[worker.node][at][worker.id] = worker
 
-    @staticmethod
-    def remove(worker: WorkerState) -> None:
-        """Take the worker out of its place."""
+    def _take_out(self, worker: WorkerState) -> None:
         if worker.place is not None:
             del worker.place[worker.id]
             worker.place = None
+            if worker.node:
+                del self.nodes[worker.node][worker.at][worker.id]
 
-    def pick(self) -> WorkerState | None:
-        """The worker that new work should go to: the least loaded, first those that read no split."""
-        for place in self.places:
+    def pick(self, near: str = "") -> WorkerState | None:
+        """The worker that new work should go to: the least loaded, first those that read no split; of equals one on the node
+        `near`.
+        """
+        local = self.nodes.get(near) if near else None
+        if local is None:
+            for place in self.places:
+                if place:
+                    return next(iter(place.values()))
+            return None
+        for place, there in zip(self.places, local, strict=False):
+            if there:
+                return next(iter(there.values()))
             if place:
                 return next(iter(place.values()))
         return None
 
     @property
+    def spread(self) -> bool:
+        """Its workers are on several nodes, so that it matters who does what."""
+        return len(self.nodes) > 1
+
+    @property
+    def awake(self) -> int:
+        """Workers that may take new work."""
+        return len(self.workers) - self.resting
+
+    @property
     def has_room(self) -> bool:
-        return any(self.places)
+        return any(self.places) or bool(self.asleep)
 
     @property
     def starving(self) -> bool:

@@ -19,7 +19,7 @@ from headrace.core.errors import DataError, DestinationError, HeadraceError, Inp
 from headrace.core.receipts import OutputFile, Tally
 from headrace.core.redact import redact
 from headrace.worker.batching import Piece
-from headrace.worker.refused import Refused
+from headrace.worker.refused import BrokenModel, Refused
 from headrace.worker.results import make_batch
 from headrace.worker.user_code import exception_text, user_frames
 
@@ -42,12 +42,14 @@ Lost = tuple[int, Failure]  # a row's position, and why it failed
 
 
 def blames_rows(exc: BaseException) -> bool:
-    """Is this what a row may be to blame for? Not: storage, plans, faults of ours, Ctrl-C of the person at the keyboard."""
+    """Is this what a row may be to blame for? Not: storage, plans, faults of ours, answers that belong to no row, Ctrl-C of the
+    person at the keyboard.
+    """
     if isinstance(exc, KeyboardInterrupt):
         return threading.current_thread() is not threading.main_thread()
     if isinstance(exc, HeadraceError):
         return isinstance(exc, (DataError, UserCodeError)) and not isinstance(exc, InputChanged)
-    return True
+    return not isinstance(exc, BrokenModel)
 
 
 def failure_of(exc: BaseException, op: str) -> Failure:

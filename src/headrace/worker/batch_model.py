@@ -14,6 +14,7 @@ submitted while a batch that failed is tried again; answers come in the order of
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ import pyarrow as pa
 from headrace.contracts.model import ModelAdapter
 from headrace.core.origins import join_origins
 from headrace.core.refs import Origin
+from headrace.models.torch_device import forget_shared
 from headrace.plan.nodes import BatchFormat, Predict
 from headrace.worker import batch_sizes
 from headrace.worker.bad_rows import Lost, RowError, blames_rows, failure_of
@@ -55,7 +57,8 @@ class BatchRunner(ModelRunner):
             self._format = "torch"
         elif isinstance(op.model.target, ModelAdapter):
             self._format = cast(BatchFormat, op.model.target.batch_format)
-        self._reader = NumpyReader()
+        self._shared = host.shared if op.group is not None and self._format in ("numpy", "torch") else None
+        self._reader = NumpyReader(self._shared)
         self._deterministic = host.deterministic
         self._ahead = callable(getattr(model, "submit", None)) and callable(getattr(model, "collect", None))
         self._device = host.functions.device
@@ -88,8 +91,11 @@ class BatchRunner(ModelRunner):
         origins: Sequence[Origin],
         part_bytes: int | None = None,
         watch: Watch = NOBODY,
+        whole: pa.RecordBatch | None = None,
     ) -> Iterator[Answer]:
-        pieces = [Piece(b, o) for b, o in zip(inputs, origins, strict=True)]
+        starts = itertools.accumulate((b.num_rows for b in inputs), initial=0)
+        pieces = [Piece(b, o, whole, at) for b, o, at in zip(inputs, origins, starts, strict=False)]
+        self._share(inputs if whole is None else [whole])
         groups = [[i] for i in range(len(pieces))] if self._deterministic else [list(range(len(pieces)))]
         if pieces:
             self._choose_tuner(pieces[0].batch.schema)
@@ -103,6 +109,12 @@ class BatchRunner(ModelRunner):
                 for i, part in span:
                     yield from parts.add(i, done.slice(start, part.batch.num_rows))
                     start += part.batch.num_rows
+
+    def _share(self, batches: Sequence[pa.RecordBatch]) -> None:
+        """Convert, once for all models of the group, what costs something: not while a batch's time is taken."""
+        if self._shared is not None:
+            for batch in batches:
+                self._shared.add(batch)
 
     def _choose_tuner(self, schema: pa.Schema) -> None:
         """Rows of another shape have a size of their own."""
@@ -236,6 +248,7 @@ class BatchRunner(ModelRunner):
         if isinstance(failed, _Outcome):
             return failed
         if failed:
+            forget_shared()
             free_memory()
         rows = piece.batch.num_rows
         row_bytes = piece.batch.nbytes / rows

@@ -5,6 +5,7 @@ Invariant: what `Batcher` cuts depends on the rows alone, never on how they were
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,13 +21,17 @@ from headrace.worker.casting import concat
 
 @dataclass(slots=True)
 class Piece:
-    """Rows on their way through a cursor."""
+    """Rows on their way through a cursor. whole: rows that these are a slice of, from row `at` on: neighbours that are slices
+    of the same are joined without a copy.
+    """
 
     batch: pa.RecordBatch
     origin: Origin
+    whole: pa.RecordBatch | None = None
+    at: int = 0
 
     def slice(self, start: int, rows: int) -> Piece:
-        return Piece(self.batch.slice(start, rows), self.origin.slice(start, rows))
+        return Piece(self.batch.slice(start, rows), self.origin.slice(start, rows), self.whole, self.at + start)
 
     def take(self, rows: np.ndarray) -> Piece:
         """These rows, copied. rows: ascending, at least one."""
@@ -41,11 +46,18 @@ class Piece:
 
 
 def join(pieces: Sequence[Piece]) -> Piece:
-    """One piece of all rows; copies unless there is only one."""
+    """One piece of all rows; copies unless there is only one, or they are neighbours in one whole."""
     if len(pieces) == 1:
         return pieces[0]
     origin = join_origins([p.origin for p in pieces])
+    whole, at = pieces[0].whole, pieces[0].at
+    if whole is not None and _neighbours(pieces):
+        return Piece(whole.slice(at, sum(p.batch.num_rows for p in pieces)), origin, whole, at)
     return Piece(concat([p.batch for p in pieces], origin.label), origin)
+
+
+def _neighbours(pieces: Sequence[Piece]) -> bool:
+    return all(b.whole is a.whole and b.at == a.at + a.batch.num_rows for a, b in itertools.pairwise(pieces))
 
 
 class Batcher:

@@ -74,7 +74,7 @@ def _fits(a: pa.DataType, b: pa.DataType) -> bool:
     if widens(a, b) or (_is_number(a) and _is_number(b)):
         return True
     if is_tensor(a) or is_tensor(b):
-        return _is_vector(a) and _is_vector(b) and _fits(_item(a), _item(b)) and _shape_of(a) in (_shape_of(b), None)
+        return _is_vector(a) and _is_vector(b) and _fits(_item(a), _item(b)) and _shapes_fit(_shape_of(a), _shape_of(b))
     return _is_list(a) and _is_list(b) and _fits(a.value_type, b.value_type)
 
 
@@ -116,6 +116,10 @@ def _is_vector(type: pa.DataType) -> bool:
 
 def _item(type: pa.DataType) -> pa.DataType:
     return type.value_type
+
+
+def _shapes_fit(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> bool:
+    return a is None or (len(a) == 1 if b is None else a == b)
 
 
 def _shape_of(type: pa.DataType) -> tuple[int, ...] | None:

@@ -18,6 +18,7 @@ a column that was not asked for; no optional library is imported unless its form
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ _How = tuple[Any, int, Callable[[pa.Array], np.ndarray], bool]
 
 ROW_CHUNK = 1024  # rows turned into Python objects at a time
 ROW_CHUNK_BYTES = 16 << 20
+SHARED_BYTES = 64 << 20  # of columns that are held for other models
 
 
 class Given:
@@ -84,9 +86,10 @@ class Given:
 
 
 class NumpyReader:
-    """Turns batches of one operator into arrays; remembers how for the last schema seen."""
+    """Turns batches of one operator into arrays; remembers how for the last schema seen. shared: what others have converted."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: SharedArrays | None = None) -> None:
+        self._shared = shared
         self._schema: pa.Schema | None = None
         self._names: list[str] = []
         self._how: list[_How] = []
@@ -105,6 +108,9 @@ class NumpyReader:
             column: pa.Array = columns[i]  # pyright: ignore[reportAssignmentType]
             if dtype is not None and rows and not column.null_count:
                 value = look(column.buffers()[1], dtype, rows, column.offset * width)
+            elif self._shared is not None:
+                found = self._shared.find(column)
+                value = convert(column) if found is None else found
             else:
                 value = convert(column)
             value.setflags(write=False)
@@ -112,6 +118,56 @@ class NumpyReader:
             if not immutable:
                 columns[i] = None
         return dict(zip(self._names, values, strict=True)), Given(schema, values, columns, batch)
+
+
+class SharedArrays:
+    """Columns as arrays, for models that read the same rows; those alone whose conversion costs something, and whose values
+    nobody can change: texts, bytes, booleans, plain values with nulls.
+
+    Found by where a column's memory lies, which is held: `clear` it when the rows are done with. Of many, the newest are kept.
+    """
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[tuple[Any, ...], tuple[pa.Array, np.ndarray]] = OrderedDict()
+        self._bytes = 0
+
+    def add(self, batch: pa.RecordBatch) -> None:
+        """Convert the columns that are not there yet."""
+        for column in batch.columns:
+            if not _is_shareable(column) or self.find(column) is not None:
+                continue
+            values = _converter(column.type)(column)
+            values.setflags(write=False)
+            replaced = self._found.pop(_memory_of(column), None)
+            self._bytes -= 0 if replaced is None else replaced[0].nbytes
+            self._found[_memory_of(column)] = column, values
+            self._bytes += column.nbytes
+            while self._bytes > SHARED_BYTES and len(self._found) > 1:
+                _, (old, _) = self._found.popitem(last=False)
+                self._bytes -= old.nbytes
+
+    def find(self, column: pa.Array) -> np.ndarray | None:
+        """The rows of this column; None when no column that holds them was converted."""
+        kept = self._found.get(_memory_of(column)) if self._found else None
+        if kept is None or (bool(column.null_count) != bool(kept[0].null_count) and not _is_text(column.type)):
+            return None  # without nulls the array is of another dtype
+        start = column.offset - kept[0].offset
+        return kept[1][start : start + len(column)] if 0 <= start <= len(kept[0]) - len(column) else None
+
+    def clear(self) -> None:
+        self._found.clear()
+        self._bytes = 0
+
+
+def _memory_of(column: pa.Array) -> tuple[Any, ...]:
+    return column.type, *(None if b is None else b.address for b in column.buffers())
+
+
+def _is_shareable(column: pa.Array) -> bool:
+    type = column.type
+    if pa.types.is_nested(type) or pa.types.is_dictionary(type) or isinstance(type, pa.BaseExtensionType):
+        return False
+    return bool(column.null_count) or numpy_dtype(type) is None
 
 
 def _how(field: pa.Field) -> _How:
@@ -146,9 +202,14 @@ def _converter(type: pa.DataType) -> Callable[[pa.Array], np.ndarray]:
         return vector_to_numpy
     if (pa.types.is_list(type) or pa.types.is_large_list(type)) and _only_lists(type):
         return _lists
-    if pa.types.is_string(type) or pa.types.is_large_string(type) or pa.types.is_binary(type) or pa.types.is_large_binary(type):
+    if _is_text(type):
         return _texts
     return _objects if _has_dicts(type) and not _only_lists(type) else _plain
+
+
+def _is_text(type: pa.DataType) -> bool:
+    t = pa.types
+    return t.is_string(type) or t.is_large_string(type) or t.is_binary(type) or t.is_large_binary(type)
 
 
 _PANDAS_PAYS = 1 << 20  # texts; pyarrow's to_numpy first imports pandas (0.2 s), and then takes half the time

@@ -43,13 +43,14 @@ class IsolatedRunner(ModelRunner):
         origins: Sequence[Origin],
         part_bytes: int | None = None,
         watch: Watch = NOBODY,
+        whole: pa.RecordBatch | None = None,
     ) -> Iterator[Answer]:
         runner = self._load(watch.tolerant)
         if runner is None:
             for i, batch in enumerate(inputs):
                 yield Answer(i, batch.num_rows, self._nulls(batch.num_rows), failed=batch.num_rows, why=self._unloadable)
             return
-        for answer in runner.run(inputs, origins, part_bytes, watch):
+        for answer in runner.run(inputs, origins, part_bytes, watch, whole):
             if answer.made is not None:
                 self._schema = answer.made.schema
             yield self._filled(answer) if answer.lost else answer

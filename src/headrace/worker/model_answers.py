@@ -57,9 +57,10 @@ class ModelRunner:
         origins: Sequence[Origin],
         part_bytes: int | None = None,
         watch: Watch = NOBODY,
+        whole: pa.RecordBatch | None = None,
     ) -> Iterator[Answer]:
         """The outputs of all inputs in order. part_bytes: an input's outputs come in parts of about this size, rather
-        than whole. inputs: only what the model reads, at least one row each.
+        than whole. inputs: only what the model reads, at least one row each. whole: all of them, if they are slices of one.
         """
         raise NotImplementedError
 

@@ -25,9 +25,10 @@ from headrace.core.refs import BlockRef
 from headrace.core.stages import End, Stage
 from headrace.core.steps import Apply, Share, StepDone
 from headrace.core.tensors import numpy_to_array
+from headrace.models.torch_device import sharing
 from headrace.plan.nodes import Evaluate, Predict
 from headrace.worker.bad_rows import BadRows, Lost
-from headrace.worker.batching import Piece
+from headrace.worker.batching import Piece, join
 from headrace.worker.blocks import pack, put_part, read_block, read_piece, slices
 from headrace.worker.cursor import READ, WRITE, Clock
 from headrace.worker.guard import OutputGuard
@@ -39,6 +40,7 @@ from headrace.worker.results import with_columns
 from headrace.worker.watch import Watch
 
 Owner = tuple[int, int]  # split index, attempt
+JOINED_BYTES = 256 << 20  # of the input of a step of several models: as tuning.MAX_INPUT_BYTES
 
 
 @dataclass(slots=True)
@@ -113,11 +115,15 @@ class ModelStep:
         inputs = self._inputs()
         rows = sum(i.rows for i in inputs)
         self._clock.add(READ, time.perf_counter() - began, rows, rows)
-        for index in range(self._stage.first, self._stage.stop):
-            if isinstance(self._program.ops[index], Predict):
-                self._predict(index, inputs)
-            else:
-                self._evaluate(index, inputs)
+        models = [i for i in range(self._stage.first, self._stage.stop) if isinstance(self._program.ops[i], Predict)]
+        whole = self._joined(inputs) if len(models) > 1 else None
+        with sharing() as copies:
+            for index in range(self._stage.first, self._stage.stop):
+                copies.keeps = bool(models) and index < models[-1]  # of what others will read
+                if index in models:
+                    self._predict(index, inputs, whole)
+                else:
+                    self._evaluate(index, inputs)
         began = time.perf_counter()
         outputs = tuple(self._output(i) for i in inputs)
         rows = sum(block.rows for block in outputs)
@@ -143,6 +149,21 @@ class ModelStep:
             for block, owner in zip(self._step.inputs, self._step.owners, strict=True)
         ]
 
+    def _joined(self, inputs: list[_Input]) -> pa.RecordBatch | None:
+        """All rows of the step side by side, so that models whose batches span blocks share what is copied to a device. None
+        where batches keep to their blocks, or where that would take much memory.
+        """
+        pieces = [i.piece for i in inputs]
+        alike = all(p.batch.schema.equals(pieces[0].batch.schema) for p in pieces)
+        if self._program.deterministic or not alike or sum(p.batch.nbytes for p in pieces) > JOINED_BYTES:
+            return None
+        whole = join(pieces).batch
+        at = 0
+        for each in inputs:
+            each.piece = Piece(whole.slice(at, each.block.rows), each.piece.origin)
+            at += each.block.rows
+        return whole
+
     def _pieces(self, op: Predict, inputs: list[_Input]) -> tuple[list[Piece], list[int]]:
         """What the model is given, and the input that each piece belongs to."""
         pieces: list[Piece] = []
@@ -157,7 +178,7 @@ class ModelStep:
 
     # --- operators ---------------------------------------------------------------------------------------------------
 
-    def _predict(self, index: int, inputs: list[_Input]) -> None:
+    def _predict(self, index: int, inputs: list[_Input], whole: pa.RecordBatch | None) -> None:
         op = self._program.ops[index]
         if not isinstance(op, Predict) or any(i.left is not None for i in inputs):  # only models of a group share a stage
             raise InternalError(f"stage {self._stage.name} can't run {op.name} here")
@@ -168,7 +189,9 @@ class ModelStep:
         lost: list[list[Lost]] = [[] for _ in inputs]
         seen = [0] * len(inputs)
         guard = OutputGuard()
-        for answer in runner.run([p.batch for p in pieces], [p.origin for p in pieces], watch=self._watch):
+        if whole is not None:
+            whole = select(whole, op.inputs or whole.schema.names, op.name)
+        for answer in runner.run([p.batch for p in pieces], [p.origin for p in pieces], watch=self._watch, whole=whole):
             i = owners[answer.input]
             lost[i] += [(seen[i] + at, failure) for at, failure in answer.lost]
             seen[i] += answer.rows
@@ -197,7 +220,7 @@ class ModelStep:
         for each in inputs:
             evaluate = operators.get(each.owner)
             if evaluate is None:
-                evaluate = operators[each.owner] = EvaluateOp(op, index, op.name, Counts())
+                evaluate = operators[each.owner] = EvaluateOp(op, index, op.name, Counts(), self._host.gaps)
                 evaluate.bad, evaluate.watch = self._told[each.owner].bad, self._watch
             if each.made is not None:
                 piece = each.piece if each.left is None else each.piece.take(each.left)

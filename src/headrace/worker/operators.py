@@ -23,6 +23,7 @@ from headrace.core.tensors import vector_to_numpy
 from headrace.plan import nodes
 from headrace.worker.bad_rows import BadRows, Lost, RowError, blames_rows, failure_of
 from headrace.worker.batching import Piece, join
+from headrace.worker.formats import SharedArrays
 from headrace.worker.refused import Refused
 from headrace.worker.results import make_batch, with_columns
 from headrace.worker.user_code import Functions, explain
@@ -34,11 +35,15 @@ _COMPUTING = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, p
 
 @dataclass(slots=True)
 class Host:
-    """What a worker lends its operators. models: their runners, by operator, as long as the worker lives."""
+    """What a worker lends its operators. models: their runners, by operator, as long as the worker lives. shared: what models
+    that were given together have converted, as long as a step. gaps: columns that are null where one of such models failed.
+    """
 
     functions: Functions
     deterministic: bool = False
     models: dict[int, Any] = field(default_factory=dict[int, Any])
+    shared: SharedArrays = field(default_factory=SharedArrays)
+    gaps: frozenset[str] = frozenset()
 
 
 @dataclass(slots=True)
@@ -178,7 +183,7 @@ def _make(op: nodes.Op, index: int, host: Host, counts: Counts) -> Operator:
         case nodes.Apply():
             return ApplyOp(op, *args)
         case nodes.Evaluate():
-            return EvaluateOp(op, *args)
+            return EvaluateOp(op, *args, host.gaps)
         case nodes.FilterRows():
             return row_ops.FilterRowsOp(host.functions.get(index, op.fn, op.name), op.fn, *args)
         case nodes.MapRows():
@@ -328,10 +333,15 @@ class ApplyOp(BatchOperator):
 
 
 class EvaluateOp(BatchOperator):
-    """Adds every row to the accumulators' states. Where bad rows are set aside, a batch counts in all of them or in none."""
+    """Adds every row to the accumulators' states. Where bad rows are set aside, a batch counts in all of them or in none.
 
-    def __init__(self, op: nodes.Evaluate, index: int, name: str, counts: Counts) -> None:
+    gaps: columns that are null where one of several models failed on a row. Such rows are left out of what reads them (the
+    guard of the model counts them), so that they stay in what others say.
+    """
+
+    def __init__(self, op: nodes.Evaluate, index: int, name: str, counts: Counts, gaps: frozenset[str] = frozenset()) -> None:
         super().__init__(index, name, counts)
+        self._gaps = gaps
         self._accumulators = op.accumulators
         self._key = ""  # the accumulator at work, for messages
         self.states: dict[str, Any] = {key: self._zero(key) for key in op.accumulators}
@@ -347,10 +357,11 @@ class EvaluateOp(BatchOperator):
             yield left
 
     def update(self, piece: Piece) -> list[Lost]:
-        """Add the rows; those that failed, which are in no state."""
+        """Add the rows; those that failed, which are in no state. Raises HeadraceError when states can't be merged."""
         lost: list[Lost] = []
-        for _ in self._attempt(piece, lost):
-            pass
+        for _, part, fresh in self._attempt(piece, lost):
+            if self.bad is not None:
+                self._merge(fresh, part)
         return lost
 
     def _reads(self, piece: Piece) -> Piece:
@@ -360,19 +371,28 @@ class EvaluateOp(BatchOperator):
     def _prepare(self, piece: Piece) -> dict[str, pa.RecordBatch]:
         return {key: select(piece.batch, a.columns, f"evaluate({key})") for key, a in self._accumulators.items()}
 
-    def _work(self, piece: Piece, given: dict[str, pa.RecordBatch]) -> None:
-        if self.bad is None:
-            for key, accumulator in self._accumulators.items():
-                self._key = key
-                self.states[key] = accumulator.update(self.states[key], given[key])
-            return
-        fresh: dict[str, Any] = {}
+    def _work(self, piece: Piece, given: dict[str, pa.RecordBatch]) -> dict[str, Any]:
+        """The states of these rows alone; where a failure ends the run, those of all rows."""
+        states = self.states if self.bad is None else {}
         for key, accumulator in self._accumulators.items():
             self._key = key
-            fresh[key] = accumulator.update(accumulator.zero(), given[key])
+            if self.bad is None:
+                states[key] = accumulator.update(states[key], given[key])
+                continue
+            states[key] = accumulator.zero()
+            batch = _without_gaps(given[key], self._gaps)
+            if batch.num_rows:
+                states[key] = accumulator.update(states[key], batch)
+        return states
+
+    def _merge(self, fresh: dict[str, Any], piece: Piece) -> None:
+        """Add states of rows that every accumulator took: what fails now is the fault of no row."""
         for key, accumulator in self._accumulators.items():
             self._key = key
-            self.states[key] = accumulator.merge(self.states[key], fresh[key])
+            try:
+                self.states[key] = accumulator.merge(self.states[key], fresh[key])
+            except RowError as exc:
+                raise self._blame(exc, piece, "merging states") from None
 
     def _zero(self, key: str) -> Any:
         try:
@@ -380,5 +400,14 @@ class EvaluateOp(BatchOperator):
         except Exception as exc:
             raise explain(exc, f"evaluate({key})", doing="making the state of no rows") from None
 
-    def _blame(self, exc: BaseException, piece: Piece) -> HeadraceError:
-        return explain(exc, f"evaluate({self._key})", piece.origin, columns=self._accumulators[self._key].columns)
+    def _blame(self, exc: BaseException, piece: Piece, doing: str = "") -> HeadraceError:
+        columns = self._accumulators[self._key].columns
+        return explain(exc, f"evaluate({self._key})", piece.origin, columns=columns, doing=doing)
+
+
+def _without_gaps(batch: pa.RecordBatch, gaps: frozenset[str]) -> pa.RecordBatch:
+    """The rows where none of these columns is null."""
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        if column.null_count and name in gaps:
+            batch = batch.filter(batch.column(name).is_valid())
+    return batch

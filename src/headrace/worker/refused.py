@@ -10,3 +10,7 @@ class Refused(Exception):
         super().__init__(message)
         self.hint = hint
         self.row = row
+
+
+class BrokenModel(Refused):
+    """A breach of the contract that no row can be blamed for: it ends the run."""

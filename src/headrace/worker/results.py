@@ -166,6 +166,8 @@ def _is_plain(value: Any) -> bool:
 
 def column_of(value: Any, hint: pa.DataType | None = None) -> pa.Array:
     """A column of one value a row. hint: the type to keep if it is of the same kind. Raises Refused."""
+    if isinstance(value, np.ma.MaskedArray):
+        return _masked(value, hint)
     if isinstance(value, np.ndarray):
         if not _is_plain(value):
             return _array_column(value, hint)
@@ -186,6 +188,19 @@ def column_of(value: Any, hint: pa.DataType | None = None) -> pa.Array:
     if hasattr(value, "__array__") and not np.isscalar(value):
         return column_of(np.array(value), hint)
     raise Refused(f"which is {_a(value)}", "give an array or a list with one value a row")
+
+
+def _masked(values: np.ma.MaskedArray[Any, Any], hint: pa.DataType | None) -> pa.Array:
+    """A column with nulls for what is masked."""
+    import pyarrow.compute as pc
+
+    made = column_of(np.asarray(values.data), hint)
+    mask = np.ma.getmaskarray(values)
+    if not mask.any():
+        return made
+    if values.ndim != 1:
+        raise Refused(f"which is {_a(values)} with masked values", "a tensor has no missing values: fill them")
+    return pc.if_else(pa.array(mask), pa.scalar(None, made.type), made)  # type: ignore[attr-defined]
 
 
 def torch_to_numpy(tensor: Any) -> np.ndarray:

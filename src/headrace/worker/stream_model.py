@@ -31,7 +31,7 @@ from headrace.worker.bad_rows import Failure, RowError, blames_rows, failure_of
 from headrace.worker.batching import Piece
 from headrace.worker.formats import Given, to_rows
 from headrace.worker.model_answers import Answer, ModelRunner, blame, name_outputs
-from headrace.worker.refused import Refused
+from headrace.worker.refused import BrokenModel, Refused
 from headrace.worker.results import columns_of, fitting_rows, make_batch, rows_batch
 from headrace.worker.tuning import FIXED_ROWS
 from headrace.worker.user_code import internal_error
@@ -73,6 +73,7 @@ class StreamRunner(ModelRunner):
         origins: Sequence[Origin],
         part_bytes: int | None = None,
         watch: Watch = NOBODY,
+        whole: pa.RecordBatch | None = None,
     ) -> Iterator[Answer]:
         ticket = self._tickets.pop(id(watch), None)
         if ticket is None:
@@ -426,10 +427,10 @@ class _Engine:
     # --- answers -----------------------------------------------------------------------------------------------------
 
     def _take(self, given: _Input, key: Any, answer: Any) -> None:
-        """An answer of the stream. Raises Refused for one that belongs to no row."""
+        """An answer of the stream. Raises BrokenModel for one that belongs to no row."""
         asked, again = given.answer(key) if isinstance(key, int) else (None, False)
         if asked is None:
-            raise Refused(f"answered key {key!r}, which it was not given", "yield the keys that came with the rows")
+            raise BrokenModel(f"answered key {key!r}, which it was not given", "yield the keys that came with the rows")
         ticket, at = asked
         error = _row_error(answer, again)
         if error is not None:

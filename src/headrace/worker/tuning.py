@@ -5,7 +5,9 @@ Pure: nothing here calls a model or looks at a clock; `batch_model` says what ha
 How the size is found. Two sizes are compared at a time, the best so far and a trial. The trial is twice the best (four times,
 where doubling nearly doubled the speed) and wins when it is clearly faster. What is not clear after two batches is decided by
 batches of both in turn, so that a slow spell of the machine hits both, and by the faster half of each, so that one slow batch
-decides nothing. Once a trial has lost, the best stays, and its neighbours are tried again ever more rarely.
+decides nothing. Once a trial has lost, the best stays, and its neighbours are tried again ever more rarely. What lies beyond
+the neighbours is looked at too, as soon as that costs little beside what has been done: speed may stand still, or sink, over a
+few doublings and then rise again (caches, libraries that use threads from some size on).
 
 Invariants: a fixed size only ever shrinks, when memory runs out; a batch is never larger than nine tenths of one for which
 memory ran out; sizes have no influence on answers, because models are row-wise.
@@ -34,6 +36,10 @@ MOST_S = 2.0  # a batch that takes so long is no longer ruled by what a call cos
 FIRST_WAIT, MOST_WAIT = 32, 1024  # batches between trials of neighbours, once settled
 STARVED = 16  # batches that a trial waits for enough rows
 SAFE = 0.9  # of a size that failed
+LEAPS = (8, 64)  # times the best: what is tried beyond its neighbours
+LEAP_SHARE = 0.03  # of the time so far that leaps may take
+LEAP_WAIT = 128  # between trials of neighbours, when leaps are due again
+LEAP_S = 0.1  # a batch of a leap takes no longer, as it seems: within that little memory is filled
 
 
 class PeakMemory:
@@ -82,6 +88,9 @@ class BatchTuner:
         self._up = True  # the side of the next trial
         self._seen: dict[int, float] = {}  # sizes that were the best once -> work per second
         self._steep = False  # doubling nearly doubled the speed
+        self._leaps = list(LEAPS)  # that were not tried yet from the best
+        self._leaping = False  # the trial is a leap
+        self._leapt_s = 0.0  # that leaps took
         self._wait = FIRST_WAIT
         self._batches = 0  # since the last trial ended
         self._starved = 0
@@ -135,6 +144,7 @@ class BatchTuner:
             trial = self._trial = rows  # there are no more rows at hand: then so many are tried
         rate = (rows * ROW_BYTES + input_bytes) / max(seconds, 1e-9)
         if trial is not None and _near(rows, trial):
+            self._leapt_s += seconds if self._leaping else 0.0
             self._samples.setdefault(trial, []).append((rate, seconds))
             self._starved = 0
         else:
@@ -190,6 +200,8 @@ class BatchTuner:
         factor = trial / self.best
         self._steep = factor > 1.5 and gain > 0.85 * factor
         self._up = trial >= self.best
+        self._climbing = self._climbing or self._leaping
+        self._leaps = list(LEAPS)
         self.best = trial
         self._seen[trial] = self._rate(trial)
         self._samples = {trial: self._samples[trial]}
@@ -199,12 +211,17 @@ class BatchTuner:
             self._climbing = False
 
     def _lost(self) -> None:
-        leapt = self._climbing and self._steep
+        if self._leaping:
+            self._end_trial(self._wait)
+            return
+        between = self._climbing and self._steep
         self._steep = False
-        if leapt:  # there is a size between
+        if between:  # there is a size between
             self._end_trial(FIRST_WAIT)
             self._try_neighbour()
             return
+        if self._wait >= LEAP_WAIT:  # a slow spell may have hit them
+            self._leaps = self._leaps or list(LEAPS)
         climbed, self._climbing = self._climbing, False
         self._up = not self._up or climbed  # the half of a size that was climbed to is known to be slower
         self._end_trial(FIRST_WAIT if climbed else min(2 * self._wait, MOST_WAIT))
@@ -223,11 +240,14 @@ class BatchTuner:
         if self._trial is not None and self._trial != self.best:
             self._samples.pop(self._trial, None)
         self._trial = None
+        self._leaping = False
         self._wait = wait
         self._batches = self._starved = 0
 
     def _next_trial(self) -> None:
-        if self._batches < self._wait:
+        if self._batches < min(self._wait, FIRST_WAIT):
+            return
+        if self._leap() or self._batches < self._wait:
             return
         self._try_neighbour()
         if self._trial is None:  # there is none on this side
@@ -249,6 +269,23 @@ class BatchTuner:
             if size < 1.15 * best or not self._has_room(size):
                 return
         self._trial = size if size >= 1 else None
+
+    def _leap(self) -> bool:
+        """Begin a trial far beyond the best, if one is due and costs little."""
+        if not self._leaps or not self._count(self.best):
+            return False
+        size = min(self.best * self._leaps[0], self._limit, self._fitting(self._row_bytes))
+        took = [s for _, s in self._samples[self.best][-2 * MANY :]]
+        expected_s = sorted(took)[len(took) // 4] * size / self.best
+        if size < 4 * self.best or expected_s > LEAP_S or not self._has_room(size):
+            self._leaps.clear()  # nor is a farther one of use
+            return False
+        if self._leapt_s + (FEW + 1) * expected_s > LEAP_SHARE * self.measured_s:
+            return False
+        self._leaps.pop(0)
+        self._trial, self._leaping = size, True
+        self._samples.pop(self.best, None)
+        return True
 
     def _has_room(self, rows: int) -> bool:
         room = self._room_bytes() if self._room_bytes is not None else None

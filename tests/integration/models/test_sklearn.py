@@ -94,8 +94,11 @@ def test_one_column_of_the_probabilities(table: pa.Table, frame: pd.DataFrame, f
     for options, column in (({"positive": True}, 1), ({"index": 0}, 0), ({"index": -1}, 1)):
         model = hr.models.Sklearn(forest, method="predict_proba", **options)
         np.testing.assert_array_equal(answer(table, model, ["age", "income"]), expected[:, column])
-    with pytest.raises(hr.UserCodeError, match="no output column 2"):
-        answer(table, hr.models.Sklearn(forest, method="predict_proba", index=2), ["age", "income"])
+    for index in (2, -3):
+        with pytest.raises(hr.PlanError, match=f"has no class {index}"):
+            answer(table, hr.models.Sklearn(forest, method="predict_proba", index=index), ["age", "income"])
+    with pytest.raises(hr.UserCodeError, match="no output column 1"):
+        answer(table, hr.models.Sklearn(forest, method="predict", index=1), ["age", "income"])
     with pytest.raises(hr.PlanError, match="positive=True is for predict_proba"):
         answer(table, hr.models.Sklearn(forest, positive=True), ["age", "income"])
 

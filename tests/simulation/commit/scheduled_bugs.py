@@ -219,11 +219,11 @@ def lost_worker_s_splits_go_on() -> Any:
     real = Scheduler._bury
 
     def bury(self: Scheduler, state: Any, lost: Any) -> None:
-        for split in self.open.values():
-            for cursor in split.cursors.values():
-                if cursor.worker == state.id and cursor.state is CursorState.IDLE:
-                    cursor.worker = None
-                    cursor.started = False
+        for cursor in list(state.cursors.values()):
+            if cursor.state is CursorState.IDLE:
+                cursor.worker = None
+                cursor.started = False
+                del state.cursors[cursor.id]
         real(self, state, lost)
 
     return patch.object(Scheduler, "_bury", bury)

@@ -136,7 +136,7 @@ def test_a_failure_half_way_is_waited_for_all_the_same(lanes: FakeLanes, monkeyp
     with sharing() as shared, pytest.raises(torch.OutOfMemoryError):
         path.upload([torch.zeros(3), torch.ones(3)])
     assert lanes.log == ["copy begins", "copy marks 1"]
-    assert not shared._copies
+    assert not shared._kept
     monkeypatch.undo()
     for _ in range(2):
         assert path.upload([torch.ones(3)])[0].tolist() == [1.0] * 3
@@ -156,15 +156,37 @@ def test_models_share_a_copy_of_one_block(lanes: FakeLanes) -> None:
     with sharing() as shared:
         (a,) = first.upload([torch.from_numpy(values)])
         (b,) = second.upload([torch.from_numpy(values)])  # another tensor over the same memory
-        (c,) = second.upload([torch.from_numpy(values[:5])])
+        (c,) = second.upload([torch.from_numpy(values[2:7])])
         (d,) = second.upload([torch.from_numpy(values.view(np.int64))])
         assert a.data_ptr() == b.data_ptr()
-        assert len({a.data_ptr(), c.data_ptr(), d.data_ptr()}) == 3
-        assert shared.hits == 1
+        assert c.data_ptr() == a[2:].data_ptr()
+        assert d.data_ptr() != a.data_ptr()
+        assert (shared.hits, shared.saved_bytes) == (2, 120)
         assert "compute after copy 2" in lanes.log
     values[:] = 7.0
     (e,) = first.upload([torch.from_numpy(values)])
     assert e.tolist() == [7.0] * 10  # the next block may lie at the same address
+
+
+def test_batches_of_another_size_share_copies(lanes: FakeLanes) -> None:
+    path = DevicePath("cpu", lanes)
+    values = torch.arange(20.0).reshape(10, 2)
+    with sharing() as shared:
+        for start in (0, 4, 8):
+            path.upload([values[start : start + 4]])
+        pinned = lanes.log.count("copy begins")
+        for start, stop in ((0, 10), (1, 3), (3, 9), (9, 10)):
+            assert torch.equal(path.upload([values[start:stop]])[0], values[start:stop])
+        assert lanes.log.count("copy begins") == pinned
+        assert shared.hits == 4
+        torch_device.forget_shared()
+        path.upload([values[:4]])
+        assert torch.equal(path.upload([values[2:6]])[0], values[2:6])  # half of it is there: all is copied
+        assert shared.hits == 4
+        shared.keeps = False
+        path.upload([values[6:]])
+        path.upload([values[6:]])
+        assert shared.hits == 4
 
 
 def test_memory_of_a_shared_array_is_not_given_away(lanes: FakeLanes) -> None:

@@ -7,7 +7,7 @@ from tests.unit.runtime.test_driver import answers
 
 from headrace.core.events import Noted, StepFinished, WorkerReplaced
 from headrace.core.resources import WorkerSpec
-from headrace.core.steps import StepDone, WorkerLost, WorkerUp
+from headrace.core.steps import StepDone, WorkerLost, WorkerResting, WorkerUp
 from headrace.scheduler.messages import AddWorker, Finish, Submit
 
 
@@ -48,4 +48,12 @@ def test_nothing_is_kept_of_workers_that_are_gone() -> None:
     stand.driver.run()
     assert [spec.device for spec in stand.substrate.started] == ["sim:0"] * 100
     driver = stand.driver
-    assert not any((driver._workers, driver._pools, driver._nodes, driver._at))
+    assert not any((driver._workers, driver._pools, driver._nodes, driver._at, driver._sizes["sim"]))
+
+
+def test_people_hear_when_a_whole_pool_rests() -> None:
+    rounds = [[WorkerResting(0, True)], [WorkerResting(0, True)], [WorkerResting(0, False)], [WorkerResting(7, True)]]
+    stand = Stand(answers(WorkerUp=[Finish()]), [*rounds, [WorkerUp(0, "sim")]])
+    stand.driver.run()
+    (note,) = stand.ear.of(Noted)
+    assert note.text.startswith("all workers of pool sim rest: its work waits")

@@ -26,7 +26,7 @@ def split(index: int, bytes: int = 100, rows: int = 10) -> Split:
 class Desk:
     """running: submitted steps that are not answered yet, oldest first. commands: all that were given so far.
 
-    late: no worker is up yet.
+    late: no worker is up yet. nodes: where each worker lives; its blocks stay there.
     """
 
     def __init__(
@@ -37,6 +37,7 @@ class Desk:
         routes: tuple[tuple[int, ...], ...] = (),
         limits: Limits | None = None,
         late: bool = False,
+        nodes: tuple[str, ...] = (),
     ) -> None:
         used = routes or (tuple(range(len(stages))),)
         plan = SchedulerPlan(stages, tuple(Route(f"r{i}", r) for i, r in enumerate(used)), pools)
@@ -44,10 +45,11 @@ class Desk:
         self.commands: list[Command] = []
         self.running: list[Step] = []
         self._parts = 0
+        self.nodes = dict(enumerate(nodes))
         self.tell(Start())
         for i, pool in enumerate(pool for pool, count in pools.items() for _ in range(count)):
             if not late:
-                self.tell(WorkerUp(i, pool))
+                self.tell(WorkerUp(i, pool, self.nodes.get(i, "")))
 
     def tell(self, event: Any) -> list[Command]:
         """One event; every invariant holds afterwards."""
@@ -60,11 +62,11 @@ class Desk:
     def list_splits(self, *splits: Split, done: bool = True) -> list[Command]:
         return self.tell(SplitsListed(splits, done))
 
-    def blocks(self, count: int, rows: int = 10, bytes: int = 100) -> tuple[BlockRef, ...]:
+    def blocks(self, count: int, rows: int = 10, bytes: int = 100, worker: int = 0) -> tuple[BlockRef, ...]:
         made: list[BlockRef] = []
         for _ in range(count):
             self._parts += 1
-            made.append(BlockRef(rows, (PartRef(self._parts, 0, bytes, ("id",)),)))
+            made.append(BlockRef(rows, (PartRef(self._parts, worker, bytes, ("id",), None, self.nodes.get(worker, "")),)))
         return tuple(made)
 
     def answer(
@@ -85,9 +87,9 @@ class Desk:
         at = self.scheduler.stages[step.stage]
         receipt = None
         if isinstance(step, Apply):
-            outputs = self.blocks(len(step.inputs), step.inputs[0].rows, bytes)
+            outputs = self.blocks(len(step.inputs), step.inputs[0].rows, bytes, step.worker)
         else:
-            outputs = self.blocks(blocks, rows, bytes)
+            outputs = self.blocks(blocks, rows, bytes, step.worker)
             if finished and at.end is End.SINK:
                 receipt = Receipt(step.split_index, "", step.attempt)
         read = blocks * rows + written if at.order is Order.SOURCE else 0

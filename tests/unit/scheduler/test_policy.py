@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from headrace.scheduler.policy.admission import may_produce, producers_wanted, queue_target, within_budget
-from headrace.scheduler.policy.routing import prefer_fused
+from headrace.scheduler.policy.routing import MANY_SPLITS, prefer_fused
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,12 @@ def test_fused_before_the_tail(left_splits: int, left_bytes: int, listing_done: 
         split_bytes=100, left_bytes=left_bytes, left_splits=left_splits, listing_done=listing_done, workers=workers
     )
     assert found is fused
+
+
+def test_a_long_listing_that_goes_on_promises_enough_for_everybody() -> None:
+    def fused(listed: int, done: bool) -> bool:
+        return prefer_fused(split_bytes=100, left_bytes=100, left_splits=1, listing_done=done, workers=64_000, listed=listed)
+
+    assert not fused(MANY_SPLITS - 1, False)
+    assert fused(MANY_SPLITS, False)
+    assert not fused(MANY_SPLITS, True)

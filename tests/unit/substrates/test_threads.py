@@ -111,10 +111,25 @@ def test_native_pools_are_limited_and_restored(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_libraries_that_are_not_loaded_stay_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("torch", "cv2", "threadpoolctl"):
+    for name in ("torch", "cv2"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     limits = NativeLimits(1)
     limits.apply()
     limits.apply_to_thread()
     limits.restore()
-    assert not {"torch", "cv2", "threadpoolctl"} & set(sys.modules)
+    assert not {"torch", "cv2"} & set(sys.modules)
+
+
+def test_blas_has_a_thread_a_worker_though_nobody_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NumPy brings its BLAS along: products of matrices in several workers at once must not fight over cores."""
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    pools = threadpoolctl.ThreadpoolController().select(user_api="blas")
+    if not pools.info():
+        pytest.skip("this NumPy has a BLAS without threads of its own")
+    monkeypatch.delitem(sys.modules, "threadpoolctl")
+    with pools.limit(limits=2):
+        limits = NativeLimits(1)
+        limits.apply()
+        assert {pool["num_threads"] for pool in pools.info()} == {1}
+        limits.restore()
+        assert {pool["num_threads"] for pool in pools.info()} == {2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 import random
 from collections.abc import Callable
 
@@ -255,3 +256,41 @@ def test_what_torch_raises_for_a_host() -> None:
         torch.empty(1 << 60, dtype=torch.uint8)
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(torch.OutOfMemoryError("no"))
+
+
+MEASURED = {1: 4_000, 8: 29_400, 32: 104_000, 128: 233_000, 512: 320_000, 2048: 332_000, 8192: 363_000, 32768: 400_000}
+THREADED = {**MEASURED, 16: 60_000, 32: 40_000, 64: 50_000, 128: 60_000, 256: 80_000}  # as BLAS is between 32 and 256 rows
+
+
+def rate_on(curve: dict[int, int], n: int) -> float:
+    """Rows per second, between the sizes that were measured by the logarithm of the size."""
+    sizes = sorted(curve)
+    above = next((s for s in sizes if s >= n), sizes[-1])
+    below = max((s for s in sizes if s <= n), default=sizes[0])
+    part = 0.0 if above <= below else math.log(n / below) / math.log(above / below)
+    return curve[below] + part * (curve[above] - curve[below])
+
+
+@pytest.mark.parametrize("curve", [MEASURED, THREADED])
+@pytest.mark.parametrize("slow", [0.0, 0.1])
+def test_a_plateau_and_a_dent_are_passed(curve: dict[int, int], slow: float) -> None:
+    """In five seconds, in the median of nine runs. slow: how many batches take two to five times as long."""
+    found: list[float] = []
+    for seed in range(9):
+        chance, tuner = random.Random(seed), BatchTuner()
+        while tuner.measured_s < 5.0:
+            n = tuner.fit(8)
+            took = n / rate_on(curve, n) * (1 + 0.1 * chance.random())
+            tuner.record(n, took * (chance.choice((2, 3, 5)) if chance.random() < slow else 1), 8 * n)
+        found.append(rate_on(curve, tuner.best) / max(curve.values()))
+    assert sorted(found)[4] >= 0.9
+
+
+def test_leaps_are_never_into_batches_that_take_long() -> None:
+    """Where doubling has stopped, nothing of which a batch would take 0.1 s is tried."""
+    tuner, sizes = BatchTuner(), set[int]()
+    for _ in range(20_000):
+        n = tuner.fit(8)
+        sizes.add(n)
+        tuner.record(n, 4e-3 * n, 8 * n)
+    assert max(sizes) <= 32

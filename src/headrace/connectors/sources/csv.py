@@ -89,7 +89,7 @@ class CsvSource(FileSource):
         given = [f.with_type(self._types.get(f.name, f.type)) for f in inferred]
         return pa.schema([f.with_type(pa.string()) if pa.types.is_null(f.type) else f for f in given])
 
-    def _divide(self, o: Stored) -> list[Fragment]:
+    def divide(self, o: Stored) -> list[Fragment]:
         return [packing.whole(o)] if self._newlines else lines.divide_lines(o)
 
     def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:

@@ -1,6 +1,6 @@
 """What all sources of stored objects share: listing, a schema resolved once, projection, opening fragments.
 
-A subclass gives `_read_schema` (of one object), `_divide` and `_pieces`. Invariant: a source pickles, schema included,
+A subclass gives `_read_schema` (of one object), `divide` and `_pieces`. Invariant: a source pickles, schema included,
 so that workers don't look it up again.
 """
 
@@ -78,7 +78,7 @@ class FileSource(ABC):
         objects = self._listing.objects()
         if per_input:
             return packing.one_each(objects)
-        return packing.pack(objects, self._divide, file_cost=self.file_cost_bytes)
+        return packing.pack(objects, self.divide, file_cost=self.file_cost_bytes)
 
     def project(self, columns: tuple[str, ...]) -> Self:
         names = self._full_schema().names
@@ -118,7 +118,7 @@ class FileSource(ABC):
         """Raises DataError for an object that can't be understood."""
         ...
 
-    def _divide(self, o: Stored) -> list[Fragment]:
+    def divide(self, o: Stored) -> list[Fragment]:
         """The fragments of a large object; one when it can't be divided."""
         return [packing.whole(o)]
 

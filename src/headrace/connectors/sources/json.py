@@ -40,7 +40,7 @@ class JsonSource(FileSource):
             raise DataError("the file is empty, so its columns are unknown", where=(("file", first.uri),))
         return _inferred(data, (("file", first.uri),))
 
-    def _divide(self, o: Stored) -> list[Fragment]:
+    def divide(self, o: Stored) -> list[Fragment]:
         return lines.divide_lines(o)
 
     def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:

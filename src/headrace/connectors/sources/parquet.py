@@ -93,7 +93,7 @@ class ParquetSource(FileSource):
         with _opened(first.uri, first.size, first.version) as (_, file):
             return file.schema_arrow.remove_metadata()
 
-    def _divide(self, o: Stored) -> list[Fragment]:
+    def divide(self, o: Stored) -> list[Fragment]:
         try:
             with _opened(o.uri, o.size, o.version) as (_, file):
                 metadata = file.metadata

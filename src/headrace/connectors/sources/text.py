@@ -33,7 +33,7 @@ class TextSource(FileSource):
         self._listing.first()  # an input that is not there is refused before any work
         return super().schema()
 
-    def _divide(self, o: Stored) -> list[Fragment]:
+    def divide(self, o: Stored) -> list[Fragment]:
         return lines.divide_lines(o)
 
     def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:

@@ -7,14 +7,15 @@ chance, and no innocent row shall be set aside for it.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
+from headrace.core.errors import BlockLost, HeadraceError
 from headrace.core.refs import Origin, Segment
 from headrace.core.steps import Doing, Suspect
 
 MOST_BLIND = 3  # attempts that ended without a word of what killed the worker
 MOST_TRANSIENT = 3  # attempts that storage trouble ended, beyond what the storage's own retries cure
+MOST_LOST = 20  # attempts that lost blocks of theirs with a node: no fault of the split's
 MOST_ATTEMPTS = 100  # in all: each brings something new, and yet there must be an end
 CONFIRMATIONS = 2  # deaths on the very same row
 
@@ -25,8 +26,9 @@ class History:
 
     blind: int = 0
     transient: int = 0
+    lost: int = 0
     segments: dict[int, tuple[Segment, ...]] = field(default_factory=dict[int, tuple[Segment, ...]])
-    accused: Counter[tuple[int, str]] = field(default_factory=Counter[tuple[int, str]])
+    accused: dict[tuple[int, str], int] = field(default_factory=dict[tuple[int, str], int])
     condemned: dict[int, tuple[tuple[str, str], ...]] = field(default_factory=dict[int, tuple[tuple[str, str], ...]])
     suspects: tuple[Suspect, ...] = ()
 
@@ -42,7 +44,7 @@ class History:
         self.segments[doing.op] = known + new
         if doing.digest:
             row = (doing.op, doing.digest)
-            self.accused[row] += 1
+            self.accused[row] = self.accused.get(row, 0) + 1
             certain = self.accused[row] == CONFIRMATIONS
             if certain:
                 self.condemned[doing.op] = (*self.condemned.get(doing.op, ()), (doing.digest, reason))
@@ -54,6 +56,14 @@ class History:
             Suspect(op, segments, self.condemned.get(op, ())) for op, segments in sorted(self.segments.items())
         )
         return certain
+
+    def goes_on_after(self, error: HeadraceError) -> bool:
+        """Take in that an attempt ended with storage trouble or lost blocks. True: another one is worth it."""
+        if isinstance(error, BlockLost):
+            self.lost += 1
+            return self.lost < MOST_LOST
+        self.transient += 1
+        return self.transient < MOST_TRANSIENT
 
     def exhausted(self, attempt: int) -> bool:
         """There is no sense in another attempt after this one."""

@@ -96,9 +96,9 @@ class _VitalSigns:
 
 
 class RayWorker:
-    """One worker. payload: the pickled (program, body factory)."""
+    """One worker. payload: [reference to (program, body factory)], which is unpickled when its modules can be found."""
 
-    def __init__(self, spec: WorkerSpec, payload: bytes, around: Surroundings) -> None:
+    def __init__(self, spec: WorkerSpec, payload: list[Any], around: Surroundings) -> None:
         context = ray.get_runtime_context()
         self._node = node_name(ray.util.get_node_ip_address(), context.get_node_id())
         self._actor = context.get_actor_id() or ""
@@ -107,9 +107,7 @@ class RayWorker:
         self._sees = not around.must_see or os.path.exists(around.must_see)
         self._vitals = _VitalSigns()
         self._store = RayStore(spec.id, self._node, crumb)
-        import pickle
-
-        program, factory = pickle.loads(payload)
+        program, factory = ray.get(payload[0])
         if factory is None:
             from headrace.substrates.bodies import default_body
 
@@ -152,7 +150,7 @@ class RayWorker:
 class StreamingRayWorker(RayWorker):
     """A worker whose steps may overlap: made with max_concurrency."""
 
-    def __init__(self, spec: WorkerSpec, payload: bytes, around: Surroundings) -> None:
+    def __init__(self, spec: WorkerSpec, payload: list[Any], around: Surroundings) -> None:
         super().__init__(spec, payload, around)
         self._inbox = queue.SimpleQueue()
         threading.Thread(target=self._serve, name="headrace-body", daemon=True).start()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from headrace.substrates.ray.placement import Node, node_name
 
 LOOK_S = 2.0
 PATIENCE_S = 20.0  # without an answer from the head
+KNOCK_S = 5.0  # for a cluster to accept a connection
 ASK_S = 5.0  # between two requests to the autoscaler
 
 
@@ -57,11 +59,19 @@ def _connect(address: str | None) -> None:
     try:
         if address == "local":
             options["include_dashboard"] = False
+        _knock(address)
         ray.init(address=address, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         text = f"there is no Ray cluster at {address}: {str(error).splitlines()[0]}"
         hint = "ray start --head starts one; without an address Headrace starts one on this machine; ray:// needs ray[client]"
         raise PlanError(text, hint=hint) from None
+
+
+def _knock(address: str) -> None:
+    """Raise OSError when nobody listens at host:port: Ray itself would try for minutes, deaf to signals."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
 
 
 def live_nodes() -> tuple[Node, ...]:

@@ -143,7 +143,7 @@ class RaySubstrate:
         self._stages = {s.id: s for s in stages}
         self._streaming = frozenset(s.pool for s in self._stages.values() if s.stream)
         self._around = Surroundings.here(self._must_see or "")
-        self._payload = ray.put(self._pickle(program))
+        self._payload = self._put(program)
         nodes = live_nodes()
         for node in nodes:
             self._open_site(node)
@@ -169,7 +169,7 @@ class RaySubstrate:
         if streaming:
             options["max_concurrency"] = MANY_CALLS
         actor = ray.remote(StreamingRayWorker if streaming else RayWorker).options(**options)
-        handle = actor.remote(worker, self._payload, self._around)
+        handle = actor.remote(worker, [self._payload], self._around)
         made = _Worker(worker, handle, streaming, worker.node if site is not None else "")
         self._workers[worker.id] = made
         if site is not None:
@@ -546,11 +546,10 @@ class RaySubstrate:
 
     # -- starting and ending
 
-    def _pickle(self, program: Any) -> bytes:
-        import cloudpickle
-
+    def _put(self, program: Any) -> Any:
+        """By Ray's own pickle, which knows of references inside."""
         try:
-            return cloudpickle.dumps((program, self._factory), protocol=5)
+            return ray.put((program, self._factory))
         except Exception as exc:
             raise PlanError(
                 f"this pipeline can't be sent to the cluster: {type(exc).__name__}: {exc}",

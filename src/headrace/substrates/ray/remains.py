@@ -36,7 +36,7 @@ class Obituary:
 
 def open_remains(worker: int) -> tuple[Remains, int, int]:
     """In a worker: (where they are, descriptor of the crumb, of the report). Sweeps away those of processes that are gone."""
-    folder = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path(tempfile.gettempdir())
+    folder = Path(tempfile.gettempdir())
     for old in folder.glob(f"{_PREFIX}-{os.getuid()}-*"):
         with contextlib.suppress(OSError, ValueError):
             if not os.path.exists(f"/proc/{int(old.name.split('-')[3])}"):

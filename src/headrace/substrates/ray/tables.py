@@ -1,0 +1,156 @@
+"""To and from Ray Data: blocks change hands as objects of the cluster, and no byte passes the driver."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, Self
+
+import pyarrow as pa
+import ray
+from ray.exceptions import ObjectLostError
+
+from headrace.connectors.blocks import Piece, no_columns, rechunk, shareable
+from headrace.contracts.source import OnBad
+from headrace.core.errors import DataError, PlanError, TransientError
+from headrace.core.options import BlockLimits
+from headrace.core.refs import Origin, Segment
+from headrace.core.splits import Fragment, Split
+from headrace.substrates.ray.ingest import RefBlock
+
+SPLIT_BYTES = 16 << 20  # no reading to do: small splits balance better
+_BLOCK = "block-"
+
+
+class RayTables:
+    """A source of Arrow tables that lie in the object stores of the cluster we are connected to."""
+
+    name = "ray_dataset"
+    remote = False
+    on_cluster = True  # only workers of the cluster reach them
+
+    def __init__(self, refs: Sequence[Any]) -> None:
+        """refs: references to pa.Table. Looks at each where it lies. Raises DataError when they differ in columns."""
+        if not refs:
+            raise DataError("the Ray Dataset has no block", hint="give one with rows")
+        look = ray.remote(_look).options(num_cpus=0)
+        self._refs = list(refs)
+        self._sizes: list[tuple[int, int]] = []
+        self._schema: pa.Schema | None = None
+        for i, (rows, size, schema) in enumerate(ray.get([look.remote(ref) for ref in refs])):
+            self._sizes.append((rows, size))
+            if rows and self._schema is None:
+                self._schema = schema
+            elif rows and self._schema is not None and schema.names != self._schema.names:
+                raise DataError(
+                    f"block {i} of the Ray Dataset has columns {schema.names}, and others have {self._schema.names}",
+                    hint="bring its blocks to one schema first",
+                )
+            elif self._schema is None and i == len(refs) - 1:
+                self._schema = schema
+        self._columns: tuple[str, ...] | None = None
+
+    def meaning(self) -> dict[str, Any]:
+        """For fingerprints: what is known of the blocks without reading them."""
+        return {"blocks": len(self._sizes), "rows": self.count(), "bytes": sum(size for _, size in self._sizes)}
+
+    def schema(self) -> pa.Schema:
+        assert self._schema is not None
+        return self._schema if self._columns is None else pa.schema([self._schema.field(c) for c in self._columns])
+
+    def splits(self, *, per_input: bool) -> Iterator[Split]:
+        index = 0
+        packed: list[Fragment] = []
+        packed_bytes = 0
+        for i, (rows, size) in enumerate(self._sizes):
+            if not rows:
+                continue
+            parts = 1 if per_input else max(1, min(rows, -(-size // SPLIT_BYTES)))
+            if packed and (per_input or parts > 1 or packed_bytes + size > SPLIT_BYTES):
+                yield _split(index, packed)
+                index, packed, packed_bytes = index + 1, [], 0
+            for part in range(parts):
+                start, stop = rows * part // parts, rows * (part + 1) // parts
+                packed.append(Fragment(f"ray dataset block {i}", size, f"{rows}-{size}", start, stop, stop - start, _name(i)))
+                if parts > 1:
+                    yield _split(index, packed)
+                    index, packed = index + 1, []
+            packed_bytes = packed_bytes + size if packed else 0
+        if packed:
+            yield _split(index, packed)
+
+    def project(self, columns: tuple[str, ...]) -> Self:
+        names = self.schema().names
+        for c in columns:
+            if c not in names:
+                raise PlanError(f"column {c!r} is not in the input", hint=f"it has: {', '.join(names)}")
+        out = copy.copy(self)
+        out._columns = columns
+        return out
+
+    def prune(self, predicate: Any) -> tuple[Self, bool]:
+        return self, False
+
+    def open(self, split: Split, limits: BlockLimits, on_bad: OnBad | None = None) -> Iterator[tuple[pa.RecordBatch, Origin]]:
+        yield from rechunk(self._pieces(split), shareable(limits, split.rows or 0))
+
+    def _pieces(self, split: Split) -> Iterator[Piece]:
+        if not ray.is_initialized():
+            raise DataError("a Ray Dataset can be read on its cluster only", hint='use engine="ray"')
+        for f in split.fragments:
+            try:
+                table: pa.Table = ray.get(self._refs[int(f.name.removeprefix(_BLOCK))])
+            except ObjectLostError as lost:
+                raise TransientError(
+                    f"{f.uri} is lost ({type(lost).__name__})", hint="its node is gone: make it anew"
+                ) from None
+            table = table if self._columns is None else table.select(list(self._columns))
+            at, row_bytes = f.start, table.nbytes / max(1, table.num_rows)
+            if table.num_columns == 0:
+                yield Piece(no_columns(f.stop - at), Origin((Segment(f.uri, at, f.stop - at),)), 1e-9)
+                continue
+            for batch in table.slice(f.start, f.stop - f.start).to_batches():
+                yield Piece(batch, Origin((Segment(f.uri, at, batch.num_rows),)), row_bytes)
+                at += batch.num_rows
+
+    def count(self) -> int | None:
+        return sum(rows for rows, _ in self._sizes)
+
+    def describe(self) -> str:
+        return f"Ray Dataset of {len(self._sizes)} blocks, {self.count()} rows, columns: {', '.join(self.schema().names)}"
+
+
+def _name(block: int) -> str:
+    return f"{_BLOCK}{block:06d}"
+
+
+def _split(index: int, fragments: Sequence[Fragment]) -> Split:
+    rows = sum(f.stop - f.start for f in fragments)
+    return Split(
+        index,
+        tuple(fragments),
+        sum(f.size_bytes * (f.stop - f.start) // max(1, int(f.version.partition("-")[0])) for f in fragments),
+        rows,
+    )
+
+
+def _look(table: pa.Table) -> tuple[int, int, pa.Schema]:
+    return table.num_rows, table.nbytes, table.schema
+
+
+def from_ray_dataset(dataset: Any) -> RayTables:
+    """The source of a ray.data.Dataset, which is executed for it."""
+    return RayTables(dataset.to_arrow_refs())
+
+
+def to_ray_dataset(blocks: Sequence[RefBlock], schema: pa.Schema | None) -> Any:
+    """A ray.data.Dataset of these blocks; of no rows, where there are none."""
+    import ray.data as data
+
+    table = ray.remote(_as_table).options(num_cpus=0)
+    refs: list[Any] = [table.remote(block.ref, block.start, block.num_rows) for block in blocks]
+    return data.from_arrow_refs(refs) if refs else data.from_arrow((schema or pa.schema([])).empty_table())
+
+
+def _as_table(batch: pa.RecordBatch, start: int, rows: int) -> pa.Table:
+    return pa.Table.from_batches([batch.slice(start, rows)])
