@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from random import Random
 from typing import Any
 
@@ -18,6 +19,7 @@ from headrace.scheduler.messages import (
     Command,
     ConsumerTook,
     Deliver,
+    Delivered,
     Drain,
     Drop,
     Fail,
@@ -63,6 +65,7 @@ class Simulation:
         self._unlisted = list(case.splits)
         self._taking = 0
         self._delivered_last = -1
+        self._lost = ""  # why the block that was just delivered did not reach the consumer
 
     def run(self) -> Simulation:
         """To the end, and on until nothing happens any more."""
@@ -90,10 +93,16 @@ class Simulation:
         commands = self.scheduler.handle(event, self.substrate.now_s)
         if self.error is not None:
             assert not commands, f"commands after Fail: {commands}"
-        for command in commands:
+        waiting = deque(commands)
+        while waiting:
+            command = waiting.popleft()
             if over:
                 assert isinstance(command, Release), f"after Finish: {command}"
             self._carry(command)
+            if isinstance(command, Deliver) and self.scheduler.limits.frail_blocks:
+                self.events += 1
+                commands = self.scheduler.handle(Delivered(command.split, self._lost), self.substrate.now_s)
+                waiting.extend(commands)
         self.peak = max(self.peak, self.scheduler.in_flight + self.scheduler.reserved)
         if self.checked:
             self._check_admissions(commands)
@@ -120,6 +129,9 @@ class Simulation:
                 assert split >= self._delivered_last, "blocks are delivered out of order"
                 assert skip < block.rows
                 self._delivered_last = split
+                self._lost = "its node died" if self.scheduler.limits.frail_blocks and self.random.random() < 0.05 else ""
+                if self._lost:
+                    return
                 self.delivered.setdefault(split, []).extend(self.substrate.fetch(block)[skip:])
                 self._taking += 1
                 if self._taking == 1:

@@ -92,6 +92,7 @@ def make_driver(
     limits = Limits(
         budget_bytes=prepared.budget_bytes,
         fail_on_bad_rows=options.on_error == "fail",
+        frail_blocks=prepared.engine == "ray",
         max_bad_rows=options.max_bad_rows,
         max_bad_fraction=options.max_bad_fraction,
         settled_before=committer.tally,

@@ -19,7 +19,7 @@ from typing import Any
 
 from headrace.contracts.observer import Observer
 from headrace.contracts.substrate import Substrate
-from headrace.core.errors import HeadraceError
+from headrace.core.errors import BlockLost, HeadraceError
 from headrace.core.events import (
     ClusterSampled,
     MemorySampled,
@@ -35,6 +35,7 @@ from headrace.core.events import (
     WorkerReplaced,
 )
 from headrace.core.receipts import NO_ROWS, Receipt, Tally
+from headrace.core.refs import BlockRef
 from headrace.core.resources import WorkerSpec
 from headrace.core.steps import NO_TIME, Advance, Step, StepDone, StepFailed, WorkerLost, WorkerResting, WorkerUp
 from headrace.runtime.committer import Committer
@@ -50,6 +51,7 @@ from headrace.scheduler.messages import (
     Command,
     ConsumerTook,
     Deliver,
+    Delivered,
     Drain,
     Drop,
     Event,
@@ -353,8 +355,10 @@ class Driver:
                     self.committer.settle(command)
                     self._note_types(command.receipt)
                     self._tell(SplitSettled(self._now(), command.split.index, command.split.bytes, command.receipt))
-                case Deliver(_, block, skip):
-                    self._hand_over(self.substrate.fetch(block), skip)
+                case Deliver(split, block, skip):
+                    lost = self._hand_over(block, skip)
+                    if self.scheduler.limits.frail_blocks:
+                        waiting.extend(self.scheduler.handle(Delivered(split, lost), self._now()))
                 case ListSplits(count):
                     self._lister.ask(count)
                 case Drop(discard):
@@ -387,11 +391,19 @@ class Driver:
         self._tell(StepStarted(now, step.worker, self._pools.get(step.worker, ""), step.stage))
         self.substrate.submit(step)
 
-    def _hand_over(self, batch: Any, skip: int) -> None:
+    def _hand_over(self, block: BlockRef, skip: int) -> str:
+        """Give the consumer a block without its first `skip` rows. Why it did not get it, "" when it did."""
+        try:
+            batch = self.substrate.fetch(block)
+        except BlockLost as lost:
+            if not self.scheduler.limits.frail_blocks:
+                raise
+            return lost.message
         if skip:
             batch = batch.slice(skip)
         if self._deliver is not None:
             self._deliver(batch)
+        return ""
 
     def _retry(self, command: Retry) -> None:
         before = self._open.get(command.index)

@@ -39,6 +39,7 @@ from headrace.scheduler.messages import (
     Command,
     ConsumerTook,
     Deliver,
+    Delivered,
     Drain,
     Drop,
     Event,
@@ -133,6 +134,8 @@ class Scheduler(Dispatcher):
                     self._ask_for_worker(pool, None, "a node has joined", device, node)
             case PartsLost(parts, reason):
                 self._on_parts_lost(parts, reason)
+            case Delivered():
+                self._on_delivered(event)
             case Drain():
                 self.draining = True
             case MemoryPressure(level):
@@ -215,10 +218,13 @@ class Scheduler(Dispatcher):
         """Splits that hold any of these parts start again. What nobody holds any more is no loss."""
         lost = {part for part in parts if part in self.alive}
         for split in self._holders(lost) if lost else ():
-            error = BlockLost(f"blocks are lost: {reason}", where=(("split", split.split.label),), hint=_UNSTABLE)
-            if not split.history.goes_on_after(error):
-                raise error
-            self._retry(split, error.message, None)
+            self._retry_lost(split, reason)
+
+    def _retry_lost(self, split: SplitState, reason: str) -> None:
+        error = BlockLost(f"blocks are lost: {reason}", where=(("split", split.split.label),), hint=_UNSTABLE)
+        if not split.history.goes_on_after(error):
+            raise error
+        self._retry(split, error.message, None)
 
     def _holders(self, parts: set[int]) -> list[SplitState]:
         """Open splits with any of these parts in a block that waits, or that a running step was given."""
@@ -605,10 +611,36 @@ class Scheduler(Dispatcher):
                 return
             if self.consumer_waiting >= self.limits.deliver_blocks:
                 return
+            if node.running:  # it is on its way
+                return
+            if self.limits.frail_blocks and split.skip < node.block.rows:
+                node.running = True
+                self.waiting[DELIVER_STAGE] -= 1
+                self.consumer_waiting += 1
+                self._out.append(Deliver(split.index, node.block, split.skip))
+                return
             split.unlink(node)
             self.waiting[DELIVER_STAGE] -= 1
             self._hand_over(split, node.block)
             self._release(node.block.parts)
+
+    def _on_delivered(self, delivered: Delivered) -> None:
+        """The front block of the oldest split has reached the consumer, or is lost."""
+        split = self.open[delivered.split]
+        node = split.head.next
+        assert node is not None
+        assert node.block is not None
+        if delivered.lost:
+            self.consumer_waiting -= 1
+            node.running = False
+            self.waiting[DELIVER_STAGE] += 1  # as one that nobody was given
+            self._retry_lost(split, delivered.lost)
+            return
+        split.unlink(node)
+        split.delivered += node.block.rows - split.skip
+        split.skip = 0
+        self._release(node.block.parts)
+        self._deliver()
 
     def _hand_over(self, split: SplitState, block: BlockRef) -> None:
         """Deliver what an earlier attempt has not delivered yet."""

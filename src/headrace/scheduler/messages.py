@@ -30,6 +30,7 @@ class Limits:
     block, so that a block of ordinary size ends the step). slice_s: how long a step may run before it reports at
     the next block boundary (long enough that messages cost nothing, short enough for a live progress line).
     deliver_blocks: blocks that the consumer may have waiting.
+    frail_blocks: a block may be lost before the consumer has it: each Deliver is answered by Delivered before anything else.
     fail_on_bad_rows: a row that kills its worker ends the run (on_error="fail"). max_bad_rows, max_bad_fraction: see
     RunOptions. settled_before: rows of splits that earlier sessions of this run settled.
     """
@@ -40,6 +41,7 @@ class Limits:
     slice_s: float = 0.25
     deliver_blocks: int = 4
     fail_on_bad_rows: bool = True
+    frail_blocks: bool = False
     max_bad_rows: int | None = None
     max_bad_fraction: float | None = None
     settled_before: Tally = NO_ROWS
@@ -69,6 +71,14 @@ class ConsumerTook:
 
 
 @dataclass(frozen=True, slots=True)
+class Delivered:
+    """The answer to a Deliver, with frail blocks. lost: why the consumer did not get it, "" when it did."""
+
+    split: int
+    lost: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Start:
     """The run begins."""
 
@@ -94,7 +104,7 @@ class PartsSpilled:
     parts: tuple[PartRef, ...]
 
 
-Event = SubstrateEvent | SplitsListed | ConsumerTook | Start | Drain | MemoryPressure | PartsSpilled
+Event = SubstrateEvent | SplitsListed | ConsumerTook | Delivered | Start | Drain | MemoryPressure | PartsSpilled
 
 
 # --- answered

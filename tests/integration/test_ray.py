@@ -1,0 +1,561 @@
+"""The Ray engine on a cluster of unlike nodes, some of which die. What all engines share is in the feature suite."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import headrace as hr
+from headrace.core.errors import PlanError, UserCodeError, WorkerDied
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="several nodes on one machine need Linux")
+
+STORE_BYTES = 80 << 20
+SOON: dict[str, int] = {  # the head notices within two seconds that a node is dead
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 3,
+}
+CONNECTION: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "namespace": "headrace"}
+QUIET: dict[str, Any] = {"engine": "ray", "progress": "quiet"}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two nodes of one CPU, and one with a GPU by name, two licenses and no CPU. Other clusters are left for as long."""
+    from ray.cluster_utils import Cluster
+
+    before = ray.get_runtime_context().gcs_address if ray.is_initialized() else ""
+    ray.shutdown()
+    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": STORE_BYTES, "_system_config": SOON}
+    made = Cluster(True, head_node_args=head)
+    try:
+        made.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+        made.add_node(num_cpus=0, num_gpus=1, resources={"license": 2}, object_store_memory=STORE_BYTES)
+        yield made
+    finally:
+        ray.shutdown()
+        made.shutdown()
+        if before:
+            ray.init(address=before, **CONNECTION)
+
+
+@pytest.fixture
+def connected(cluster: Any) -> Iterator[Any]:
+    """As a user who called ray.init."""
+    if not ray.is_initialized():
+        ray.init(address=cluster.address, **CONNECTION)
+    yield cluster
+    assert ray.is_initialized(), "a run ended a connection that is not its own"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Twelve files of 20 rows in two groups, ids 0..239."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i in range(12):
+        ids = np.arange(i * 20, (i + 1) * 20)
+        table = pa.table({"id": ids, "x": ids * 0.5, "name": [f"row {k}" for k in ids]})
+        pq.write_table(table, folder / f"f{i:02d}.parquet", row_group_size=10)
+    return folder
+
+
+def files(folder: Path) -> dict[str, pa.Table]:
+    found = folder.rglob("*.parquet")
+    shown = sorted(p for p in found if not any(part.startswith("_") for part in p.relative_to(folder).parts))
+    return {str(p.relative_to(folder)): pq.read_table(p) for p in shown}
+
+
+def ids(folder: Path) -> list[int]:
+    return [i for table in files(folder).values() for i in table["id"].to_pylist()]
+
+
+class Listed:
+    """A model that lists where its instances run: files in `folder`."""
+
+    def __init__(self, folder: str, device: str = "cpu") -> None:
+        node = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+        said = {"node": node, "device": device, "visible": os.environ.get("CUDA_VISIBLE_DEVICES")}
+        Path(folder, f"{os.getpid()}.json").write_text(json.dumps(said))
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return x + 1
+
+
+def told(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(p.read_text()) for p in folder.iterdir()]
+
+
+def alive() -> dict[str, dict[str, Any]]:
+    return {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}
+
+
+def node_with(resource: str) -> str:
+    return next(id for id, has in alive().items() if has.get(resource))
+
+
+def test_output_equals_that_of_threads(connected: Any, data: Path, tmp_path: Path) -> None:
+    def pipeline(on_ray: bool) -> hr.Dataset:
+        device: dict[str, Any] = {"resources": {"GPU": 0.5}} if on_ray else {}
+        licensed: dict[str, Any] = {"resources": {"license": 1}} if on_ray else {}
+        shown = [tmp_path / name for name in ("gpu", "license")]
+        for folder in shown:
+            folder.mkdir(exist_ok=True)
+        return (
+            hr.read_parquet(data)
+            .map_batches(lambda b: {**b, "z": b["x"] * 3}, batch_size=16)
+            .filter(lambda row: row["id"] % 7 != 0)
+            .predict(Listed, input="x", output="y", constructor_args=[str(shown[0])], **device)
+            .predict(Listed, input="z", output="w", constructor_args=[str(shown[1])], device="cpu", **licensed)
+        )
+
+    pipeline(False).write_parquet(tmp_path / "threads", engine="threads", cpus=2, progress="quiet", outputs="per_input")
+    for place in ("gpu", "license"):
+        for file in (tmp_path / place).iterdir():
+            file.unlink()
+    pipeline(True).write_parquet(tmp_path / "ray", outputs="per_input", **QUIET)
+    here, there = files(tmp_path / "threads"), files(tmp_path / "ray")
+    assert list(here) == list(there)
+    assert all(here[name].equals(there[name]) for name in here)
+    on_gpu = told(tmp_path / "gpu")
+    assert len(on_gpu) in (1, 2)
+    assert {(m["node"], m["device"], m["visible"]) for m in on_gpu} == {(node_with("GPU"), "cuda:0", "0")}
+    assert {m["node"] for m in told(tmp_path / "license")} == {node_with("license")}
+
+
+@pytest.fixture
+def substrates(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Those of the test's runs."""
+    from headrace.substrates.ray.pool import RaySubstrate
+
+    made: list[Any] = []
+    init = RaySubstrate.__init__
+
+    def listing(self: Any, **options: Any) -> None:
+        made.append(self)
+        init(self, **options)
+
+    monkeypatch.setattr(RaySubstrate, "__init__", listing)
+    return made
+
+
+def test_carried_columns_visit_neither_the_device_nor_the_driver(
+    connected: Any, data: Path, tmp_path: Path, substrates: list[Any]
+) -> None:
+    class Spy:
+        """What its worker reads, by the columns of the parts."""
+
+        def __init__(self, folder: str, device: str) -> None:
+            from headrace.substrates.ray.store import RayStore
+
+            get, offer = RayStore.get, RayStore.offer
+
+            def listing_get(self: Any, part: Any) -> Any:
+                Path(folder, f"got-{part.id}").write_text(" ".join(part.columns))
+                return get(self, part)
+
+            def listing_offer(self: Any, part: int, batch: Any) -> None:
+                Path(folder, f"brought-{part}").write_text(" ".join(batch.schema.names))
+                offer(self, part, batch)
+
+            RayStore.get, RayStore.offer = listing_get, listing_offer  # type: ignore[method-assign]
+            Path(folder, "node").write_text(ray.get_runtime_context().get_node_id())
+
+        def __call__(self, x: np.ndarray) -> np.ndarray:
+            time.sleep(0.05)  # so that more steps follow, which the spy sees
+            return x + 1
+
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    ds = hr.read_parquet(data).map_batches(lambda b: {**b, "z": b["x"] * 3})
+    ds = ds.predict(Spy, input="z", output="w", constructor_args=[str(shown)], batch_size=20)
+    run = ds.write_parquet(tmp_path / "out", **QUIET)
+    assert run.rows == 240
+    assert (shown / "node").read_text() == node_with("GPU")
+    read = {p.read_text() for p in shown.iterdir() if p.name != "node"}
+    assert read == {"z"}
+    assert substrates[0].fetched_bytes == 0
+    blocks = list(ds.select("id", "w").iter_batches(**QUIET))
+    assert sum(len(b["id"]) for b in blocks) == 240
+    assert 0 < substrates[1].fetched_bytes < 240 * 64
+
+
+def killed_once(marker: Path, how: str) -> Any:
+    path = str(marker)
+
+    def fn(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if 77 in batch["id"] and not os.path.exists(path):
+            Path(path).touch()
+            os.kill(os.getpid(), getattr(signal, how))
+        return {**batch, "y": batch["x"] * 2}
+
+    return fn
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSEGV"])
+def test_a_killed_actor_is_replaced(connected: Any, data: Path, tmp_path: Path, how: str) -> None:
+    ds = hr.read_parquet(data).map_batches(killed_once(tmp_path / "marker", how), batch_size=10)
+    run = ds.evaluate(n=hr.metrics.Count(), m=hr.metrics.Mean("y")).write_parquet(tmp_path / "out", **QUIET)
+    assert ids(tmp_path / "out") == list(range(240))
+    assert (run.workers_lost, run.metrics["n"], run.metrics["m"]) == (1, 240, 119.5)
+    assert run.tally.balanced
+
+
+def poisoned(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    if 77 in batch["id"]:
+        import ctypes
+
+        ctypes.string_at(0)
+    return {**batch, "y": batch["x"] * 2}
+
+
+class Poisoned:
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> np.ndarray:
+        return poisoned(batch)["y"]
+
+
+@pytest.mark.parametrize("model", [False, True])
+def test_a_poison_row_is_found_and_set_aside(connected: Any, data: Path, tmp_path: Path, model: bool) -> None:
+    ds = hr.read_parquet(data)
+    ds = ds.predict(Poisoned, input=["id", "x"], output="y") if model else ds.map_batches(poisoned, batch_size=50)
+    run = ds.write_parquet(tmp_path / "out", on_error="quarantine", **QUIET)
+    assert ids(tmp_path / "out") == [i for i in range(240) if i != 77]
+    assert run.tally.quarantined == 1
+    aside = pq.read_table(next((tmp_path / "out" / "_headrace").rglob("quarantine/*.parquet")))
+    assert aside["id"].to_pylist() == [77]
+    assert "Segmentation fault" in aside["_exception"][0].as_py()
+
+
+def test_a_hang_is_ended_and_told_by_the_users_frames(connected: Any, data: Path, tmp_path: Path) -> None:
+    def hangs(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        time.sleep(1000)
+        return batch
+
+    ds = hr.read_parquet(data / "f00.parquet").map_batches(hangs, batch_size=1000)
+    with pytest.raises(WorkerDied, match="no answer for 1 s") as caught:
+        ds.write_parquet(tmp_path / "out", timeout=1, **QUIET)
+    assert __file__ in caught.value.frames
+    assert os.path.dirname(hr.__file__) not in caught.value.frames
+    assert {"node", "stage"} <= {label for label, _ in caught.value.where}
+
+
+class Fatal:
+    def __init__(self, device: str) -> None:
+        import ctypes
+
+        ctypes.string_at(0)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return x
+
+
+def test_a_model_that_dies_as_it_is_made_is_named(connected: Any, data: Path, tmp_path: Path) -> None:
+    ds = hr.read_parquet(data / "f00.parquet").predict(Fatal, input="x", output="y")
+    with pytest.raises(WorkerDied, match=r"while predict\(Fatal\) was constructed") as caught:
+        ds.write_parquet(tmp_path / "out", on_error="skip", **QUIET)
+    assert "in __init__" in caught.value.frames
+
+
+def test_an_error_names_node_and_actor(connected: Any, data: Path, tmp_path: Path) -> None:
+    def raises(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        raise ValueError("no good")
+
+    with pytest.raises(UserCodeError, match="no good") as caught:
+        hr.read_parquet(data).map_batches(raises).write_parquet(tmp_path / "out", **QUIET)
+    where = dict(caught.value.where)
+    host, _, node = where["node"].partition("/")
+    assert any(id.startswith(node) for id in alive())
+    assert host
+    assert where["actor"]
+
+
+# ---------------------------------------------------------------- nodes that come and go
+
+
+def resting(seconds: float) -> Any:
+    def fn(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        time.sleep(seconds)
+        return {**batch, "y": batch["x"] * 2, "node": np.array([ray.get_runtime_context().get_node_id()] * len(batch["x"]))}
+
+    return fn
+
+
+def during(run: Callable[[], Any], out: Path, act: Callable[[], None]) -> Any:
+    """What `run` returns; `act` is done meanwhile, when the first output is there: here, as only a main thread may start nodes."""
+    with ThreadPoolExecutor(1) as threads:
+        result = threads.submit(run)
+        while not list(out.glob("f*.parquet")):
+            assert not result.done(), result.exception() or "it was over before"
+            time.sleep(0.01)
+        act()
+        assert not result.done(), result.exception() or "it was over too early"
+        return result.result()
+
+
+@pytest.mark.parametrize("what", ["cpu", "device"])
+def test_a_node_dies(connected: Any, data: Path, tmp_path: Path, what: str) -> None:
+    here = {"num_cpus": 1} if what == "cpu" else {"num_cpus": 0, "resources": {"sim": 1}}
+    node = connected.add_node(**here, object_store_memory=STORE_BYTES)
+    if what == "device":
+        other = connected.add_node(num_cpus=0, resources={"sim": 1}, object_store_memory=STORE_BYTES)
+    try:
+        ds = hr.read_parquet(data).map_batches(resting(0.1), batch_size=10)
+        if what == "device":
+            ds = ds.predict(slowly, input="x", output="w", device="sim", batch_size=10)
+        ds = ds.evaluate(n=hr.metrics.Count())
+        out = tmp_path / "out"
+        run = during(
+            lambda: ds.write_parquet(out, outputs="per_input", **QUIET),
+            out,
+            lambda: connected.remove_node(node, allow_graceful=False),
+        )
+    finally:
+        if what == "device":
+            connected.remove_node(other)
+    assert ids(out) == list(range(240))
+    assert run.metrics["n"] == 240
+    assert run.tally.balanced
+    assert hr.verify(str(out)).ok
+    assert run.retries >= 1
+
+
+def slowly(x: np.ndarray) -> np.ndarray:
+    time.sleep(0.1)
+    return x + 1
+
+
+def test_a_node_that_joins_gets_work(connected: Any, data: Path, tmp_path: Path) -> None:
+    before = alive().keys()
+    out = tmp_path / "out"
+    added: list[Any] = []
+    ds = hr.read_parquet(data).map_batches(resting(0.5), batch_size=10)
+    try:
+        during(
+            lambda: ds.write_parquet(out, outputs="per_input", **QUIET),
+            out,
+            lambda: added.append(connected.add_node(num_cpus=2, object_store_memory=STORE_BYTES)),
+        )
+    finally:
+        for node in added:
+            connected.remove_node(node)
+    assert ids(out) == list(range(240))
+    nodes = {n for table in files(out).values() for n in table["node"].to_pylist()}
+    assert nodes - before
+
+
+def test_the_only_device_node_dies_and_another_one_comes(connected: Any, data: Path, tmp_path: Path) -> None:
+    node = connected.add_node(num_cpus=0, resources={"rare": 1}, object_store_memory=STORE_BYTES)
+    out = tmp_path / "out"
+
+    def exchange() -> None:
+        nonlocal node
+        connected.remove_node(node, allow_graceful=False)
+        node = connected.add_node(num_cpus=0, resources={"rare": 1}, object_store_memory=STORE_BYTES)
+
+    ds = hr.read_parquet(data).predict(slowly, input="x", output="w", device="cpu", resources={"rare": 1}, batch_size=10)
+    try:
+        during(lambda: ds.write_parquet(out, outputs="per_input", **QUIET), out, exchange)
+    finally:
+        connected.remove_node(node)
+    assert ids(out) == list(range(240))
+
+
+# ---------------------------------------------------------------- drivers
+
+
+SCRIPT = """
+import sys, time
+import headrace as hr
+
+def slow(batch):
+    time.sleep(0.3)
+    return {**batch, "y": batch["x"] * 2}
+
+if __name__ == "__main__":
+    where = {"address": sys.argv[4]} if sys.argv[3] == "ray" else {"cpus": 2}
+    ds = hr.read_parquet(sys.argv[1]).map_batches(slow, batch_size=20).evaluate(n=hr.metrics.Count(), m=hr.metrics.Mean("y"))
+    run = ds.write_parquet(sys.argv[2], outputs="per_input", engine=sys.argv[3], progress="log", **where)
+    print("done", run.rows, run.metrics["n"], run.metrics["m"])
+"""
+
+
+class Jobs:
+    """Drivers in processes of their own, all for the same run."""
+
+    def __init__(self, data: Path, address: str) -> None:
+        self.script = data.parent / "job.py"
+        self.script.write_text(textwrap.dedent(SCRIPT))
+        self.arguments = [str(data), str(data.parent / "out")]
+        self.out = data.parent / "out"
+        self.address = address
+
+    def begin(self, engine: str) -> subprocess.Popen[str]:
+        command = [sys.executable, str(self.script), *self.arguments, engine, self.address]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def wait_for_files(self, least: int) -> None:
+        deadline = time.monotonic() + 60
+        while len(list(self.out.glob("f*.parquet"))) < least:
+            assert time.monotonic() < deadline, "no output came"
+            time.sleep(0.01)
+
+    def finish(self, engine: str) -> str:
+        job = self.begin(engine)
+        said, err = job.communicate(timeout=60)
+        assert job.returncode == 0, err
+        assert "done 240 240 119.5" in said
+        assert ids(self.out) == list(range(240))
+        assert hr.verify(str(self.out)).ok
+        return err
+
+
+@pytest.fixture
+def jobs(cluster: Any, data: Path) -> Jobs:
+    return Jobs(data, cluster.address)
+
+
+@pytest.mark.parametrize(("first", "second"), [("ray", "threads"), ("threads", "ray")])
+def test_a_killed_driver_resumes_on_another_engine(jobs: Jobs, first: str, second: str) -> None:
+    job = jobs.begin(first)
+    jobs.wait_for_files(2)
+    job.kill()
+    job.communicate()
+    before = {p.name: p.stat().st_mtime_ns for p in jobs.out.glob("f*.parquet")}
+    assert "resumed" in jobs.finish(second)
+    after = {p.name: p.stat().st_mtime_ns for p in jobs.out.glob("f*.parquet")}
+    assert before.items() <= after.items()
+
+
+def test_sigterm_drains(jobs: Jobs) -> None:
+    job = jobs.begin("ray")
+    jobs.wait_for_files(1)
+    job.terminate()
+    _, err = job.communicate(timeout=60)
+    assert job.returncode == 143, err
+    assert "resumable" in err
+    assert not (jobs.out / "_SUCCESS").exists()
+    jobs.finish("ray")
+
+
+# ---------------------------------------------------------------- connections
+
+
+@pytest.fixture
+def not_connected(cluster: Any) -> Iterator[Any]:
+    ray.shutdown()
+    yield cluster
+    assert not ray.is_initialized(), "a run left its connection behind"
+    ray.init(address=cluster.address, **CONNECTION)  # Ray keeps some descriptors: no leaks of ours
+
+
+def test_a_connection_of_our_own_ends_with_the_run(not_connected: Any, data: Path, tmp_path: Path) -> None:
+    ds = hr.read_parquet(data)
+    assert ds.write_parquet(tmp_path / "out", address=not_connected.address, **QUIET).rows == 240
+    assert not ray.is_initialized()
+    batches = ds.iter_batches(batch_size=10, address=not_connected.address, **QUIET)
+    assert next(batches)["id"].tolist() == list(range(10))
+    batches.close()
+
+
+def test_there_is_no_cluster(not_connected: Any, data: Path, tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        nobody = f"127.0.0.1:{taken.getsockname()[1]}"
+        for address in (nobody, "no-such-host.invalid:6379", "neither"):
+            with pytest.raises(PlanError, match=f"no Ray cluster at {address}"):
+                hr.read_parquet(data).write_parquet(tmp_path / "out", address=address, **QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ray_is_not_installed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(PlanError, match=r"headrace\[ray\]"):
+        hr.read_parquet(data).write_parquet(tmp_path / "out", **QUIET)
+
+
+# ---------------------------------------------------------------- what can't be, and streams
+
+
+def test_nodes_do_not_see_the_destination(connected: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headrace.substrates.ray.actor import Surroundings
+
+    here = Surroundings.here
+    monkeypatch.setattr(Surroundings, "here", lambda must_see: here("/no/such/place"))
+    with pytest.raises(PlanError, match="does not see") as caught:
+        hr.read_parquet(data).write_parquet(tmp_path / "out", **QUIET)
+    assert "s3://" in caught.value.hint
+
+
+def test_a_function_that_can_not_travel(connected: Any, data: Path, tmp_path: Path) -> None:
+    lock = threading.Lock()
+
+    def locked(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with lock:
+            return batch
+
+    with pytest.raises(PlanError, match="can't be sent to the cluster"):
+        hr.read_parquet(data).map_batches(locked).write_parquet(tmp_path / "out", **QUIET)
+
+
+def test_a_resource_that_no_node_has(connected: Any, data: Path, tmp_path: Path) -> None:
+    ds = hr.read_parquet(data).predict(slowly, input="x", output="y", resources={"license": 5})
+    with pytest.raises(PlanError, match="5 license") as caught:
+        ds.write_parquet(tmp_path / "out", **QUIET)
+    assert any("2 license" in value for _, value in caught.value.where)
+
+
+def test_leaving_a_stream_early(connected: Any, data: Path) -> None:
+    batches = hr.read_parquet(data).map_batches(resting(0.02), batch_size=10).iter_batches(batch_size=10, **QUIET)
+    assert next(iter(batches))["id"].tolist() == list(range(10))
+    batches.close()
+
+
+class Streaming:
+    """Rows may overtake each other; it tells how many were under way at once."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    async def answer(self, key: Any, row: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self.now += 1
+        self.most = max(self.most, self.now)
+        await asyncio.sleep(0.02 if row["x"] % 2 else 0.01)
+        self.now -= 1
+        return key, {"y": row["x"] * 2, "most": self.most}
+
+    async def stream(self, rows: Any) -> Any:
+        tasks = [asyncio.ensure_future(self.answer(key, row)) async for key, row in rows]
+        for task in asyncio.as_completed(tasks):
+            yield await task
+
+
+def test_a_streaming_model(connected: Any, data: Path, tmp_path: Path) -> None:
+    ds = hr.read_parquet(data).predict(Streaming, input=["x"], output=["y", "most"], device="cpu", replicas=1)
+    ds.write_parquet(tmp_path / "out", **QUIET)
+    table = pa.concat_tables(files(tmp_path / "out").values())
+    assert table["id"].to_pylist() == list(range(240))
+    assert table["y"].to_pylist() == list(range(240))
+    assert max(table["most"].to_pylist()) > 1
