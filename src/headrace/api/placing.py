@@ -38,13 +38,20 @@ def cluster_machine() -> Machine:
 
     nodes = live_nodes()
     gpus = sum(int(n.resources.get("GPU", 0)) for n in nodes)
-    if not gpus and "GPU" in kinds_to_come():
+    if not gpus and "GPU" in (kinds_to_come() or ()):
         gpus = 1
     return Machine(
         cores=max(1, sum(n.cpus for n in nodes)),
         memory_bytes=sum(n.store_bytes for n in nodes),
         devices=tuple(f"cuda:{i}" for i in range(gpus)),
     )
+
+
+def gpus_may_come() -> bool:
+    """An autoscaler is there, and does not say what it can bring: who asks for a GPU by name may wait for one."""
+    from headrace.substrates.ray.cluster import kinds_to_come
+
+    return kinds_to_come() is None
 
 
 def place_on_cluster(plan: Plan, physical: PhysicalPlan, pool_of: Callable[[Predict], str], options: RunOptions) -> Placed:
@@ -54,13 +61,15 @@ def place_on_cluster(plan: Plan, physical: PhysicalPlan, pool_of: Callable[[Pred
 
     nodes = live_nodes()
     asked = {pool_of(op): dict(op.resources) for op in plan.ops if isinstance(op, Predict)}
+    replicas = {pool: [s.max_workers for s in physical.stages if s.pool == pool] for pool in physical.pools}
     shapes = {
         pool: placement.shape_of(
             pool,
             asked.get(pool, {}),
             nodes,
             cpus=options.cpus,
-            replicas=max((s.max_workers or 0 for s in physical.stages if s.pool == pool), default=0),
+            replicas=max((most or 0 for most in replicas[pool]), default=0),
+            capped=None not in replicas[pool],
             devices=options.devices,
         )
         for pool in physical.pools

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from headrace.api.placing import cluster_machine, place_on_cluster
+from headrace.api.placing import cluster_machine, gpus_may_come, place_on_cluster
 from headrace.contracts.model import ModelAdapter
 from headrace.core.errors import PlanError
 from headrace.core.extras import is_instance, require
@@ -113,7 +113,7 @@ def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL, *, after_cra
     resolved = resolve(plan)
     _check_models(resolved)
     optimised, notes = optimise(resolved, at_end)
-    pool_of = _PoolChoice(machine)
+    pool_of = _PoolChoice(machine, gpus_may_come=on_ray and gpus_may_come())
     physical = make_physical(optimised, delivers=plan.write is None, pool_of=pool_of, at_end=at_end, networked=on_ray)
     program = Program(
         source=optimised.read.source,
@@ -245,12 +245,14 @@ def _with_fields(schema: pa.Schema, made: Sequence[tuple[str, Any]]) -> pa.Schem
 class _PoolChoice:
     """Which pool a model runs in. Raises PlanError for a device that is not there.
 
-    waiting: models without a device spend their time waiting, and get a pool of their own.
+    waiting: models without a device spend their time waiting, and get a pool of their own. gpus_may_come: a cluster that has
+    none may get some.
     """
 
-    def __init__(self, machine: Machine, *, waiting: bool = False) -> None:
+    def __init__(self, machine: Machine, *, waiting: bool = False, gpus_may_come: bool = False) -> None:
         self.machine = machine
         self.waiting = waiting
+        self.gpus_may_come = gpus_may_come
 
     def __call__(self, op: Predict) -> str:
         asked = ",".join(f"{name}={amount:g}" for name, amount in op.resources)
@@ -270,6 +272,8 @@ class _PoolChoice:
             return device
         if kind != "cuda" or (index and not index.isdigit()):
             raise PlanError(f"{op.name}: there is no device {device!r}", hint="use auto, cpu, cuda, cuda:<n> or sim")
+        if self.gpus_may_come and not has_cuda and not index:
+            return device
         if not has_cuda or (index and device not in self.machine.devices):
             there = ", ".join(self.machine.devices) or "no accelerator"
             raise PlanError(

@@ -93,14 +93,17 @@ def _plain(resources: Mapping[str, float]) -> dict[str, float]:
     return {k: v for k, v in resources.items() if not k.startswith("node:") and k not in ("memory", "object_store_memory")}
 
 
-def kinds_to_come() -> frozenset[str]:
-    """Resources that an autoscaler may bring. (Ray tells them in no public place; where it tells nothing: none.)"""
-    try:
+def kinds_to_come() -> frozenset[str] | None:
+    """Resources that an autoscaler may bring; None: some may come, and nobody tells which. (Ray tells them in no public place,
+    and most clusters not at all; nodes that an autoscaler or KubeRay started have a group.)
+    """
+    most: Mapping[str, float] | None = None
+    with contextlib.suppress(Exception):
         from ray._private.state import state
 
         most = state.get_max_resources_from_cluster_config()
-    except Exception:
-        return frozenset()
+    if most is None and any("ray.io/node-group" in n.get("Labels", {}) for n in ray.nodes() if n.get("Alive")):
+        return None
     return frozenset(name for name, amount in (most or {}).items() if amount > 0)
 
 

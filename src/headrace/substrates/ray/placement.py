@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 from headrace.core.errors import PlanError
 from headrace.core.resources import CPU_POOL, WAITING_POOL, WorkerSpec
 
 STORE_SHARE = 0.4  # of the object stores for blocks in flight: a block is in two stores while another node reads it
 LEAST_BUDGET = 64 << 20
+_TINY = 1e-9  # what sums of fractions may be off by
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +68,12 @@ def shape_of(
     *,
     cpus: int | None,
     replicas: int,
+    capped: bool = False,
     devices: Sequence[str] | None = None,
 ) -> Shape:
-    """The shape of a pool. asked: resources that its model names. cpus: bound on CPU workers. replicas: 0 for auto."""
+    """The shape of a pool. asked: resources that its model names. cpus: bound on CPU workers. replicas: the most that a model of
+    it asks for, 0 for auto. capped: all its models ask for a number.
+    """
     kind = pool.partition("(")[0].partition(":")[0]
     custom = {k: v for k, v in asked.items() if k not in ("CPU", "GPU")}
     if pool == CPU_POOL:
@@ -78,33 +83,37 @@ def shape_of(
     if kind == "cuda":
         gpus = sum(int(n.resources.get("GPU", 0)) for n in nodes)
         share = asked.get("GPU") or (1.0 if replicas <= max(1, gpus) else 1.0 / -(-replicas // max(1, gpus)))
-        return Shape("cuda:0", asked.get("CPU", 0.0), share, custom)  # Ray shows a worker its own devices only
+        most = replicas if capped else None
+        return Shape("cuda:0", asked.get("CPU", 0.0), share, custom, most)  # Ray shows a worker its own devices only
     if kind == "sim":
         there = any(n.resources.get("sim") for n in nodes)
         resources = {**({"sim": 1.0} if there else {}), **custom}
         device = pool.partition("(")[0] if ":" in pool else "sim:0"
         named = sum(1 for d in devices or () if d.startswith("sim"))
-        return Shape(
-            device, asked.get("CPU", 0.0), asked.get("GPU", 0.0), resources, None if resources else max(1, replicas, named)
-        )
-    most = replicas or None if asked else max(1, replicas)
+        most = max(1, replicas, named) if not resources else replicas if capped else None
+        return Shape(device, asked.get("CPU", 0.0), asked.get("GPU", 0.0), resources, most)
+    most = max(1, replicas) if not asked else replicas if capped else None
     return Shape("cpu", asked.get("CPU", 0.0), asked.get("GPU", 0.0), custom, most)
 
 
 def place(
-    shapes: Mapping[str, Shape], nodes: Sequence[Node], *, to_come: Collection[str] = (), have: Mapping[str, int] | None = None
+    shapes: Mapping[str, Shape],
+    nodes: Sequence[Node],
+    *,
+    to_come: Collection[str] | None = (),
+    have: Mapping[str, int] | None = None,
 ) -> tuple[WorkerSpec, ...]:
     """The workers to start. Pools take turns, so that those which need the same device share them; CPU workers get what CPUs
-    are left, at least one. to_come: resources that an autoscaler may bring: a pool that fits nowhere yet gets one worker, which
-    waits for its node. have: workers of each pool that there are already, on other nodes: a pool may then get none.
+    are left, at least one. to_come: resources that an autoscaler may bring (None: any): a pool that fits nowhere yet gets one
+    worker, which waits for its node. have: workers of each pool that there are already, on other nodes: a pool may then get none.
 
     Raises PlanError for a pool that can never have a worker.
     """
-    room = {n.name: dict(n.resources) for n in nodes}
+    room = {n.name: _Room(n) for n in nodes}
     first = {pool: places for pool, shape in shapes.items() if (places := _take(shape, room, 1))}
     found = {pool: first.get(pool, []) for pool in shapes}
     for pool in shapes:
-        if not found[pool] and have is None and not shapes[pool].wanted.keys() <= set(to_come):
+        if not found[pool] and have is None and not (to_come is None or shapes[pool].wanted.keys() <= set(to_come)):
             raise _nowhere(pool, shapes[pool], nodes)
     before = have or {}
     growing = [pool for pool in shapes if pool != CPU_POOL and found[pool]]
@@ -119,7 +128,7 @@ def place(
     if CPU_POOL in shapes:
         shape = shapes[CPU_POOL]
         most = sum(n.cpus for n in nodes) if shape.most is None else shape.most - before.get(CPU_POOL, 0)
-        found[CPU_POOL] += _take(shape, room, max(0, most - len(found[CPU_POOL])))
+        found[CPU_POOL] += _take(shape, room, max(0, most - len(found[CPU_POOL])), len(found[CPU_POOL]))
     specs: list[WorkerSpec] = []
     for pool, shape in shapes.items():
         full = shape.most is not None and before.get(pool, 0) >= shape.most
@@ -128,7 +137,31 @@ def place(
     return tuple(specs)
 
 
-def _take(shape: Shape, room: dict[str, dict[str, float]], count: int, turn: int = 0) -> list[str]:
+class _Room:
+    """What is left of a node. As Ray counts, a share of a GPU is a share of one device, the fullest that has it."""
+
+    def __init__(self, node: Node) -> None:
+        self._left = dict(node.resources)
+        self._gpus = [1.0] * int(self._left.pop("GPU", 0))
+
+    def take(self, wanted: Mapping[str, float]) -> bool:
+        """Take all of it, or nothing."""
+        if any(self._left.get(k, 0.0) + _TINY < v for k, v in wanted.items() if k != "GPU"):
+            return False
+        gpus = wanted.get("GPU", 0.0)
+        share, count = (gpus, 1) if gpus < 1.0 else (1.0, ceil(gpus))
+        free = sorted((left, i) for i, left in enumerate(self._gpus) if left + _TINY >= share)
+        if gpus and len(free) < count:
+            return False
+        for _, i in free[:count] if gpus else ():
+            self._gpus[i] -= share
+        for k, v in wanted.items():
+            if k != "GPU":
+                self._left[k] -= v
+        return True
+
+
+def _take(shape: Shape, room: Mapping[str, _Room], count: int, turn: int = 0) -> list[str]:
     """Nodes for up to `count` more workers, in turns; what they hold is taken from `room`."""
     names = list(room)
     names = names[turn % len(names) :] + names[: turn % len(names)] if names else []
@@ -136,10 +169,7 @@ def _take(shape: Shape, room: dict[str, dict[str, float]], count: int, turn: int
     while len(taken) < count:
         before = len(taken)
         for name in names:
-            there = room[name]
-            if len(taken) < count and all(there.get(k, 0.0) + 1e-9 >= v for k, v in shape.wanted.items()):
-                for k, v in shape.wanted.items():
-                    there[k] -= v
+            if len(taken) < count and room[name].take(shape.wanted):
                 taken.append(name)
         if len(taken) == before:
             break
