@@ -369,7 +369,8 @@ class Dataset:
         """n iterators for n training workers: each epoch is one run of the pipeline, whose rows they share.
 
         The iterators pickle: give one to each worker, a thread or a process of this machine. Under torchrun, with n its world
-        size, all ranks make the same call and use `[rank]`; rank 0 runs the pipeline for all.
+        size, all ranks make the same call and use `[rank]`; rank 0 runs the pipeline for all. With engine="ray" an actor of the
+        cluster runs it, the workers (those of Ray Train) are anywhere in the cluster, and read blocks from its object stores.
 
         equal: all get exactly the same number of rows, and fewer than n rows are dropped: collective training does not hang.
             False: blocks go to whoever asks first, and every row goes to one of them.
