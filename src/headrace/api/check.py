@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from headrace.api.estimate import Estimate, Output, Situation, Steps, estimate
+from headrace.api.placing import reach
 from headrace.api.planning import Prepared, parse_options, prepare
 from headrace.api.sampling import Sample, take_sample
 from headrace.api.session import accumulators_of, make_driver
@@ -54,6 +55,11 @@ def check(plan: Plan, rows: int | None, splits: int, price_per_hour: float | Non
     """See Dataset.check. rows None: FIRST_ROWS, and more when those were quick."""
     _check_numbers(FIRST_ROWS if rows is None else rows, splits, price_per_hour)
     parsed = _trial_options(options)
+    with reach(parsed):
+        return _check(plan, rows, splits, price_per_hour, parsed)
+
+
+def _check(plan: Plan, rows: int | None, splits: int, price_per_hour: float | None, parsed: RunOptions) -> Rehearsal:
     name = f"check of {' > '.join([plan.read.name, *(op.name for op in plan.ops)])}"
     try:
         ready, notes = _prepared(plan, parsed)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from headrace.core.errors import InternalError, PlanError
@@ -365,10 +365,11 @@ class RaySubstrate:
             return
         if worker is None:
             return
-        if isinstance(error, RayActorError):
+        raised = isinstance(error, RayTaskError)
+        cause = error.cause if raised else error
+        if not raised and not isinstance(cause, ObjectLostError):  # of Ray's many errors the others say that the actor is gone
             self._lose(worker, error)
             return
-        cause = error.cause if isinstance(error, RayTaskError) else error
         for step in steps:
             if worker.steps.pop(step.id, None) is None:
                 continue
@@ -416,9 +417,7 @@ class RaySubstrate:
         if site is None or vitals.tight == site.tight:
             return
         site.tight = vitals.tight
-        for other in sorted(site.workers):
-            if other != worker.spec.id and self._workers[other].up:  # one goes on, and tells when there is room again
-                self._events.append(WorkerResting(other, site.tight or site.leaving))
+        self._tell_rest(site, worker)
 
     # -- deaths
 
@@ -515,9 +514,16 @@ class RaySubstrate:
         if site is None:
             return
         site.leaving = leaving
-        for worker in sorted(site.workers):
-            if self._workers[worker].up:
-                self._events.append(WorkerResting(worker, leaving or site.tight))
+        self._tell_rest(site)
+
+    def _tell_rest(self, site: _Site, first: _Worker | None = None) -> None:
+        """Where memory is short one worker of each pool goes on (`first` of its own), and tells when there is room again."""
+        going = {} if first is None else {first.spec.pool: first.spec.id}
+        for id in sorted(site.workers):
+            worker = self._workers[id]
+            if worker.up:
+                goes_on = going.setdefault(worker.spec.pool, id) == id
+                self._events.append(WorkerResting(id, site.leaving or (site.tight and not goes_on)))
 
     def _close_site(self, node: str) -> None:
         """The node is dead: so are its workers, whether or not their calls have failed yet."""
@@ -573,7 +579,7 @@ def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     if "creation task" in text:
         return f"it could not start: {lines[-1]}"
-    if "memory pressure" in text or "OOM killer) due to the node running low" in text:
+    if isinstance(error, OutOfMemoryError) or "memory pressure" in text or "running low on memory" in text:
         return "it was killed because its node ran out of memory"
     if isinstance(error, RayActorError):
         return "its process ended (killed, out of memory, or a crash in native code)"
