@@ -74,7 +74,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the feature suite only tests marked `on_ray` run on Ray, unless --ray is given."""
+    """Of the feature suite only tests marked `on_ray` run on Ray, unless --ray is given. Where tests run in several processes,
+    all that need the cluster run in one.
+    """
+    for item in items:
+        params = getattr(item, "callspec", None)
+        if "ray_cluster" in getattr(item, "fixturenames", ()) or (params is not None and params.params.get("engine") == "ray"):
+            item.add_marker(pytest.mark.xdist_group("ray"))
     if config.getoption("--ray"):
         return
     left: list[pytest.Item] = []
