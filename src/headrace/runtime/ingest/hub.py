@@ -65,9 +65,13 @@ class Hub:
             self._coordinator.join(ticket, rank)
             self._carry()
 
-    def wait_begin(self, ticket: int) -> int:
-        """Wait until the epoch begins. Its number; 0 when the consumer has left meanwhile."""
+    def wait_begin(self, ticket: int, timeout_s: float | None = None) -> int:
+        """Wait until the epoch begins. Its number; 0 when the consumer has left meanwhile, -1 when the time is over."""
         with self._changed:
+            if timeout_s is not None and self._waits(ticket):
+                self._changed.wait_for(lambda: not self._waits(ticket), timeout_s)
+                if self._waits(ticket):
+                    return -1
             while (place := self._coordinator.place(ticket)) is Place.WAITING and not self._closed:
                 if self._told > self._coordinator.epoch:
                     self._changed.wait()
@@ -76,6 +80,9 @@ class Hub:
             if self._closed:
                 raise _closed()
             return self._coordinator.epoch if place is Place.READING else 0
+
+    def _waits(self, ticket: int) -> bool:
+        return self._coordinator.place(ticket) is Place.WAITING and not self._closed
 
     def reads(self, ticket: int) -> bool:
         """Whether the consumer is in an epoch."""

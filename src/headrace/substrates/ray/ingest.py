@@ -1,8 +1,8 @@
 """Delivering a run's blocks as objects of the cluster: for training workers, and for Ray Data. No byte passes the driver.
 
-A `RefBlock` is what a run delivers then: a reference whose owner is the process that drives the run: it outlives the
-workers. `SplitServer` is an actor that drives one run per epoch for the ranks of a streaming_split; `RayChannel` is how their
-iterators reach it, from anywhere in the cluster.
+A `RefBlock` is what a run delivers then: a reference whose owner is the process that drives the run: it outlives the workers,
+though not the node that it lies on. `SplitServer` is an actor that drives one run per epoch for the ranks of a streaming_split;
+`RayChannel` is how their iterators reach it, from anywhere in the cluster.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
-from headrace.core.errors import HeadraceError, WorkerDied
+from headrace.core.errors import HeadraceError, PlanError, WorkerDied
 from headrace.core.refs import BlockRef
 from headrace.runtime.ingest.coordinator import AHEAD
 from headrace.runtime.ingest.hub import Hub
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 BEAT_S = 5.0  # between signs of life of a consumer in an epoch
 SILENT_S = 60.0  # without one it counts as gone
+SEAT_S = 12.0  # the same when another wants its seat
 
 OpenRun = Callable[[Callable[[Any], None]], Any]
 
@@ -50,8 +51,7 @@ class RefBlock:
 def deliver(block: BlockRef) -> RefBlock:
     """The block as one object that this process owns. Waits until it is made. Raises BlockLost."""
     columns = [part.columns for part in block.parts]
-    task = ray.remote(_join).options(num_cpus=0, num_returns=2, max_retries=0)
-    refs: Any = task.remote(columns, block.rows, *(part.handle for part in block.parts))
+    refs: Any = _JOIN.remote(columns, block.rows, *(part.handle for part in block.parts))
     ref, made = refs
     try:
         ray.get(made)
@@ -59,95 +59,164 @@ def deliver(block: BlockRef) -> RefBlock:
         if isinstance(error.cause, ObjectLostError):
             raise block_lost(error.cause) from None
         raise
-    except ObjectLostError as lost:
+    except RayError as lost:  # the node or worker at it died
         raise block_lost(lost) from None
     return RefBlock(ref, 0, block.rows)
 
 
+@ray.remote(num_cpus=0, num_returns=2, max_retries=0)
 def _join(columns: Sequence[tuple[str, ...]], rows: int, *batches: Any) -> tuple[Any, bool]:
     return own_copy(zip_parts(list(zip(columns, batches, strict=True)), rows)), True
+
+
+_JOIN: Any = _join  # made once: each remote function is known to the whole cluster for the life of the job
 
 
 # ---------------------------------------------------------------- streaming_split
 
 
+@dataclass(slots=True)
+class _Guest:
+    """A consumer in its epoch, or waiting for it."""
+
+    rank: int
+    heard_s: float
+    epoch: int = 0
+
+
 class SplitServer:
-    """An actor, made with max_concurrency: the ranks' calls wait in it. payload: a pickled OpenRun."""
+    """An actor, made with max_concurrency: the ranks' calls wait in it. payload: [reference to an OpenRun].
 
-    def __init__(self, ranks: int, equal: bool, payload: bytes, around: Surroundings) -> None:
-        import pickle
+    A rank that gives no sign of life for SILENT_S has left its epoch; for SEAT_S, if somebody else wants its seat, as a worker
+    does that takes the place of a dead one.
+    """
 
+    def __init__(self, ranks: int, equal: bool, payload: list[Any], around: Surroundings) -> None:
         settle_in(around)
-        open_run: OpenRun = pickle.loads(payload)
+        open_run: OpenRun = ray.get(payload[0])
         self._hub = Hub(ranks, equal=equal, open_run=open_run)
-        self._heard: dict[int, float] = {}
+        self._guests: dict[int, _Guest] = {}
+        self._expelled: set[int] = set()
         threading.Thread(target=self._listen, name="headrace-ingest-listen", daemon=True).start()
 
     def join(self, rank: int) -> int:
-        """The consumer's ticket, when the epoch has begun."""
+        """The consumer's ticket; `begun` tells when its epoch begins. Raises PlanError when the rank's seat is taken by another
+        that is alive.
+        """
         ticket = self._hub.ticket()
-        self._hub.join(ticket, rank)
-        try:
-            self._hub.wait_begin(ticket)
-        except BaseException:
-            self._hub.leave(ticket)
-            raise
-        self._heard[ticket] = time.monotonic()
+        patience_s = time.monotonic() + SEAT_S + BEAT_S
+        while True:
+            try:
+                self._hub.join(ticket, rank)
+                break
+            except PlanError:
+                holders = [t for t, guest in list(self._guests.items()) if guest.rank == rank]
+                if not holders or time.monotonic() > patience_s:
+                    raise
+                self._expel(SEAT_S, holders)
+                time.sleep(0.2)
+        self._guests[ticket] = _Guest(rank, time.monotonic())
         return ticket
+
+    def begun(self, ticket: int) -> bool:
+        """Whether the epoch has begun; waits for that a little while."""
+        self._hear(ticket)
+        epoch = self._hub.wait_begin(ticket, BEAT_S)
+        self._hear(ticket)
+        guest = self._guests.get(ticket)
+        if guest is not None:
+            guest.epoch = max(epoch, 0)
+        return epoch >= 0
 
     def next(self, ticket: int) -> tuple[list[Any], int, int] | None:
         """([reference], first row, rows): the consumer reads the object itself. None at the end."""
+        self._hear(ticket)
+        guest = self._guests.get(ticket)
         piece = self._hub.next(ticket)
+        if ticket in self._expelled and piece is not None and guest is not None:
+            self._hub.give_back(guest.epoch, piece)
+        self._hear(ticket)
         if piece is None:
-            self._heard.pop(ticket, None)
+            self._guests.pop(ticket, None)
             return None
         block: RefBlock = piece.block
         return [block.ref], block.start + piece.start, piece.rows
 
     def leave(self, ticket: int) -> None:
-        self._heard.pop(ticket, None)
+        self._guests.pop(ticket, None)
         self._hub.leave(ticket)
 
     def alive(self, ticket: int) -> None:
-        if ticket in self._heard:
-            self._heard[ticket] = time.monotonic()
+        guest = self._guests.get(ticket)
+        if guest is not None:
+            guest.heard_s = time.monotonic()
 
     def close(self) -> None:
         self._hub.close(timeout_s=BEAT_S)
+
+    def _hear(self, ticket: int) -> None:
+        """Raises WorkerDied for one that was given up: its epoch must not look complete to it."""
+        if ticket in self._expelled:
+            raise WorkerDied(
+                "this worker gave no sign of life for so long that its part of the epoch was given up",
+                hint="begin the next epoch; a worker that stops for a minute (a debugger, a frozen machine) counts as dead",
+            )
+        self.alive(ticket)
 
     def _listen(self) -> None:
         """Let those leave that have died."""
         while True:
             time.sleep(BEAT_S)
-            for ticket, heard_s in list(self._heard.items()):
-                if time.monotonic() - heard_s > SILENT_S:
-                    self.leave(ticket)
+            self._expel(SILENT_S, list(self._guests))
+
+    def _expel(self, silent_s: float, tickets: Sequence[int]) -> None:
+        now = time.monotonic()
+        for ticket in tickets:
+            guest = self._guests.get(ticket)
+            if guest is not None and now - guest.heard_s > silent_s:
+                self._expelled.add(ticket)
+                self.leave(ticket)
 
 
 def serve(ranks: int, *, equal: bool, open_run: OpenRun) -> RayChannel:
-    """Start the actor that drives the epochs. It ends with this process, or by `close`."""
-    import cloudpickle
-
+    """Start the actor that drives the epochs. It ends with this process, or by `close`. Raises PlanError when the plan can't be
+    sent.
+    """
     server = ray.remote(SplitServer).options(num_cpus=0, max_concurrency=4 * ranks + 8)
-    around = Surroundings.here()
-    return RayChannel(server.remote(ranks, equal, cloudpickle.dumps(open_run), around))
+    try:
+        payload = ray.put(open_run)
+    except Exception as error:
+        raise PlanError(f"this pipeline can't be sent to the cluster: {type(error).__name__}: {error}") from error
+    return RayChannel(server.remote(ranks, equal, [payload], Surroundings.here()), owner=True)
 
 
 class RayChannel:
-    """See runtime.ingest.channel.Channel. Pickles to the actor's handle."""
+    """See runtime.ingest.channel.Channel. Pickles to the actor's handle. owner: of the process that started it."""
 
     ahead: ClassVar[int] = AHEAD
 
-    def __init__(self, server: Any) -> None:
+    def __init__(self, server: Any, *, owner: bool = False) -> None:
         self._server = server
+        self._owner = owner
+
+    def __reduce__(self) -> tuple[Callable[..., RayChannel], tuple[Any, ...]]:
+        return RayChannel, (self._server,)
 
     def join(self, rank: int) -> RayEpoch:
-        return RayEpoch(self._server, _ask(self._server.join.remote(rank)))
+        epoch = RayEpoch(self._server, ask(self._server.join.remote(rank)))
+        try:
+            while not ask(self._server.begun.remote(epoch.ticket)):
+                pass
+        except BaseException:
+            epoch.leave()
+            raise
+        return epoch
 
     def close(self) -> None:
-        with contextlib.suppress(HeadraceError, RayActorError):
-            _ask(self._server.close.remote())
-        ray.kill(self._server)
+        if self._owner:
+            with contextlib.suppress(HeadraceError):
+                ask(self._server.close.remote())
+            ray.kill(self._server)
 
 
 class RayEpoch:
@@ -155,7 +224,7 @@ class RayEpoch:
 
     def __init__(self, server: Any, ticket: int) -> None:
         self._server = server
-        self._ticket = ticket
+        self.ticket = ticket
         self._over = threading.Event()
         threading.Thread(target=self._beat, name="headrace-ingest-beat", daemon=True).start()
 
@@ -163,12 +232,12 @@ class RayEpoch:
         if self._over.is_set():
             return None
         try:
-            answer = _ask(self._server.next.remote(self._ticket))
+            answer = ask(self._server.next.remote(self.ticket))
             if answer is None:
                 self._over.set()
                 return None
             (ref,), start, rows = answer
-            return _ask(ref).slice(start, rows)
+            return ask(ref).slice(start, rows)
         except BaseException:
             self._over.set()
             raise
@@ -176,15 +245,15 @@ class RayEpoch:
     def leave(self) -> None:
         if not self._over.is_set():
             self._over.set()
-            self._server.leave.remote(self._ticket)
+            self._server.leave.remote(self.ticket)
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):
             with contextlib.suppress(Exception):
-                self._server.alive.remote(self._ticket)
+                self._server.alive.remote(self.ticket)
 
 
-def _ask(ref: Any) -> Any:
+def ask(ref: Any) -> Any:
     """The answer. Raises what the actor raised, as it was, and WorkerDied when it is gone."""
     try:
         return ray.get(ref)
@@ -192,7 +261,11 @@ def _ask(ref: Any) -> Any:
         if isinstance(error.cause, HeadraceError):
             raise error.cause from None
         raise
-    except (RayActorError, ObjectLostError) as gone:
+    except ObjectLostError as lost:
+        raise WorkerDied(
+            f"a block of this epoch is gone with its node ({type(lost).__name__})", hint="begin the epoch anew"
+        ) from None
+    except RayActorError as gone:
         raise WorkerDied(
             f"the actor that runs the pipeline of this streaming_split has ended ({type(gone).__name__})",
             hint="it lives as long as the process that called streaming_split, and its node",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
@@ -36,9 +37,11 @@ class RayTables:
         look = ray.remote(_look).options(num_cpus=0)
         self._refs = list(refs)
         self._sizes: list[tuple[int, int]] = []
+        self._digests: list[str] = []
         self._schema: pa.Schema | None = None
-        for i, (rows, size, schema) in enumerate(ray.get([look.remote(ref) for ref in refs])):
+        for i, (rows, size, digest, schema) in enumerate(ray.get([look.remote(ref) for ref in refs])):
             self._sizes.append((rows, size))
+            self._digests.append(digest)
             if rows and self._schema is None:
                 self._schema = schema
             elif rows and self._schema is not None and schema.names != self._schema.names:
@@ -51,8 +54,9 @@ class RayTables:
         self._columns: tuple[str, ...] | None = None
 
     def meaning(self) -> dict[str, Any]:
-        """For fingerprints: what is known of the blocks without reading them."""
-        return {"blocks": len(self._sizes), "rows": self.count(), "bytes": sum(size for _, size in self._sizes)}
+        """For fingerprints."""
+        content = hashlib.blake2b("".join(self._digests).encode(), digest_size=12).hexdigest()
+        return {"blocks": len(self._sizes), "rows": self.count(), "content": content}
 
     def schema(self) -> pa.Schema:
         assert self._schema is not None
@@ -71,7 +75,9 @@ class RayTables:
                 index, packed, packed_bytes = index + 1, [], 0
             for part in range(parts):
                 start, stop = rows * part // parts, rows * (part + 1) // parts
-                packed.append(Fragment(f"ray dataset block {i}", size, f"{rows}-{size}", start, stop, stop - start, _name(i)))
+                packed.append(
+                    Fragment(f"ray dataset block {i}", size, f"{rows}-{self._digests[i]}", start, stop, stop - start, _name(i))
+                )
                 if parts > 1:
                     yield _split(index, packed)
                     index, packed = index + 1, []
@@ -134,8 +140,15 @@ def _split(index: int, fragments: Sequence[Fragment]) -> Split:
     )
 
 
-def _look(table: pa.Table) -> tuple[int, int, pa.Schema]:
-    return table.num_rows, table.nbytes, table.schema
+def _look(table: pa.Table) -> tuple[int, int, str, pa.Schema]:
+    """(rows, bytes, digest of the content, schema)"""
+    digest = hashlib.blake2b(digest_size=12)
+    for batch in table.combine_chunks().to_batches():
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        digest.update(sink.getvalue())
+    return table.num_rows, table.nbytes, digest.hexdigest(), table.schema
 
 
 def from_ray_dataset(dataset: Any) -> RayTables:
