@@ -1,7 +1,7 @@
 """The job that the reliability runs kill: known answers, every kind of operator, many small splits.
 
-`python benchmarks/reliability/job.py INPUT OUTPUT [--engine E] [--take-over] [--packed]` runs it; the same command again
-goes on.
+`python benchmarks/reliability/job.py INPUT OUTPUT [--engine E] [--address A] [--take-over] [--packed] [--model] [--pause S]`
+runs it; the same command again goes on, on whatever engine.
 `prepare(folder)` writes the input; `digest(rows)` is what a clean run and a run of many pieces must share.
 """
 
@@ -61,12 +61,25 @@ def digest(rows: list[tuple[int, int]]) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-def run(source: str, out: str, options: dict[str, Any], outputs: str = "per_input") -> Any:
+class Third:
+    """A model for a device, where there is one."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        time.sleep(PAUSE_S / 2)
+        return x / 3
+
+
+def run(source: str, out: str, options: dict[str, Any], outputs: str = "per_input", *, model: bool = False) -> Any:
     import headrace as hr
 
+    read = hr.read_parquet(source)
+    if model:
+        read = read.predict(Third, input="x", output="third", batch_size=50)
     return (
-        hr.read_parquet(source)
-        .map_batches(slow, batch_size=50)
+        read.map_batches(slow, batch_size=50)
         .flat_map(twins)
         .filter(lambda row: row["id"] % 11 != 0)
         .evaluate(n=hr.metrics.Count(), mean=hr.metrics.Mean("y"), auc=hr.metrics.AUCROC("x", "label"))
@@ -75,6 +88,7 @@ def run(source: str, out: str, options: dict[str, Any], outputs: str = "per_inpu
 
 
 def main() -> None:
+    global PAUSE_S
     parser = argparse.ArgumentParser()
     parser.add_argument("source")
     parser.add_argument("out")
@@ -82,9 +96,14 @@ def main() -> None:
     parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("--take-over", action="store_true")
     parser.add_argument("--packed", action="store_true")
+    parser.add_argument("--address", help="of a Ray cluster, whose CPUs are all used")
+    parser.add_argument("--model", action="store_true", help="one model, on devices where there are any")
+    parser.add_argument("--pause", type=float, default=PAUSE_S, help="seconds per file, in each step")
     args = parser.parse_args()
-    options = {"engine": args.engine, "cpus": args.cpus, "progress": "log", "take_over": args.take_over}
-    done = run(args.source, args.out, options, "packed" if args.packed else "per_input")
+    PAUSE_S = args.pause
+    where = {"cpus": args.cpus} if args.address is None else {"address": args.address}
+    options = {"engine": args.engine, "progress": "log", "take_over": args.take_over, **where}
+    done = run(args.source, args.out, options, "packed" if args.packed else "per_input", model=args.model)
     print(json.dumps({"rows": done.rows, "bad": done.tally.bad, "metrics": dict(done.metrics)}))
 
 

@@ -75,7 +75,9 @@ def place_on_cluster(plan: Plan, physical: PhysicalPlan, pool_of: Callable[[Pred
         for pool in physical.pools
     }
     workers = placement.place(shapes, nodes, to_come=kinds_to_come())
-    return Placed(workers, shapes, placement.budget_bytes(nodes), _notes(workers, shapes))
+    places = {spec.node for spec in workers}
+    used = [n for n in nodes if n.name in places] or nodes
+    return Placed(workers, shapes, placement.budget_bytes(used), _notes(workers, shapes))
 
 
 def _notes(workers: tuple[WorkerSpec, ...], shapes: Mapping[str, Any]) -> tuple[str, ...]:

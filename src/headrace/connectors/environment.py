@@ -106,6 +106,11 @@ def _service_endpoint(block: str) -> dict[str, str]:
     return {}
 
 
+def ray_address() -> str | None:
+    """The Ray cluster that this process's surroundings name."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
 def poison_row() -> str | None:
     """HEADRACE_REPRODUCE: the file of a row that killed a worker, to be run alone in this process instead of the run."""
     return os.environ.get("HEADRACE_REPRODUCE") or None

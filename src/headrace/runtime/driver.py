@@ -197,8 +197,8 @@ class Driver:
                 self._stop_rules.add(self.committer.totals(self._stop_rules.names))
             self.committer.start(self.post)
             self.substrate.start(self._program, list(self._workers.values()))
-            for worker in self._workers:
-                self._watch.starting(worker, self._now())
+            for worker in self._workers.values():
+                self._expect(worker)
             self._carry(self.scheduler.handle(Start(), self._now()))
             while not self._done:
                 self._turn()
@@ -420,8 +420,13 @@ class Driver:
         self._pools[spec.id] = spec.pool
         self._sizes[spec.pool] += 1
         self._tell(WorkerReplaced(self._now(), spec.id, spec.pool, command.replaces, command.why, spec.node))
-        self._watch.starting(spec.id, self._now())
+        self._expect(spec)
         self.substrate.add_worker(spec)
+
+    def _expect(self, spec: WorkerSpec) -> None:
+        """It has so long to come up, unless it waits for its node."""
+        if self.substrate.name != "ray" or spec.node:
+            self._watch.starting(spec.id, self._now())
 
     # ---------------------------------------------------------------- what observers hear
 
@@ -546,8 +551,9 @@ class Driver:
         """Tell of the memory in use; tell the scheduler when it becomes scarce, or no longer is."""
         now = self._now()
         own_bytes, changed, note = self._governor.sample(self.substrate.memory_bytes, now)
-        self._tell(MemorySampled(now, self.scheduler.in_flight, own_bytes))
         cluster = getattr(self.substrate, "cluster", None)
+        in_all = own_bytes if cluster is None else cluster.memory_bytes
+        self._tell(MemorySampled(now, self.scheduler.in_flight, in_all))
         if cluster is not None:
             self._tell(ClusterSampled(now, cluster.nodes, cluster.leaving, cluster.workers, cluster.store_bytes))
             if not last:

@@ -540,6 +540,7 @@ class Dispatcher:
             following = node.next
             assert following is not None
             split.unlink(node)
+            node.block = None
             node = following
         cursor.fed = tuple(fed)
         return node is split.tail and split.source_done and self._may_end(cursor)

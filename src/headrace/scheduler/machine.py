@@ -462,6 +462,7 @@ class Scheduler(Dispatcher):
                 if made.rows:
                     self._place(node, stage, made, node.key)
                 node.split.unlink(node)
+                node.block = None
                 continue
             kept: list[PartRef] = []
             for part in given.parts:
@@ -472,6 +473,7 @@ class Scheduler(Dispatcher):
                     self._release((part,))
             self._place(node, stage, BlockRef(given.rows, (*kept, *made.parts), given.origin, given.cuts), node.key)
             node.split.unlink(node)
+            node.block = None  # queues may still hold the node, and must not hold the block's memory
         for split in {node.split: None for node in nodes if not node.split.closed}:
             self._poke_markers(split)
 

@@ -27,12 +27,12 @@ from headrace.core.steps import Step, StepDone, StepFailed
 from headrace.runtime.governor import MachineRooms
 from headrace.substrates.blocks import anonymous_bytes
 from headrace.substrates.bodies import Body, begins, run_guarded
+from headrace.substrates.ray.parcel import receive
 from headrace.substrates.ray.placement import node_name
 from headrace.substrates.ray.remains import Remains, clear_away, open_remains
 from headrace.substrates.ray.store import RayStore
 
 LOOK_S = 0.5  # between two looks at the memory
-RISE, FALL = 0.90, 0.85  # share of the node's memory: above the first no new work, until it is below the second
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +67,10 @@ class Presence:
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
-    """own_bytes: anonymous memory of the worker. tight: its node is short of memory."""
+    """own_bytes: anonymous memory of the worker. share: of its node's memory, what is in use."""
 
     own_bytes: int
-    tight: bool
+    share: float
 
 
 Answers = tuple[tuple[StepDone | StepFailed, ...], Vitals | None]
@@ -81,7 +81,6 @@ class _VitalSigns:
 
     def __init__(self) -> None:
         self._rooms = MachineRooms()
-        self._tight = False
         self._due_s = 0.0
 
     def __call__(self) -> Vitals | None:
@@ -90,13 +89,11 @@ class _VitalSigns:
             return None
         self._due_s = now + LOOK_S
         own_bytes = anonymous_bytes()
-        share = max(room.share for room in self._rooms(own_bytes))
-        self._tight = share >= (FALL if self._tight else RISE)
-        return Vitals(own_bytes, self._tight)
+        return Vitals(own_bytes, max(room.share for room in self._rooms(own_bytes)))
 
 
 class RayWorker:
-    """One worker. payload: [reference to (program, body factory)], which is unpickled when its modules can be found."""
+    """One worker. payload: [parcel of (program, body factory)], opened when its modules can be found."""
 
     def __init__(self, spec: WorkerSpec, payload: list[Any], around: Surroundings) -> None:
         context = ray.get_runtime_context()
@@ -107,7 +104,7 @@ class RayWorker:
         self._sees = not around.must_see or os.path.exists(around.must_see)
         self._vitals = _VitalSigns()
         self._store = RayStore(spec.id, self._node, crumb)
-        program, factory = ray.get(payload[0])
+        program, factory = receive(payload[0])
         if factory is None:
             from headrace.substrates.bodies import default_body
 
@@ -122,7 +119,10 @@ class RayWorker:
         """Run steps in order. parts, batches: blocks that Ray has brought from other nodes meanwhile."""
         for part, batch in zip(parts, batches, strict=True):
             self._store.offer(part, batch)
-        return tuple(self._run(step) for step in steps), self._vitals()
+        try:
+            return tuple(self._run(step) for step in steps), self._vitals()
+        finally:
+            self._store.forget()
 
     def discard(self, cursor: int) -> None:
         self._body.discard(cursor)
@@ -133,10 +133,7 @@ class RayWorker:
         clear_away(self._remains)
 
     def _run(self, step: Step) -> StepDone | StepFailed:
-        try:
-            return self._placed(run_guarded(self._body, step))
-        finally:
-            self._store.forget()
+        return self._placed(run_guarded(self._body, step))
 
     def _placed(self, answer: StepDone | StepFailed) -> StepDone | StepFailed:
         if isinstance(answer, StepFailed):
@@ -185,8 +182,10 @@ class StreamingRayWorker(RayWorker):
                     self._store.forget()
                 else:
                     answer.put(self._run(step))
+                    self._store.forget()
             elif message[0] == "ready":
                 answer.put(self._run(message[1]))
+                self._store.forget()
             elif message[0] == "discard":
                 answer.put(self._body.discard(message[1]))
             else:

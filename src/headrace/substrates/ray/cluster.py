@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import queue
 import socket
 import threading
 import time
@@ -16,7 +17,8 @@ from typing import Any
 
 import ray
 
-from headrace.core.errors import HeadraceError, PlanError, TransientError
+from headrace.connectors import environment
+from headrace.core.errors import PlanError, TransientError
 from headrace.substrates.ray.placement import Node, node_name
 
 LOOK_S = 2.0
@@ -25,32 +27,62 @@ KNOCK_S = 5.0  # for a cluster to accept a connection
 ASK_S = 5.0  # between two requests to the autoscaler
 
 
+class _Connection:
+    """The connection that we made, if we did. users: who is inside `connected`. stays: until the process ends."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.address: str | None = None
+        self.ours = self.stays = False
+        self.users = 0
+
+
+_CONNECTION = _Connection()
+
+
 @contextlib.contextmanager
 def connected(address: str | None) -> Iterator[None]:
-    """Be connected while inside: through the connection that there is, to the cluster at `address` ("auto", "host:port",
-    "ray://host:port", "local"), or without one to the one that RAY_ADDRESS or this machine names, else to a new one here.
+    """Be connected while inside: without an address through the connection that there is, to the cluster that RAY_ADDRESS
+    names, to that of this machine, or to a new one; else to the one at `address` ("auto", "local", "host:port",
+    "ray://host:port").
 
-    A connection that was made here ends here. Raises PlanError when there is no cluster at `address`.
+    A connection that was made here ends here, with the last one inside. Raises PlanError when there is no cluster at `address`,
+    or when we are connected to another one.
     """
-    if ray.is_initialized():
-        yield
-        return
-    _connect(address)
+    _enter(address, stay=False)
     try:
         yield
     finally:
-        ray.shutdown()
+        with _CONNECTION.lock:
+            _CONNECTION.users -= 1
+            if _CONNECTION.ours and not _CONNECTION.users and not _CONNECTION.stays:
+                _CONNECTION.ours = False
+                ray.shutdown()
 
 
 def connect_to_stay(address: str | None) -> None:
-    """Be connected from now on. Raises PlanError when there is no cluster at `address`."""
-    if not ray.is_initialized():
-        _connect(address)
+    """Be connected from now on. Raises PlanError as `connected`."""
+    _enter(address, stay=True)
+
+
+def _enter(address: str | None, *, stay: bool) -> None:
+    with _CONNECTION.lock:
+        if not ray.is_initialized():
+            _connect(address)
+            _CONNECTION.ours, _CONNECTION.address, _CONNECTION.stays = True, address, False
+        elif address is not None and _CONNECTION.ours and _CONNECTION.address != address:
+            raise PlanError(
+                f"this process is connected to the cluster at {_CONNECTION.address or 'its default address'}, not to {address}",
+                hint="a process talks to one cluster at a time: ray.shutdown() ends the connection",
+            )
+        _CONNECTION.stays = _CONNECTION.stays or stay
+        _CONNECTION.users += not stay
 
 
 def _connect(address: str | None) -> None:
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": True, "namespace": "headrace"}
-    if address is None:
+    named = environment.ray_address()
+    if address is None and named is None:
         try:
             ray.init(address="auto", **options)
             return
@@ -59,10 +91,10 @@ def _connect(address: str | None) -> None:
     try:
         if address == "local":
             options["include_dashboard"] = False
-        _knock(address)
-        ray.init(address=address, **options)
+        _knock(address or named or "")
+        ray.init(address=address or named, **options)
     except (OSError, RuntimeError, ValueError) as error:
-        text = f"there is no Ray cluster at {address}: {str(error).splitlines()[0]}"
+        text = f"there is no Ray cluster at {address or named}: {(str(error) or type(error).__name__).splitlines()[0]}"
         hint = "ray start --head starts one; without an address Headrace starts one on this machine; ray:// needs ray[client]"
         raise PlanError(text, hint=hint) from None
 
@@ -107,14 +139,14 @@ def kinds_to_come() -> frozenset[str] | None:
     return frozenset(name for name, amount in (most or {}).items() if amount > 0)
 
 
-def _draining() -> frozenset[str]:
-    """Nodes that are about to leave: preempted, or drained by people. As Ray Train asks; where that is gone, none."""
+def _draining() -> frozenset[str] | None:
+    """Nodes that are about to leave: preempted, or drained by people. As Ray Train asks; None where nobody answers."""
     try:
         from ray._private.state import state
 
         return frozenset(state.get_draining_nodes())
     except Exception:
-        return frozenset()
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +157,6 @@ class Changed:
     left: tuple[str, ...] = ()
     leaving: tuple[str, ...] = ()
     staying: tuple[str, ...] = ()  # that were leaving
-    error: HeadraceError | None = None  # the head does not answer
 
 
 class Watch:
@@ -143,7 +174,17 @@ class Watch:
         self._thread = threading.Thread(target=self._look, name="headrace-cluster", daemon=True)
 
     def start(self) -> None:
+        self._heard_s = time.monotonic()
         self._thread.start()
+
+    def check(self) -> None:
+        """Raises TransientError when the head is silent. (A call to it waits for a minute; then Ray ends the whole process.)"""
+        silent_s = time.monotonic() - self._heard_s
+        if silent_s >= PATIENCE_S:
+            raise TransientError(
+                f"the head of the Ray cluster has not answered for {silent_s:.0f} s",
+                hint="the same command goes on from here, on this cluster, another one, or one machine",
+            )
 
     def wish(self, bundles: tuple[dict[str, float], ...]) -> None:
         """What the cluster should be able to hold, in resources of one worker each; () for no more than there is."""
@@ -152,8 +193,8 @@ class Watch:
     def close(self) -> None:
         self._end.set()
         if self._thread.is_alive():
-            self._thread.join(PATIENCE_S)
-        if self._asked:
+            self._thread.join(LOOK_S)
+        if self._asked and not self._thread.is_alive():
             self._ask(())
 
     def _look(self) -> None:
@@ -161,13 +202,8 @@ class Watch:
             try:
                 changed = self._changes()
                 self._heard_s = time.monotonic()
-            except Exception as error:
-                if time.monotonic() - self._heard_s < PATIENCE_S:
-                    continue
-                text = f"the head of the Ray cluster does not answer: {str(error).splitlines()[0] if str(error) else error!r}"
-                hint = "the same command goes on from here, on this cluster, another one, or one machine"
-                self._tell(Changed(error=TransientError(text, hint=hint)))
-                return
+            except Exception:
+                continue  # whoever asks `check` knows
             if changed != Changed():
                 self._tell(changed)
             if self._wish != self._asked and time.monotonic() - self._asked_s >= ASK_S:
@@ -176,7 +212,9 @@ class Watch:
     def _changes(self) -> Changed:
         nodes = {n.name: n for n in live_nodes()}
         draining = _draining()
-        leaving = frozenset(name for name, n in nodes.items() if n.id in draining)
+        leaving = self._leaving & nodes.keys()
+        if draining is not None:
+            leaving = frozenset(name for name, n in nodes.items() if n.id in draining)
         changed = Changed(
             tuple(n for name, n in nodes.items() if name not in self._known and name not in leaving),
             tuple(sorted(self._known - nodes.keys())),
@@ -193,3 +231,28 @@ class Watch:
             from ray.autoscaler.sdk import request_resources
 
             request_resources(bundles=[dict(b) for b in bundles])
+
+
+class Errands:
+    """Calls that wait for the head, which may be dead: made in a thread of their own, in order, so that nobody else waits."""
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def add(self, errand: Callable[[], object]) -> None:
+        """What it raises is lost."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="headrace-errands", daemon=True)
+            self._thread.start()
+        self._queue.put(errand)
+
+    def close(self, patience_s: float) -> None:
+        self._queue.put(None)
+        if self._thread is not None:
+            self._thread.join(patience_s)
+
+    def _run(self) -> None:
+        while (errand := self._queue.get()) is not None:
+            with contextlib.suppress(Exception):
+                errand()

@@ -23,6 +23,7 @@ from headrace.runtime.ingest.coordinator import AHEAD
 from headrace.runtime.ingest.hub import Hub
 from headrace.substrates.blocks import own_copy, zip_parts
 from headrace.substrates.ray.actor import Surroundings, settle_in
+from headrace.substrates.ray.parcel import receive, send
 from headrace.substrates.ray.store import block_lost
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class _Guest:
 
 
 class SplitServer:
-    """An actor, made with max_concurrency: the ranks' calls wait in it. payload: [reference to an OpenRun].
+    """An actor, made with max_concurrency: the ranks' calls wait in it. payload: [parcel of an OpenRun].
 
     A rank that gives no sign of life for SILENT_S has left its epoch; for SEAT_S, if somebody else wants its seat, as a worker
     does that takes the place of a dead one.
@@ -93,7 +94,7 @@ class SplitServer:
 
     def __init__(self, ranks: int, equal: bool, payload: list[Any], around: Surroundings) -> None:
         settle_in(around)
-        open_run: OpenRun = ray.get(payload[0])
+        open_run: OpenRun = receive(payload[0])
         self._hub = Hub(ranks, equal=equal, open_run=open_run)
         self._guests: dict[int, _Guest] = {}
         self._expelled: set[int] = set()
@@ -183,10 +184,7 @@ def serve(ranks: int, *, equal: bool, open_run: OpenRun) -> RayChannel:
     sent.
     """
     server = ray.remote(SplitServer).options(num_cpus=0, max_concurrency=4 * ranks + 8)
-    try:
-        payload = ray.put(open_run)
-    except Exception as error:
-        raise PlanError(f"this pipeline can't be sent to the cluster: {type(error).__name__}: {error}") from error
+    payload = send(open_run, "this pipeline")
     return RayChannel(server.remote(ranks, equal, [payload], Surroundings.here()), owner=True)
 
 

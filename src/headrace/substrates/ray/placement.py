@@ -71,8 +71,8 @@ def shape_of(
     capped: bool = False,
     devices: Sequence[str] | None = None,
 ) -> Shape:
-    """The shape of a pool. asked: resources that its model names. cpus: bound on CPU workers. replicas: the most that a model of
-    it asks for, 0 for auto. capped: all its models ask for a number.
+    """The shape of a pool. asked: resources that its model names. cpus: bound on CPU workers. replicas: the most that a model
+    of it asks for, 0 for auto. capped: all its models ask for a number.
     """
     kind = pool.partition("(")[0].partition(":")[0]
     custom = {k: v for k, v in asked.items() if k not in ("CPU", "GPU")}
@@ -102,14 +102,21 @@ def place(
     *,
     to_come: Collection[str] | None = (),
     have: Mapping[str, int] | None = None,
+    held: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[WorkerSpec, ...]:
     """The workers to start. Pools take turns, so that those which need the same device share them; CPU workers get what CPUs
     are left, at least one. to_come: resources that an autoscaler may bring (None: any): a pool that fits nowhere yet gets one
-    worker, which waits for its node. have: workers of each pool that there are already, on other nodes: a pool may then get none.
+    worker, which waits for its node. have: workers of each pool that there are already, on other nodes: a pool may then get
+    none.
+
+    held: node -> pools of the workers that are on it already.
 
     Raises PlanError for a pool that can never have a worker.
     """
     room = {n.name: _Room(n) for n in nodes}
+    for name, pools in (held or {}).items():
+        for pool in pools:
+            room[name].take(shapes[pool].wanted if pool in shapes else {})
     first = {pool: places for pool, shape in shapes.items() if (places := _take(shape, room, 1))}
     found = {pool: first.get(pool, []) for pool in shapes}
     for pool in shapes:

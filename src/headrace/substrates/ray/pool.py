@@ -10,18 +10,28 @@ made are told as lost; `stop` leaves no actor.
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
+import secrets
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, ObjectLostError, OutOfMemoryError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from headrace.core.errors import InternalError, PlanError
+from headrace.core.errors import InternalError, PlanError, TransientError
 from headrace.core.refs import BlockRef, PartRef
 from headrace.core.resources import WorkerSpec
 from headrace.core.stages import Stage
@@ -41,8 +51,9 @@ from headrace.core.steps import (
 )
 from headrace.substrates.blocks import anonymous_bytes, own_copy, zip_parts
 from headrace.substrates.ray.actor import Presence, RayWorker, StreamingRayWorker, Surroundings, Vitals
-from headrace.substrates.ray.cluster import Changed, Watch, live_nodes
+from headrace.substrates.ray.cluster import Changed, Errands, Watch, live_nodes
 from headrace.substrates.ray.ingest import deliver
+from headrace.substrates.ray.parcel import send
 from headrace.substrates.ray.placement import Node, Shape, place
 from headrace.substrates.ray.remains import Obituary, Remains, bury, stack
 from headrace.substrates.ray.store import block_lost, fetch
@@ -51,12 +62,14 @@ if TYPE_CHECKING:
     from headrace.substrates.bodies import BodyFactory
 
 SHORT_STEP_S = 0.005  # steps of a worker whose last one was that short share a call
+RISE, FALL = 0.90, 0.85  # share of a node's memory: above the first no new work there, until it is below the second
 MANY_CALLS = 128  # of a worker with streaming models that may be under way
 BURY_S = 10.0  # a node that has not told by then what a worker left is as dead as the worker
 STOP_S = 5.0  # for workers without work to close cursors and models
 STACK_S = 5.0  # a process may have to start for it
 
 _NO_SHAPE = Shape("cpu")
+_TASKS: dict[Any, Any] = {bury: ray.remote(bury), stack: ray.remote(stack)}  # made once: each is known to all the cluster
 
 
 @dataclass(slots=True)
@@ -89,17 +102,20 @@ class _Site:
 
 @dataclass(frozen=True, slots=True)
 class ClusterState:
-    """What people see of the cluster. workers: pool -> those that are up. store_bytes: blocks in the object stores."""
+    """What people see of the cluster. workers: pool -> those that are up. store_bytes: blocks in the object stores.
+    memory_bytes: anonymous memory of driver and workers, and those blocks.
+    """
 
     nodes: int
     leaving: int
     workers: dict[str, int]
     store_bytes: int
+    memory_bytes: int
 
 
 class RaySubstrate:
-    """Workers are actors. shapes: what the workers of each pool hold. must_see: a file that every node must see: else the run
-    ends with PlanError. delivers_refs: `fetch` gives an ingest.RefBlock.
+    """Workers are actors. shapes: what the workers of each pool hold. must_see: a folder that every node must see: else the
+    run ends with PlanError. delivers_refs: `fetch` gives an ingest.RefBlock.
     """
 
     name = "ray"
@@ -131,8 +147,12 @@ class RaySubstrate:
         self._made: dict[int, set[int]] = {}  # worker -> its live parts
         self._inbox: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()  # None: a wake
         self._events: deque[SubstrateEvent] = deque()
+        self._here = ""  # the driver's node
+        self._beacon = ""
         self._watch: Watch | None = None
-        self._stopped = False
+        self._errands = Errands()
+        self._kinds: tuple[Any, Any] = ray.remote(RayWorker), ray.remote(StreamingRayWorker)  # the head is told of each new one
+        self._stopped = self._headless = False
         self.fetched_bytes = 0  # of blocks that came through this process, all for the consumer
         self.spill_dir: str | None = None
 
@@ -142,13 +162,19 @@ class RaySubstrate:
         stages: Iterable[Stage] = getattr(program, "stages", ())
         self._stages = {s.id: s for s in stages}
         self._streaming = frozenset(s.pool for s in self._stages.values() if s.stream)
-        self._around = Surroundings.here(self._must_see or "")
-        self._payload = self._put(program)
+        self._around = Surroundings.here(self._light_beacon())
+        self._payload = send((program, self._factory), "this pipeline")
         nodes = live_nodes()
+        own = ray.get_runtime_context().get_node_id()
+        self._here = next((n.name for n in nodes if n.id == own), "")
         for node in nodes:
             self._open_site(node)
         for spec in workers:
             self.add_worker(spec)
+        named = {spec.node for spec in workers}
+        late = [node for node in nodes if node.name not in named]
+        if late and any(named):  # they have joined since the workers were planned
+            self._offer(late)
         self._watch = Watch(nodes, lambda changed: self._inbox.put(("changed", changed)))
         self._watch.start()
 
@@ -168,8 +194,7 @@ class RaySubstrate:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(site.node.id, soft=False)
         if streaming:
             options["max_concurrency"] = MANY_CALLS
-        actor = ray.remote(StreamingRayWorker if streaming else RayWorker).options(**options)
-        handle = actor.remote(worker, [self._payload], self._around)
+        handle = self._kinds[streaming].options(**options).remote(worker, [self._payload], self._around)
         made = _Worker(worker, handle, streaming, worker.node if site is not None else "")
         self._workers[worker.id] = made
         if site is not None:
@@ -205,6 +230,7 @@ class RaySubstrate:
         while True:
             woken = self._take_in(self._patience(deadline))
             self._bury_overdue()
+            self._check_head()
             if self._events or woken or (deadline is not None and time.monotonic() >= deadline):
                 events = list(self._events)
                 self._events.clear()
@@ -240,8 +266,8 @@ class RaySubstrate:
         return ()
 
     def memory_bytes(self) -> int:
-        own = sum(worker.own_bytes for worker in self._workers.values())
-        return anonymous_bytes() + own + self._store_bytes
+        """Of this machine: other nodes look after themselves (see Vitals)."""
+        return anonymous_bytes() + sum(w.own_bytes for w in self._workers.values() if w.node and w.node == self._here)
 
     def stop(self) -> None:
         if self._stopped:
@@ -250,7 +276,13 @@ class RaySubstrate:
         if self._watch is not None:
             self._watch.close()
         with contextlib.suppress(Exception):
-            self._end_actors()
+            self._errands.close(0.0 if self._headless else STOP_S)
+        if self._beacon:
+            with contextlib.suppress(OSError):
+                os.unlink(self._beacon)
+        if not self._headless:  # else Ray ends them by itself, and calls would wait for the head
+            with contextlib.suppress(Exception):
+                self._end_actors()
         self._workers.clear()
         self._sites.clear()
         self._outbox.clear()
@@ -270,7 +302,9 @@ class RaySubstrate:
             if worker.up:
                 up[worker.spec.pool] = up.get(worker.spec.pool, 0) + 1
         leaving = sum(1 for site in self._sites.values() if site.leaving)
-        return ClusterState(len(self._sites), leaving, up, self._store_bytes)
+        own = sum(worker.own_bytes for worker in self._workers.values())
+        in_all = anonymous_bytes() + own + self._store_bytes
+        return ClusterState(len(self._sites), leaving, up, self._store_bytes, in_all)
 
     def want(self, workers: Mapping[str, int]) -> None:
         """How many workers each pool could use now, for the autoscaler; what there is already is asked for, too, while it is
@@ -318,6 +352,14 @@ class RaySubstrate:
                     yield part
 
     # -- what comes in
+
+    def _check_head(self) -> None:
+        if self._watch is not None:
+            try:
+                self._watch.check()
+            except TransientError:
+                self._headless = True
+                raise
 
     def _patience(self, deadline: float | None) -> float | None:
         """How long to wait for the next message; 0 when there is something to tell already."""
@@ -411,12 +453,23 @@ class RaySubstrate:
         if site.leaving:
             self._events.append(WorkerResting(id, True))
 
+    def _light_beacon(self) -> str:
+        """A new file in the folder that every node must see: a folder of that name may be there on a node of its own."""
+        if self._must_see is not None:
+            self._beacon = f"{self._must_see}/nodes-{secrets.token_hex(8)}"
+            with open(self._beacon, "x"):
+                pass
+        return self._beacon
+
     def _on_vitals(self, worker: _Worker, vitals: Vitals) -> None:
         worker.own_bytes = vitals.own_bytes
         site = self._sites.get(worker.node)
-        if site is None or vitals.tight == site.tight:
+        if site is None:
             return
-        site.tight = vitals.tight
+        tight = vitals.share >= (FALL if site.tight else RISE)
+        if tight == site.tight:
+            return
+        site.tight = tight
         self._tell_rest(site, worker)
 
     # -- deaths
@@ -429,39 +482,36 @@ class RaySubstrate:
         self._outbox.pop(id, None)
         worker.reason = worker.killed or _reason(error)
         if isinstance(error, ActorUnavailableError):  # it may be alive behind a broken network: it must not come back
-            with contextlib.suppress(Exception):
-                ray.kill(worker.handle)
+            self._errands.add(partial(ray.kill, worker.handle))
         site = self._sites.get(worker.node)
         if site is None or worker.node in self._gone_nodes:
             self._told_lost(worker, None, gone=bool(worker.node))
             return
         site.workers.discard(id)
-        if worker.remains is None:  # it never came up
-            self._told_lost(worker, None, gone=False)
+        if worker.remains is None:  # it never came up; where its place died first, another one waits for a place
+            self._told_lost(worker, None, gone=bool(worker.spec.node) and isinstance(error, ActorUnschedulableError))
             return
         self._dying[id] = (worker, time.monotonic() + BURY_S)
-        self._call(("bury", id), self._on_node(worker, bury).remote(worker.remains))
+        task, remains = self._on_node(worker, bury), worker.remains
+        self._errands.add(lambda: self._call(("bury", id), task.remote(remains)))
 
     def _on_node(self, worker: _Worker, function: Any) -> Any:
         """The function as a task that runs on the worker's node, and costs nothing there."""
         where = NodeAffinitySchedulingStrategy(self._sites[worker.node].node.id, soft=False)
-        return ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
+        return _TASKS[function].options(num_cpus=0, max_retries=0, scheduling_strategy=where)
 
     def _on_buried(self, id: int, done: Any) -> None:
         found = self._dying.pop(id, None)
         if found is None:
             return
         worker, _ = found
-        if done.exception() is not None:
-            self._told_lost(worker, None, gone=True)
-        else:
-            self._told_lost(worker, done.result(), gone=False)
+        self._told_lost(worker, done.result() if done.exception() is None else None, gone=False)
 
     def _bury_overdue(self) -> None:
         now = time.monotonic()
         for id in [i for i, (_, until) in self._dying.items() if now >= until]:
             worker, _ = self._dying.pop(id)
-            self._told_lost(worker, None, gone=True)
+            self._told_lost(worker, None, gone=False)
 
     def _told_lost(self, worker: _Worker, left: Obituary | None, *, gone: bool) -> None:
         id = worker.spec.id
@@ -495,9 +545,6 @@ class RaySubstrate:
         return site
 
     def _on_changed(self, changed: Changed) -> None:
-        """Raises TransientError when the head of the cluster is gone."""
-        if changed.error is not None:
-            raise changed.error
         for node in changed.leaving:
             self._let_rest(node, True)
         for node in changed.staying:
@@ -505,9 +552,10 @@ class RaySubstrate:
         for node in changed.left:
             self._close_site(node)
         for node in changed.joined:
-            if node.name not in self._sites:
-                self._open_site(node)
-            self._offer(node)
+            site = self._sites.get(node.name) or self._open_site(node)
+            site.node = node
+        if changed.joined:
+            self._offer(changed.joined)
 
     def _let_rest(self, node: str, leaving: bool) -> None:
         site = self._sites.get(node)
@@ -537,14 +585,15 @@ class RaySubstrate:
             worker, _ = self._dying.pop(id)
             self._told_lost(worker, None, gone=True)
 
-    def _offer(self, node: Node) -> None:
-        """Workers that were to wait for a node may find it by themselves."""
+    def _offer(self, nodes: Sequence[Node]) -> None:
+        """Tell of the room on nodes that have joined. Workers that wait for a node may find it there by themselves."""
         have = dict.fromkeys(self._shapes, 0)
         waiting = dict(have)
         for worker in self._workers.values():
             have[worker.spec.pool] = have.get(worker.spec.pool, 0) + 1
             waiting[worker.spec.pool] = waiting.get(worker.spec.pool, 0) + (not worker.node)
-        for spec in place(self._shapes, [node], have=have):
+        held = {n.name: [self._workers[w].spec.pool for w in self._sites[n.name].workers] for n in nodes}
+        for spec in place(self._shapes, nodes, have=have, held=held):
             if waiting[spec.pool] > 0:
                 waiting[spec.pool] -= 1
             else:
@@ -552,23 +601,12 @@ class RaySubstrate:
 
     # -- starting and ending
 
-    def _put(self, program: Any) -> Any:
-        """By Ray's own pickle, which knows of references inside."""
-        try:
-            return ray.put((program, self._factory))
-        except Exception as exc:
-            raise PlanError(
-                f"this pipeline can't be sent to the cluster: {type(exc).__name__}: {exc}",
-                hint="make what your functions and models refer to picklable (build it in a class's __init__, which runs "
-                "in the worker)",
-            ) from exc
-
     def _end_actors(self) -> None:
         """Let idle workers close what they have; end them all."""
         idle = [w.handle.close.remote() for w in self._workers.values() if w.up and not w.steps]
-        if idle:
-            ray.wait(idle, num_returns=len(idle), timeout=STOP_S)
-        for worker in self._workers.values():
+        with contextlib.suppress(Exception):
+            ray.wait(idle, num_returns=len(idle), timeout=STOP_S if idle else 0.0)
+        for worker in list(self._workers.values()):
             with contextlib.suppress(Exception):
                 ray.kill(worker.handle)
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.core.steps import Doing
+from headrace.runtime.ingest import private
 
 _PREFIX = "headrace-remains"
+OLD_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +39,16 @@ class Obituary:
 
 def open_remains(worker: int) -> tuple[Remains, int, int]:
     """In a worker: (where they are, descriptor of the crumb, of the report). Sweeps away those of processes that are gone."""
-    folder = Path(tempfile.gettempdir())
-    for old in folder.glob(f"{_PREFIX}-{os.getuid()}-*"):
+    folder = Path(private.folder())
+    for old in folder.glob(f"{_PREFIX}-*"):
         with contextlib.suppress(OSError, ValueError):
-            if not os.path.exists(f"/proc/{int(old.name.split('-')[3])}"):
+            gone = not os.path.exists(f"/proc/{int(old.name.split('-')[2])}")
+            if gone and time.time() - old.stat().st_mtime > OLD_S:  # it may be of another container that shares the folder
                 old.unlink()
-    stem = f"{folder}/{_PREFIX}-{os.getuid()}-{os.getpid()}-{worker}"
+    stem = f"{folder}/{_PREFIX}-{os.getpid()}-{worker}-{secrets.token_hex(4)}"
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     crumb = os.open(f"{stem}-crumb", flags, 0o600)
-    os.ftruncate(crumb, os.sysconf("SC_PAGESIZE"))
+    os.posix_fallocate(crumb, 0, os.sysconf("SC_PAGESIZE"))  # a full disk shows here, not as a fault at a write to memory
     report = os.open(f"{stem}-report", flags, 0o600)
     return Remains(os.getpid(), f"{stem}-crumb", f"{stem}-report"), crumb, report
 
