@@ -330,3 +330,20 @@ def test_several_steps_of_many_rows_share_blocks_without_changing_batches(tmp_pa
     found = again.to_arrow(**quiet).to_pydict()
     inline = again.to_arrow(engine="inline").to_pydict()
     assert found == inline
+
+
+class Counting:
+    """A live object with an array of its own, which it writes to."""
+
+    def __init__(self) -> None:
+        self.calls = np.zeros(1000)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        self.calls[:] += 1
+        return x + self.calls[0] * 0
+
+
+@pytest.mark.on_ray
+def test_a_model_may_write_to_its_own_arrays(data: Path, quiet: Options) -> None:
+    rows = hr.read_parquet(data).predict(Counting(), input="x", output="y").to_arrow(**quiet)
+    assert rows["y"].to_pylist() == rows["x"].to_pylist()

@@ -104,7 +104,7 @@ def test_a_silent_head_ends_the_run_and_nobody_waits_for_it(monkeypatch: pytest.
     watch = Watch((), lambda changed: None)
     desk.substrate._watch = watch
     assert desk.substrate.wait(0.0) == []
-    monkeypatch.setattr(watch, "_heard_s", time.monotonic() - PATIENCE_S)
+    monkeypatch.setattr(watch, "_since_s", time.monotonic() - PATIENCE_S)
     with pytest.raises(TransientError, match="not answered"):
         desk.substrate.wait(0.0)
     desk.substrate.stop()

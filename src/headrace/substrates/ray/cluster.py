@@ -25,6 +25,7 @@ LOOK_S = 2.0
 PATIENCE_S = 20.0  # without an answer from the head
 KNOCK_S = 5.0  # for a cluster to accept a connection
 ASK_S = 5.0  # between two requests to the autoscaler
+AGAIN_S = 60.0  # the same one again: a cluster has one request at a time, and another program may have replaced it
 
 
 class _Connection:
@@ -167,19 +168,19 @@ class Watch:
         self._leaving: frozenset[str] = frozenset()
         self._tell = tell
         self._end = threading.Event()
-        self._heard_s = time.monotonic()
+        self._since_s: float | None = None  # when the head was asked what it has not answered yet
         self._wish: tuple[dict[str, float], ...] = ()
         self._asked: tuple[dict[str, float], ...] = ()
         self._asked_s = float("-inf")
         self._thread = threading.Thread(target=self._look, name="headrace-cluster", daemon=True)
 
     def start(self) -> None:
-        self._heard_s = time.monotonic()
         self._thread.start()
 
     def check(self) -> None:
         """Raises TransientError when the head is silent. (A call to it waits for a minute; then Ray ends the whole process.)"""
-        silent_s = time.monotonic() - self._heard_s
+        since_s = self._since_s  # a process that was stopped meanwhile has asked nothing
+        silent_s = 0.0 if since_s is None else time.monotonic() - since_s
         if silent_s >= PATIENCE_S:
             raise TransientError(
                 f"the head of the Ray cluster has not answered for {silent_s:.0f} s",
@@ -199,14 +200,16 @@ class Watch:
 
     def _look(self) -> None:
         while not self._end.wait(LOOK_S):
+            self._since_s = self._since_s or time.monotonic()
             try:
                 changed = self._changes()
-                self._heard_s = time.monotonic()
+                self._since_s = None
             except Exception:
                 continue  # whoever asks `check` knows
             if changed != Changed():
                 self._tell(changed)
-            if self._wish != self._asked and time.monotonic() - self._asked_s >= ASK_S:
+            pause_s = ASK_S if self._wish != self._asked else AGAIN_S if self._wish else float("inf")
+            if time.monotonic() - self._asked_s >= pause_s:
                 self._ask(self._wish)
 
     def _changes(self) -> Changed:
