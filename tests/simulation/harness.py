@@ -99,7 +99,7 @@ class Simulation:
             if over:
                 assert isinstance(command, Release), f"after Finish: {command}"
             self._carry(command)
-            if isinstance(command, Deliver) and self.scheduler.limits.frail_blocks:
+            if isinstance(command, Deliver) and command.confirm:
                 self.events += 1
                 commands = self.scheduler.handle(Delivered(command.split, self._lost), self.substrate.now_s)
                 waiting.extend(commands)
@@ -129,7 +129,7 @@ class Simulation:
                 assert split >= self._delivered_last, "blocks are delivered out of order"
                 assert skip < block.rows
                 self._delivered_last = split
-                self._lost = "its node died" if self.scheduler.limits.frail_blocks and self.random.random() < 0.05 else ""
+                self._lost = "its node died" if command.confirm and self.random.random() < 0.05 else ""
                 if self._lost:
                     return
                 self.delivered.setdefault(split, []).extend(self.substrate.fetch(block)[skip:])

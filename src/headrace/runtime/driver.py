@@ -355,9 +355,9 @@ class Driver:
                     self.committer.settle(command)
                     self._note_types(command.receipt)
                     self._tell(SplitSettled(self._now(), command.split.index, command.split.bytes, command.receipt))
-                case Deliver(split, block, skip):
-                    lost = self._hand_over(block, skip)
-                    if self.scheduler.limits.frail_blocks:
+                case Deliver(split, block, skip, confirm):
+                    lost = self._hand_over(block, skip, confirm)
+                    if confirm:
                         waiting.extend(self.scheduler.handle(Delivered(split, lost), self._now()))
                 case ListSplits(count):
                     self._lister.ask(count)
@@ -391,12 +391,12 @@ class Driver:
         self._tell(StepStarted(now, step.worker, self._pools.get(step.worker, ""), step.stage))
         self.substrate.submit(step)
 
-    def _hand_over(self, block: BlockRef, skip: int) -> str:
+    def _hand_over(self, block: BlockRef, skip: int, may_be_lost: bool) -> str:
         """Give the consumer a block without its first `skip` rows. Why it did not get it, "" when it did."""
         try:
             batch = self.substrate.fetch(block)
         except BlockLost as lost:
-            if not self.scheduler.limits.frail_blocks:
+            if not may_be_lost:
                 raise
             return lost.message
         if skip:

@@ -619,7 +619,7 @@ class Scheduler(Dispatcher):
                 node.running = True
                 self.waiting[DELIVER_STAGE] -= 1
                 self.consumer_waiting += 1
-                self._out.append(Deliver(split.index, node.block, split.skip))
+                self._out.append(Deliver(split.index, node.block, split.skip, confirm=True))
                 return
             split.unlink(node)
             self.waiting[DELIVER_STAGE] -= 1

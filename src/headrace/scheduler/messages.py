@@ -135,12 +135,13 @@ class ListSplits:
 @dataclass(frozen=True, slots=True)
 class Deliver:
     """Hand the block to the consumer, without its first `skip` rows: a split that was retried had delivered them before. Its
-    parts are released by a command of their own, right after.
+    parts are released by a command of their own, right after; with `confirm`, when Delivered has told how it went.
     """
 
     split: int
     block: BlockRef
     skip: int = 0
+    confirm: bool = False
 
 
 @dataclass(frozen=True, slots=True)

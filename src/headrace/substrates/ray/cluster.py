@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import queue
+import signal
 import socket
 import threading
 import time
@@ -69,7 +70,8 @@ def connect_to_stay(address: str | None) -> None:
 def _enter(address: str | None, *, stay: bool) -> None:
     with _CONNECTION.lock:
         if not ray.is_initialized():
-            _connect(address)
+            with _signals_kept():
+                _connect(address)
             _CONNECTION.ours, _CONNECTION.address, _CONNECTION.stays = True, address, False
         elif address is not None and _CONNECTION.ours and _CONNECTION.address != address:
             raise PlanError(
@@ -78,6 +80,20 @@ def _enter(address: str | None, *, stay: bool) -> None:
             )
         _CONNECTION.stays = _CONNECTION.stays or stay
         _CONNECTION.users += not stay
+
+
+@contextlib.contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray takes SIGTERM for itself as it connects."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _connect(address: str | None) -> None:
