@@ -48,9 +48,16 @@ def act(driver: Driver, *signals: int, end: BaseException | None = None, resumab
 
 @pytest.fixture(autouse=True)
 def handlers_are_restored() -> Generator[None]:
-    before = [signal.getsignal(s) for s in SIGNALS]
+    """Python's own handlers to begin with, whatever a library that another test loaded (Ray) has set; the same ones after."""
+    found = [signal.getsignal(s) for s in SIGNALS]
+    own = [signal.default_int_handler, signal.SIG_DFL]
+    for signum, handler in zip(SIGNALS, own, strict=True):
+        signal.signal(signum, handler)
     yield
-    assert [signal.getsignal(s) for s in SIGNALS] == before
+    left = [signal.getsignal(s) for s in SIGNALS]
+    for signum, handler in zip(SIGNALS, found, strict=True):
+        signal.signal(signum, handler)
+    assert left == own
 
 
 def test_sigterm_drains_and_says_what_is_left(capsys: pytest.CaptureFixture[str]) -> None:
