@@ -143,15 +143,7 @@ def _proportional(pid: int) -> tuple[int, int]:
     return sizes["Pss_Anon"] + sizes["Pss_File"], sizes["Pss_Shmem"]
 
 
-# -- rates
-
-
-def steady(log: Path) -> dict[str, float]:
-    """Stage -> rows per second between 25% and 75% of its rows, from the notes of its calls. A call's rows are spread over the
-    time since the call before it in the same process. A pipeline is as fast as the slowest of its stages: work that piles up
-    before the next one is no throughput.
-    """
-    return {stage: _steady(_notes(log, stage)) for stage in sorted({path.name.partition("-")[0] for path in log.iterdir()})}
+# -- notes of calls
 
 
 def first_answer(log: Path, stage: str) -> float:
@@ -163,22 +155,6 @@ def _notes(log: Path, stage: str) -> list[list[tuple[float, ...]]]:
     """(start, end, rows) of the calls of each process."""
     texts = [path.read_text() for path in log.glob(f"{stage}-*")]
     return [[tuple(map(float, line.split())) for line in text.splitlines()] for text in texts]
-
-
-def _steady(processes: list[list[tuple[float, ...]]]) -> float:
-    spans: list[tuple[float, float, float]] = []
-    for calls in processes:
-        since = calls[0][0]
-        for _, end, rows in calls:
-            spans.append((since, end, rows))
-            since = end
-    edges = np.unique([t for start, end, _ in spans for t in (start, end)])
-    done = np.zeros(len(edges))
-    for start, end, rows in spans:
-        done += np.clip((edges - start) / max(1e-9, end - start), 0, 1) * rows
-    total = sum(rows for _, _, rows in spans)
-    low, high = (float(np.interp(total * share, done, edges)) for share in (0.25, 0.75))
-    return total * 0.5 / (high - low)
 
 
 # -- outputs

@@ -1,7 +1,7 @@
 """The work itself, the same functions for every contestant: decoding, a simulated device, scoring, doubling a column.
 
 Nothing here knows an engine. Each function and model notes its calls (start, end, rows) in a file of its process under `log`,
-named by its stage: what steady rates are computed from.
+named by its stage: when the first one ended, and what a rate looks like inside of a run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ WORKLOADS = ("images", "tabular", "small_files")
 
 
 class Calls:
-    """Notes of calls, for the steady rate."""
+    """Notes of calls."""
 
     def __init__(self, stage: str, log: str) -> None:
         Path(log).mkdir(parents=True, exist_ok=True)
