@@ -353,6 +353,7 @@ def test_a_node_dies(connected: Any, data: Path, tmp_path: Path, what: str) -> N
     assert run.tally.balanced
     assert hr.verify(str(out)).ok
     assert run.retries >= 1
+    assert run.workers_lost == 1
 
 
 def slowly(x: np.ndarray) -> np.ndarray:
@@ -377,6 +378,87 @@ def test_a_node_that_joins_gets_work(connected: Any, data: Path, tmp_path: Path)
     assert ids(out) == list(range(240))
     nodes = {n for table in files(out).values() for n in table["node"].to_pylist()}
     assert nodes - before
+
+
+@pytest.fixture
+def looking_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    from headrace.substrates.ray import cluster
+
+    monkeypatch.setattr(cluster, "LOOK_S", 0.2)
+
+
+def preempt(cluster: Any, node: Any) -> None:
+    """A notice that the machine will be gone in ten minutes."""
+    from ray._raylet import GcsClient
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    deadline_ms = (time.time_ns() // 1_000_000) + 600_000
+    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+    accepted, why = GcsClient(address=cluster.address).drain_node(node.node_id, reason, "spot", deadline_ms)
+    assert accepted, why
+
+
+def test_a_node_with_a_preemption_notice_gets_no_new_work(
+    connected: Any, data: Path, tmp_path: Path, looking_often: None, substrates: list[Any]
+) -> None:
+    """Its workers finish the splits that they have, and that is all."""
+
+    def work(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        begun = np.full(len(batch["x"]), time.time())
+        return {**resting(0.25)(batch), "begun": begun}
+
+    node = connected.add_node(num_cpus=2, object_store_memory=STORE_BYTES)
+    out = tmp_path / "out"
+    noticed = 0.0
+
+    def notice() -> None:
+        nonlocal noticed
+        preempt(connected, node)
+        while not substrates[0].cluster.leaving:
+            time.sleep(0.01)
+        noticed = time.time() + 0.1  # the driver hears of it, too
+
+    ds = hr.read_parquet(data).map_batches(work, batch_size=5)
+    try:
+        run = during(lambda: ds.write_parquet(out, outputs="per_input", **QUIET), out, notice)
+    finally:
+        connected.remove_node(node)
+    assert ids(out) == list(range(240))
+    assert (run.retries, run.workers_lost) == (0, 0)
+    begun = [min(table["begun"].to_pylist()) for table in files(out).values()]
+    there = [node.node_id in table["node"].to_pylist() for table in files(out).values()]
+    assert any(there)
+    assert any(begin > noticed for begin in begun)
+    assert not any(here for begin, here in zip(begun, there, strict=True) if begin > noticed)
+
+
+def test_the_only_device_node_gets_a_preemption_notice(connected: Any, data: Path, tmp_path: Path, looking_often: None) -> None:
+    """Its work goes on on another one, while it is still there."""
+    here: dict[str, Any] = {"num_cpus": 0, "resources": {"spot": 1}, "object_store_memory": STORE_BYTES}
+    nodes = [connected.add_node(**here)]
+    out, shown = tmp_path / "out", tmp_path / "shown"
+    shown.mkdir()
+
+    class Slow(Listed):
+        def __call__(self, x: np.ndarray) -> np.ndarray:
+            time.sleep(0.1)
+            return x + 1
+
+    def exchange() -> None:
+        preempt(connected, nodes[0])
+        nodes.append(connected.add_node(**here))
+
+    ds = hr.read_parquet(data).predict(
+        Slow, input="x", output="w", constructor_args=[str(shown)], device="cpu", resources={"spot": 1}, batch_size=10
+    )
+    try:
+        run = during(lambda: ds.write_parquet(out, outputs="per_input", **QUIET), out, exchange)
+    finally:
+        for node in nodes:
+            connected.remove_node(node)
+    assert ids(out) == list(range(240))
+    assert (run.retries, run.workers_lost) == (0, 0)
+    assert {m["node"] for m in told(shown)} == {node.node_id for node in nodes}
 
 
 def test_the_only_device_node_dies_and_another_one_comes(connected: Any, data: Path, tmp_path: Path) -> None:
@@ -563,11 +645,11 @@ def test_a_block_that_is_lost_on_its_way_to_the_consumer(connected: Any, data: P
 
     fetch, seen = pool.fetch, []
 
-    def fetch_or_lose(part: Any) -> Any:
+    def fetch_or_lose(part: Any, wait_s: float) -> Any:
         seen.append(part)
         if len(seen) == 5:
             raise BlockLost("its node is gone")
-        return fetch(part)
+        return fetch(part, wait_s)
 
     monkeypatch.setattr(pool, "fetch", fetch_or_lose)
     batches = hr.read_parquet(data).map_batches(lambda b: {**b, "y": b["x"] * 2}).iter_batches(batch_size=10, **QUIET)
@@ -612,3 +694,13 @@ def test_chaos(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert "{'gpu node': 1, 'cpu node': 1}, 0 too late" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_an_autoscaler_brings_the_nodes_and_takes_them_away(tmp_path: Path) -> None:
+    """The script fails unless the output is whole, both nodes had a worker, and none of them is left."""
+    script = Path(__file__).parents[2] / "benchmarks" / "reliability" / "ray_autoscaler.py"
+    command = [sys.executable, str(script), "--files", "25", "--idle"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

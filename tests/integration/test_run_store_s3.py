@@ -191,6 +191,30 @@ def test_large_objects(strict: S3Server, store: S3RunStore, monkeypatch: pytest.
     assert store.size_and_digest("large.csv") == (len(data), file.digest)
 
 
+@pytest.mark.parametrize("size", [0, 1000, 18 << 20])
+def test_objects_in_pieces(strict: S3Server, store: S3RunStore, size: int) -> None:
+    """Written and read again without ever being whole in memory. What fails on the way is done again."""
+    data = os.urandom(size)
+    pieces = [data[at : at + 1_000_000] for at in range(0, size, 1_000_000)]
+    strict.faults.once("503", "PUT .*partNumber=2")
+    strict.faults.once("lost", "POST .*uploadId")
+    store.write_pieces("large", lambda: iter(pieces))
+    assert strict.objects("b") == {"out/large": data}
+    strict.faults.once("503", "GET .*large")
+    assert b"".join(store.chunks("large")) == data
+    assert list(store.chunks("nothing")) == []
+
+
+def test_an_object_that_is_replaced_while_it_is_read(store: S3RunStore) -> None:
+    for _ in range(2):
+        store.write("large", os.urandom(9 << 20))
+        chunks = store.chunks("large")
+        next(chunks)
+    store.write("large", b"another")
+    with pytest.raises(TransientError, match="was replaced"):
+        next(chunks)
+
+
 def test_odd_names(strict: S3Server, store: S3RunStore) -> None:
     names = ["a b.csv", "ä/ö.csv", "100%25.csv", "q?x=1&y.csv", "plus+#.csv"]
     files = [staged(store, name.encode(), name, f"{STAGED}-{i}") for i, name in enumerate(names)]

@@ -112,7 +112,8 @@ def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL, *, after_cra
         machine = replace(machine, devices=options.devices)
     resolved = resolve(plan)
     _check_models(resolved)
-    optimised, notes = optimise(resolved, at_end)
+    # Columns that are left unread are read after all for a row that fails: only where no row is set aside.
+    optimised, notes, carried = optimise(resolved, at_end, leave=options.on_error == "fail")
     pool_of = _PoolChoice(machine, gpus_may_come=on_ray and gpus_may_come())
     physical = make_physical(optimised, delivers=plan.write is None, pool_of=pool_of, at_end=at_end, networked=on_ray)
     program = Program(
@@ -124,6 +125,7 @@ def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL, *, after_cra
         deterministic=options.deterministic,
         on_error=options.on_error,
         sys_path=tuple(sys.path),
+        carried=carried,
     )
     choice = choose_engine(options.engine, program, cores, timeout=options.timeout, after_crash=after_crash)
     notes = (*notes, f"engine {choice.engine}: {choice.why}")

@@ -19,7 +19,7 @@ from headrace.connectors.storage import is_remote
 from headrace.contracts.accumulator import Accumulator
 from headrace.contracts.observer import Observer
 from headrace.contracts.sink import Sink
-from headrace.core.errors import DestinationError, HeadraceError, InternalError, PlanError
+from headrace.core.errors import HeadraceError, InternalError, PlanError
 from headrace.core.events import RunStarted
 from headrace.core.guards import guard_name
 from headrace.core.options import ActionOptions, RunOptions
@@ -32,6 +32,7 @@ from headrace.runtime.driver import Driver
 from headrace.runtime.ledger import (
     OpenedRun,
     check_latest,
+    check_presence,
     compare_listing,
     mark_complete,
     open_run,
@@ -51,6 +52,8 @@ if TYPE_CHECKING:
     from headrace.contracts.substrate import Substrate
     from headrace.observe.run import Run
 
+JOIN_BYTES = 16 << 20  # of blocks for a model on Ray: putting one, and the calls for it, take milliseconds of several processes
+
 
 def _substrate(prepared: Prepared, must_see: str | None, refs: bool) -> Substrate:
     """must_see: a file of the run's destination, where that is a path of this machine. refs: see make_driver."""
@@ -58,7 +61,8 @@ def _substrate(prepared: Prepared, must_see: str | None, refs: bool) -> Substrat
     if engine == "ray":
         from headrace.substrates.ray.pool import RaySubstrate
 
-        return RaySubstrate(shapes=prepared.cluster, must_see=must_see, delivers_refs=refs)
+        follows = prepared.options.memory_bytes is None
+        return RaySubstrate(shapes=prepared.cluster, must_see=must_see, delivers_refs=refs, budget_follows=follows)
     if engine == "inline":
         from headrace.substrates.inline import InlineSubstrate
 
@@ -93,6 +97,7 @@ def make_driver(
         budget_bytes=prepared.budget_bytes,
         fail_on_bad_rows=options.on_error == "fail",
         frail_blocks=prepared.engine == "ray",
+        join_bytes=JOIN_BYTES if prepared.engine == "ray" else 0,
         max_bad_rows=options.max_bad_rows,
         max_bad_fraction=options.max_bad_fraction,
         settled_before=committer.tally,
@@ -264,7 +269,7 @@ def _finished_before(ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.
     summary = opened.state.finished
     if not opened.complete:
         _show(sink, opened, committer, summary, schema)
-    _check_presence(opened, committer)
+    check_presence(opened, committer.files)
     run = finished_before(
         summary,
         committer.results(),
@@ -277,18 +282,6 @@ def _finished_before(ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.
     if ready.options.progress != "quiet":
         print(f"headrace: {run.name}: nothing to do: finished before ({run.rows:,} rows)", file=sys.stderr)
     return run
-
-
-def _check_presence(opened: OpenedRun, committer: Committer) -> None:
-    """Raises DestinationError when output files of a finished run have been removed since."""
-    there = set(opened.store.names(""))
-    missing = [f.name for f in committer.files if f.kind == "output" and f.name not in there]
-    if missing:
-        raise DestinationError(
-            f"the run was finished, but {len(missing):,} of its output files are no longer there",
-            where=(("destination", opened.store.root), ("missing", ", ".join(missing[:5]))),
-            hint="fresh=True writes the output anew; headrace.verify tells what is left of it",
-        )
 
 
 class _Waiting:

@@ -182,10 +182,12 @@ class _Check:
     def _check_others(self, listed: Iterable[OutputFile]) -> None:
         """No other file that a reader of the destination would take for output."""
         known = {f.name for f in listed}
+        others: list[str] = []
         for name in self.store.names(""):
             hidden = any(part[:1] in ("_", ".") for part in name.split("/"))
             if not hidden and name not in known and name.endswith(_SUFFIXES):
-                self.problems.append(f"{_short(name)}: it is not in the manifest")
+                others.append(name)
+        self.problems += [f"{_short(name)}: it is not in the manifest" for name in sorted(others)]
 
     def _check_log(self, state: LogState, listed: Iterable[OutputFile], tally: Tally) -> None:
         if state.finished is None:

@@ -22,7 +22,7 @@ import secrets
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,10 @@ from headrace.core.receipts import OutputFile
 
 T = TypeVar("T")
 
+Pieces = Callable[[], Iterable[bytes]]
+"""An object's bytes, piece by piece; called again when a try has failed."""
+
+CHUNK_BYTES = 1 << 20
 SYNC_THREADS = 8  # fsyncs at once: 80 us a file instead of 180 where the disk has a queue
 COPY_THREADS = 16  # requests at once, each some 20 ms of waiting
 COPY_MOST_BYTES = 5 << 30  # S3 copies no larger object in one request
@@ -113,7 +117,7 @@ class LocalRunStore:
     def create(self, name: str, data: bytes) -> bool:
         path = self._path(name, make=True)
         with self._errors(path):
-            temporary = self._written(data)
+            temporary = self._written((data,))
             try:
                 made = self._link(temporary, path)
             finally:
@@ -135,10 +139,25 @@ class LocalRunStore:
         except OSError as e:
             raise DestinationError(f"can't read there: {e.strerror}", where=(("file", path),)) from e
 
+    def chunks(self, name: str) -> Iterator[bytes]:
+        path = self._path(name)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                while data := file.read(CHUNK_BYTES):
+                    yield data
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return
+        except OSError as e:
+            raise DestinationError(f"can't read there: {e.strerror}", where=(("file", path),)) from e
+
     def write(self, name: str, data: bytes) -> None:
+        self.write_pieces(name, lambda: (data,))
+
+    def write_pieces(self, name: str, pieces: Pieces) -> None:
+        """As `write`, for what is too large for memory."""
         path = self._path(name, make=True)
         with self._errors(path):
-            temporary = self._written(data)
+            temporary = self._written(pieces())
             try:
                 os.replace(temporary, path)
             finally:
@@ -161,7 +180,7 @@ class LocalRunStore:
         pairs = zip(files, paths, good, strict=True)
         return tuple(f for f, path, ok in pairs if not ok or os.path.dirname(path) in bad_folders)
 
-    def publish(self, files: Sequence[OutputFile], replace: Collection[str] = ()) -> None:
+    def publish(self, files: Sequence[OutputFile], replace: Container[str] = ()) -> None:
         """replace: final names that may be taken by older files."""
         files = [f for f in files if f.staged]
         folders: set[str] = set()
@@ -222,7 +241,7 @@ class LocalRunStore:
         """Learn whether there are hard links, and else locks."""
         other = self._path(f"{_TEMPORARY}-{secrets.token_hex(8)}", make=True)
         with self._errors(other):
-            temporary = self._written(b"")
+            temporary = self._written((b"",))
             try:
                 self._link(temporary, other)
             finally:
@@ -320,13 +339,13 @@ class LocalRunStore:
                 return
             at = os.path.dirname(at)
 
-    def _written(self, data: bytes) -> str:
+    def _written(self, pieces: Iterable[bytes]) -> str:
         """A temporary file with these bytes, durable."""
         name = f"{_TEMPORARY}-{os.getpid()}-{threading.get_ident()}-{next(self._count)}-{secrets.token_hex(4)}"
         path = self._path(name, make=True)
         try:
-            write_whole(path, data, sync=True)
-        except OSError:
+            _write(path, pieces, sync=True)
+        except BaseException:
             _unlink(path)
             raise
         return path
@@ -401,13 +420,19 @@ def forget_folders(root: str) -> None:
     _made_folders.difference_update([made for made in _made_folders if made.startswith(root)])
 
 
-def write_whole(path: str, data: Any, *, sync: bool = False) -> None:
-    """A file of these bytes. A write that a full disk cuts short goes on, and fails."""
+def write_whole(path: str, data: Any) -> None:
+    """A file of these bytes."""
+    _write(path, (data,))
+
+
+def _write(path: str, pieces: Iterable[Any], *, sync: bool = False) -> None:
+    """A write that a full disk cuts short goes on, and fails."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
-        view = memoryview(data)
-        while len(view):
-            view = view[os.write(descriptor, view) :]
+        for piece in pieces:
+            view = memoryview(piece)
+            while len(view):
+                view = view[os.write(descriptor, view) :]
         if sync:
             os.fsync(descriptor)
     finally:
@@ -468,19 +493,21 @@ def _remove_tree(path: str) -> None:
 
 
 def _walk(top: str, prefix: str) -> Iterator[str]:
-    """Files below, sorted by their names as S3 sorts keys."""
+    """Files below. In the order of the directory: sorting would keep millions of names in memory."""
+    folders: list[str] = []
     try:
         with os.scandir(top) as entries:
-            found = sorted((e.name + "/" if e.is_dir(follow_symlinks=False) else e.name, e.path) for e in entries)
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.name)
+                else:
+                    yield prefix + entry.name
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as e:
         raise DestinationError(f"can't list the directory: {e.strerror}", where=(("folder", top),)) from e
-    for name, path in found:
-        if name.endswith("/"):
-            yield from _walk(path, prefix + name)
-        else:
-            yield prefix + name
+    for name in folders:
+        yield from _walk(f"{top}/{name}", f"{prefix}{name}/")
 
 
 class S3RunStore:
@@ -522,6 +549,52 @@ class S3RunStore:
         key = self._key(name)
         self._written(name, lambda: obstore.put(self._store(), key, data, use_multipart=False))
 
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """Raises TransientError when the object is replaced meanwhile."""
+        import obstore
+        from obstore.exceptions import PreconditionError
+
+        key, uri = self._key(name), self.uri(name)
+        head: Any = {"head": True}
+        there = storage.found(uri, lambda: obstore.get(self._store(), key, options=head))
+        size, etag = (0, None) if there is None else (there.meta["size"], there.meta["e_tag"])
+
+        def part(start: int) -> bytes | None:
+            options: Any = {"range": (start, min(start + storage.REQUEST_BYTES, size)), "if_match": etag}
+            try:
+                return bytes(obstore.get(self._store(), key, options=options).bytes())
+            except PreconditionError:
+                return None
+
+        for start in range(0, size, storage.REQUEST_BYTES):
+            data = storage.found(uri, lambda start=start: part(start))
+            if data is None:
+                raise TransientError("the object was replaced while it was read", where=(("file", uri),))
+            yield data
+
+    def write_pieces(self, name: str, pieces: Pieces) -> None:
+        """As `write`, for what is too large for memory."""
+        import obstore
+
+        first = bytearray()
+        for piece in pieces():
+            first += piece
+            if len(first) > storage.REQUEST_BYTES:
+                break
+        else:
+            return self.write(name, bytes(first))
+        key, store = self._key(name), self._store(bulk=True)
+
+        def put() -> None:
+            try:
+                obstore.put(store, key, iter(pieces()), chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+            except FileNotFoundError as e:
+                if "NoSuchUpload" not in str(e):
+                    raise
+                raise ConnectionError("an upload in parts is gone") from e  # or completed, and its answer lost
+
+        return self._written(name, put)
+
     def names(self, folder: str) -> Iterator[str]:
         prefix = self._key(folder) if folder else self._prefix
         cut = len(self._prefix) + 1 if self._prefix else 0
@@ -530,7 +603,7 @@ class S3RunStore:
     def sync(self, files: Sequence[OutputFile]) -> tuple[OutputFile, ...]:
         return ()
 
-    def publish(self, files: Sequence[OutputFile], replace: Collection[str] = ()) -> None:
+    def publish(self, files: Sequence[OutputFile], replace: Container[str] = ()) -> None:
         """replace: final names that may be taken by older files."""
         files = [f for f in files if f.staged]
         with ThreadPoolExecutor(min(COPY_THREADS, max(1, len(files))), thread_name_prefix="headrace-copy") as pool:
@@ -538,8 +611,7 @@ class S3RunStore:
         self._delete([self._key(f.staged) for f in files])
 
     def remove(self, name: str) -> None:
-        below = [self._key(n) for n in self.names(name)]
-        self._delete([self._key(name), *below])
+        self._delete(itertools.chain([self._key(name)], map(self._key, self.names(name))))
 
     # -- for sinks
 
@@ -605,7 +677,7 @@ class S3RunStore:
         return sorted(meta["path"][cut:] for meta in found["objects"])
 
     def remove_all(self, names: Iterable[str]) -> None:
-        self._delete([self._key(name) for name in names])
+        self._delete(map(self._key, names))
 
     def size_and_digest(self, name: str) -> tuple[int, str] | None:
         """Of the object's bytes, read; None when there is none."""
@@ -719,12 +791,12 @@ class S3RunStore:
 
         return storage.found(self.uri(file.name), lambda: asyncio.run(carry())) is not None
 
-    def _delete(self, keys: Sequence[str]) -> None:
+    def _delete(self, keys: Iterable[str]) -> None:
         """Absent ones are no error."""
         import obstore
 
-        for start in range(0, len(keys), DELETE_AT_ONCE):
-            part = list(keys[start : start + DELETE_AT_ONCE])
+        left = iter(keys)
+        while part := list(itertools.islice(left, DELETE_AT_ONCE)):
             with contextlib.suppress(FileNotFoundError):
                 self._written(PRIVATE, lambda part=part: obstore.delete(self._store(), part))
 

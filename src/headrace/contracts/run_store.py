@@ -32,12 +32,16 @@ class RunStore(Protocol):
         """The object's bytes; None when there is none."""
         ...
 
+    def chunks(self, name: str) -> Iterator[bytes]:
+        """The object's bytes, piece by piece, each of some megabytes at most; nothing when there is none. For large objects."""
+        ...
+
     def write(self, name: str, data: bytes) -> None:
         """Atomically over what is there, durable on return. For advice (a heartbeat) and for what comes last (the manifest)."""
         ...
 
     def names(self, folder: str) -> Iterator[str]:
-        """All objects below `folder`, sorted; none when there is no such folder."""
+        """All objects below `folder`, in any order, in little memory; none when there is no such folder."""
         ...
 
     def sync(self, files: Sequence[OutputFile]) -> tuple[OutputFile, ...]:

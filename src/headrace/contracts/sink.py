@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from headrace.contracts.run_store import RunStore
+from headrace.contracts.source import Source
+from headrace.core.carried import Carried
 from headrace.core.receipts import LineageRun, OutputFile, Receipt
+from headrace.core.refs import Origin
 from headrace.core.splits import Split
 
 if TYPE_CHECKING:
@@ -89,3 +92,24 @@ class Sink(Protocol):
     def describe(self) -> str:
         """One line for explain(). No secrets."""
         ...
+
+
+class CarryingWriter(SplitWriter, Protocol):
+    def write_rows(self, batch: pa.RecordBatch, origin: Origin) -> None:
+        """As `write`, of rows each of which is known to come from a row of the input; in their order there. The batch may lack
+        carried columns: they are those of the input's rows.
+        """
+        ...
+
+
+@runtime_checkable
+class CarryingSink(Sink, Protocol):
+    """A sink that takes columns over from the input in the form in which they are stored there."""
+
+    def carries(self, source: Source, columns: Sequence[str]) -> frozenset[str]:
+        """Those of the source's columns that it would take over, for most of the input. What does not fit there after all is
+        read and written like any other column.
+        """
+        ...
+
+    def open_carrying(self, split: Split, attempt: int, carried: Carried, source: Source) -> CarryingWriter: ...

@@ -86,3 +86,12 @@ class Source(Protocol):
     def describe(self) -> str:
         """One line for explain(): format, place, columns and predicate in force. No secrets."""
         ...
+
+
+@runtime_checkable
+class LeavingSource(Source, Protocol):
+    def leave(self, columns: frozenset[str]) -> Source:
+        """The same source, whose blocks may lack these columns, those of a split all or none: its sink takes them from the
+        input. The schema still names them.
+        """
+        ...

@@ -101,6 +101,15 @@ class WorkerReplaced:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerGone:
+    """A worker that had come up is lost with its node. Others may be started elsewhere, in nobody's place."""
+
+    at_s: float
+    worker: int
+    pool: str
+
+
+@dataclass(frozen=True, slots=True)
 class Noted:
     """Something that people should know while the run goes on: memory pressure, draining, a lost worker. Lines after the first
     are details, such as a stack.
@@ -122,7 +131,7 @@ class MemorySampled:
 @dataclass(frozen=True, slots=True)
 class ClusterSampled:
     """nodes: alive; leaving: those of them that are about to go. workers: pool -> workers that are up. store_bytes: blocks of
-    the run in the nodes' object stores.
+    the run in the nodes' object stores. budget_bytes: what blocks may take now; 0: as when the run began.
     """
 
     at_s: float
@@ -130,6 +139,7 @@ class ClusterSampled:
     leaving: int
     workers: dict[str, int]
     store_bytes: int
+    budget_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +160,7 @@ RunEvent = (
     | SplitSettled
     | SplitRetried
     | WorkerReplaced
+    | WorkerGone
     | Noted
     | MemorySampled
     | ClusterSampled

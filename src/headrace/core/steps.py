@@ -64,7 +64,7 @@ class Advance:
     split: sent with a source's or a sink's first step; None afterwards and for stages that need none.
     end: no input will follow these. A source cursor has no inputs and end=True.
     credit_bytes: stop after a block that brings the output to this much. credit_s: stop at the next block
-    boundary after this many seconds.
+    boundary after this many seconds. join_bytes: smaller outputs of this step travel as one block, up to this much.
     limit_left: for a stage that starts with `limit`: how many rows may still pass, None elsewhere.
     suspects: sent with a cursor's first step: what the split's earlier attempts died on.
     """
@@ -80,6 +80,7 @@ class Advance:
     end: bool = False
     credit_bytes: int = 0
     credit_s: float = 1.0
+    join_bytes: int = 0
     limit_left: int | None = None
     suspects: tuple[Suspect, ...] = ()
 
@@ -207,6 +208,7 @@ class WorkerLost:
     """The worker died. reason: "killed by signal 9", "no answer for 30 s", ... doing: its last breadcrumb, None when no user
     code was at work. stack: of all its threads, when it hung. started: it had come up before. pool: that it belonged to.
     gone: its place is gone with it (the node died or leaves): it was no fault of what ran there, and no worker takes its place.
+    untold: nobody could be asked what it died of: its node may be about to be found dead.
     """
 
     worker: int
@@ -216,6 +218,7 @@ class WorkerLost:
     started: bool = True
     pool: str = ""
     gone: bool = False
+    untold: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,11 +233,14 @@ class WorkerResting:
 
 @dataclass(frozen=True, slots=True)
 class RoomOffered:
-    """There is room for another worker: a node has joined. Answered by AddWorker, or by nothing."""
+    """There is room for another worker. Answered by AddWorker, or by nothing. node: "" for one that is to come. why: for
+    people.
+    """
 
     pool: str
     device: str
     node: str
+    why: str = "a node has joined"
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ from headrace.core.events import (
     SplitsFound,
     StepFinished,
     StepStarted,
+    WorkerGone,
     WorkerReplaced,
 )
 from headrace.core.receipts import NO_ROWS, Tally
@@ -88,7 +89,7 @@ class Live:
         self._before = NO_ROWS  # of earlier ones
         self._settled_before = 0
         self._retries = 0
-        self._workers_lost = 0
+        self._workers_lost: set[int] = set()
         self._cluster: ClusterSampled | None = None
         self._found_splits = 0
         self._found_bytes = 0
@@ -131,8 +132,9 @@ class Live:
                 self._retries += 1
                 self._tally = minus(self._tally, event.tally)
             case WorkerReplaced() if event.replaces is not None:
-                self._workers_lost += 1
-                self._workers.pop(event.replaces, None)
+                self._lose(event.replaces)
+            case WorkerGone():
+                self._lose(event.worker)
             case RunStarted():
                 self.started = event
                 self._before, self._settled_before = event.tally, event.settled
@@ -141,6 +143,10 @@ class Live:
                 self._tally = minus(event.tally, self._before)
             case _:
                 pass
+
+    def _lose(self, worker: int) -> None:
+        self._workers_lost.add(worker)
+        self._workers.pop(worker, None)
 
     def picture(self, now_s: float) -> Picture:
         start_s = self.started.at_s if self.started else now_s
@@ -170,7 +176,7 @@ class Live:
             bad_rows=self._before.bad + self._tally.bad,
             quarantine=self.started.quarantine if self.started else "",
             retries=self._retries,
-            workers_lost=self._workers_lost,
+            workers_lost=len(self._workers_lost),
             cluster=self._cluster,
         )
         if not samples or now_s - samples[-1].at_s >= BUSY_WINDOW_S / 12:

@@ -29,6 +29,7 @@ from headrace.core.events import (
     SplitRetried,
     SplitSettled,
     StepFinished,
+    WorkerGone,
     WorkerReplaced,
 )
 from headrace.core.guards import split_guards
@@ -114,8 +115,8 @@ class Run:
     first_output_s: from the start to the first row written or delivered, None when there was none. peak_rss_bytes: anonymous
     memory of driver and workers, sampled.
     run_id: the run's name in its destination, "" when nothing is kept. sessions: how many have worked on it, with this one.
-    resumed_splits, resumed_rows: done before this session. retries: splits that were started again. workers_lost: that died or
-    hung, and were replaced. quarantine: where rows that failed (tally.quarantined) are set aside, "" when they are not.
+    resumed_splits, resumed_rows: done before this session. retries: splits that were started again. workers_lost: that died,
+    hung, or went with their node. quarantine: where rows that failed (tally.quarantined) are set aside, "" when they are not.
     finished: False for a run that was stopped, or failed. already_done: an earlier call had finished it, this one did nothing.
     nodes: of a cluster, the most that there were at a time; 0 on one machine.
     guards: what is wrong with outputs of models, {operator: {"nan": {column: values}, "infinite": {column: values}, "failed":
@@ -197,7 +198,11 @@ def finished_before(
         value = summary.get(name)
         return value if isinstance(value, str) else ""
 
-    outputs = [f for f in files if f.kind == "output"]
+    output_files = output_bytes = 0
+    for file in files:  # once: it may be millions, made as they are asked for
+        if file.kind == "output":
+            output_files += 1
+            output_bytes += file.bytes
     metrics, guards = split_guards(metrics, ops)
     return Run(
         name=text("name"),
@@ -205,8 +210,8 @@ def finished_before(
         rows=tally.written,
         tally=tally,
         splits=splits,
-        output_files=len(outputs),
-        output_bytes=sum(f.bytes for f in outputs),
+        output_files=output_files,
+        output_bytes=output_bytes,
         metrics=metrics,
         guards=guards,
         run_id=run,
@@ -255,6 +260,7 @@ class RunRecorder:
         self._tally = Tally()
         self._splits = 0
         self._retries = 0
+        self._lost: set[int] = set()
         self._place: dict[int, int] = {}  # worker that replaced another -> the first one in its place
         self._notes: list[str] = []
         self._files = 0
@@ -262,6 +268,7 @@ class RunRecorder:
         self._peak_in_flight = 0
         self._peak_rss = 0
         self._nodes = 0
+        self._most_budget = 0
         self._most: dict[str, int] = {}  # pool -> the most workers at a time, where they come and go
         self._stages: dict[int, _StageSum] = {}
         self._stage_pool: dict[int, str] = {}
@@ -284,12 +291,16 @@ class RunRecorder:
                 self._peak_rss = max(self._peak_rss, event.rss_bytes)
             case ClusterSampled():
                 self._nodes = max(self._nodes, event.nodes)
+                self._most_budget = max(self._most_budget, event.budget_bytes)
                 for pool, workers in event.workers.items():
                     self._most[pool] = max(self._most.get(pool, 0), workers)
             case SplitRetried():
                 self._retries += 1
             case WorkerReplaced() if event.replaces is not None:
+                self._lost.add(event.replaces)
                 self._place[event.worker] = self._place.get(event.replaces, event.replaces)
+            case WorkerGone():
+                self._lost.add(event.worker)
             case Noted():
                 if len(self._notes) < MOST_NOTES:
                     self._notes.append(event.text.partition("\n")[0])
@@ -324,7 +335,7 @@ class RunRecorder:
             bottleneck=find_bottleneck(pools, stages, wall_s),
             peak_in_flight_bytes=self._peak_in_flight,
             peak_rss_bytes=self._peak_rss,
-            budget_bytes=started.budget_bytes,
+            budget_bytes=max(started.budget_bytes, self._most_budget),
             output_files=self._files,
             output_bytes=self._file_bytes,
             metrics=metrics,
@@ -336,7 +347,7 @@ class RunRecorder:
             resumed_splits=started.settled,
             resumed_rows=started.tally.written,
             retries=self._retries,
-            workers_lost=len(self._place),
+            workers_lost=len(self._lost),
             quarantine=started.quarantine,
             nodes=self._nodes,
             finished=self._finished is not None and not self._finished.error,

@@ -54,10 +54,13 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Project:
-    """select, drop and rename, normalised. columns: (output name, input name) in output order."""
+    """select, drop and rename, normalised. columns: (output name, input name) in output order. left: input names that may not
+    be there, because the sink takes them from the input.
+    """
 
     columns: tuple[tuple[str, str], ...]
     name: str = "select"
+    left: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -239,7 +239,7 @@ class CommitLoop:
 class Committer:
     """One run's. opened None: nothing is logged (counts, consumers), and totals are kept in memory alone.
 
-    tally, splits: over all sessions of the run. Memory: states of open splits, a total per metric, about 50 bytes a split.
+    tally, splits: over all sessions of the run. Memory: states of open splits, a total per metric, a byte a split.
     """
 
     def __init__(self, accumulators: Mapping[str, Accumulator], opened: OpenedRun | None = None) -> None:

@@ -32,6 +32,7 @@ from headrace.core.events import (
     SplitsFound,
     StepFinished,
     StepStarted,
+    WorkerGone,
     WorkerReplaced,
 )
 from headrace.core.receipts import NO_ROWS, Receipt, Tally
@@ -48,6 +49,7 @@ from headrace.runtime.watch import StepWatch
 from headrace.scheduler.machine import Scheduler
 from headrace.scheduler.messages import (
     AddWorker,
+    BudgetChanged,
     Command,
     ConsumerTook,
     Deliver,
@@ -499,6 +501,8 @@ class Driver:
             if len(lines) > STACK_LINES:
                 text += f"\n... and {len(lines) - STACK_LINES} lines more"
         self._tell(Noted(self._now(), text))
+        if event.gone and event.started:
+            self._tell(WorkerGone(self._now(), event.worker, pool))
         return path
 
     def _note_rest(self, event: WorkerResting) -> None:
@@ -555,9 +559,12 @@ class Driver:
         in_all = own_bytes if cluster is None else cluster.memory_bytes
         self._tell(MemorySampled(now, self.scheduler.in_flight, in_all))
         if cluster is not None:
-            self._tell(ClusterSampled(now, cluster.nodes, cluster.leaving, cluster.workers, cluster.store_bytes))
+            seen = (cluster.nodes, cluster.leaving, cluster.workers, cluster.store_bytes, cluster.budget_bytes)
+            self._tell(ClusterSampled(now, *seen))
             if not last:
                 self.substrate.want(self.scheduler.wanted_workers())  # type: ignore[attr-defined]
+                if cluster.budget_bytes and cluster.budget_bytes != self.scheduler.limits.budget_bytes:
+                    self._carry(self.scheduler.handle(BudgetChanged(cluster.budget_bytes), now))
         if (changed or self._governor.level >= 2) and not last:  # at the highest level, each sample lets more go to disk
             if note:
                 self._tell(Noted(now, note))

@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -38,6 +38,9 @@ from headrace.commit.names import (
 from headrace.commit.protocol import taken_over
 from headrace.commit.records import Claim, Listed, Record, Replaced, Segment, decode, encode
 from headrace.commit.state import LogState
+from headrace.connectors.name_set import NameSet
+from headrace.connectors.sinks.manifest import value_in
+from headrace.connectors.spool import FileSpool
 from headrace.contracts.run_store import RunStore
 from headrace.core.errors import DestinationError, HeadraceError, TransientError
 from headrace.core.receipts import OutputFile
@@ -48,6 +51,7 @@ WATCH_S = 30  # a heartbeat comes every 5 s; six of them missing is a dead drive
 TRIES = 5  # for what the store itself has given up on
 ROUNDS = 20  # other drivers that may be quicker than this one
 READ_AHEAD = 16  # log objects read at once when there are many: each costs an object store's latency
+NAMED = 5  # missing files that a message names
 
 Differences = Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]
 T = TypeVar("T")
@@ -266,11 +270,8 @@ class _Opening:
         """Does the destination say that this run is its output, and has all been done that belongs to it?"""
         if self._read(complete_name(run)) is None:
             return False
-        try:
-            manifest = json.loads(self._read(MANIFEST) or b"null")
-        except ValueError:
-            return False
-        return isinstance(manifest, dict) and manifest.get("run") == run and self._read(SUCCESS) is not None
+        shown = self._patiently(lambda: value_in(self.store.chunks(MANIFEST), "run"))
+        return shown == run and self._read(SUCCESS) is not None
 
     # ---------------------------------------------------------------- whose run
 
@@ -345,10 +346,7 @@ class _Opening:
         After the claim only: until then their driver might log and publish.
         """
         staged = set(self._patiently(lambda: list(self.store.names(staging_folder(run)))))
-        self._check_presence(run, state, staged)
-        if not staged:
-            return ()
-        kept = tuple(f for f in state.settled.files if f.staged in staged)
+        kept = self._still_staged(run, state, staged)
         named = {f.staged for f in kept}
         for name in staged:
             if name not in named and 0 <= staged_epoch(run, name) < state.epoch:
@@ -358,18 +356,28 @@ class _Opening:
                     break  # litter; the end of the run removes it
         return kept
 
-    def _check_presence(self, run: str, state: LogState, staged: set[str]) -> None:
-        """staged: listed before, so that a file which moves meanwhile is seen in one place at least."""
+    def _still_staged(self, run: str, state: LogState, staged: set[str]) -> tuple[OutputFile, ...]:
+        """Files that the log names and that are staged. The others have to be there under their final names.
+
+        staged: listed before, so that a file which moves meanwhile is seen in one place at least.
+        """
         if not len(state.settled):
-            return
-        there = set(self._patiently(lambda: list(self.store.names(""))))
-        missing = [f.name for f in state.settled.files if f.staged and f.staged not in staged and f.name not in there]
-        if missing:
+            return ()
+        there = self._patiently(lambda: NameSet(self.store.names("")))
+        kept: list[OutputFile] = []
+        missing = _Missing()
+        for file in state.settled.files:
+            if file.staged in staged:
+                kept.append(file)
+            elif file.staged and file.name not in there:
+                missing.add(file.name)
+        if missing.count:
             raise DestinationError(
-                f"{len(missing):,} files that the run log names are neither published nor staged",
-                where=(("destination", self.store.root), ("run", run), ("missing", ", ".join(missing[:5]))),
+                f"{missing.count:,} files that the run log names are neither published nor staged",
+                where=(("destination", self.store.root), ("run", run), ("missing", ", ".join(missing.first))),
                 hint="was the destination cleaned up? fresh=True begins a new run, another path keeps what is there",
             )
+        return tuple(kept)
 
     # ---------------------------------------------------------------- the store
 
@@ -383,6 +391,34 @@ class _Opening:
             except TransientError:
                 self.sleep(1.0)
         return action()
+
+
+class _Missing:
+    """Names, counted; the first few kept."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[str] = []
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if len(self.first) < NAMED:
+            self.first.append(name)
+
+
+def check_presence(opened: OpenedRun, files: Sequence[OutputFile]) -> None:
+    """files: of a finished run. Raises DestinationError when outputs among them have been removed since."""
+    there = NameSet(opened.store.names(""))
+    missing = _Missing()
+    for file in files:
+        if file.kind == "output" and file.name not in there:
+            missing.add(file.name)
+    if missing.count:
+        raise DestinationError(
+            f"the run was finished, but {missing.count:,} of its output files are no longer there",
+            where=(("destination", opened.store.root), ("missing", ", ".join(missing.first))),
+            hint="fresh=True writes the output anew; headrace.verify tells what is left of it",
+        )
 
 
 def check_latest(opened: OpenedRun) -> None:
@@ -439,7 +475,7 @@ def write_heartbeat(store: RunStore, run: str, epoch: int, identity: Identity, a
 
 def replay(store: RunStore, run: str) -> LogState:
     """What the log amounts to. Raises DestinationError for a damaged one."""
-    state = LogState(run)
+    state = LogState(run, FileSpool())
     for data in read_log(store, run, 0):
         state.apply(decode(run, state.next, data))
     return state

@@ -13,6 +13,7 @@ admitted work that it may do.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from heapq import heappop, heappush
 
 from headrace.core.errors import InternalError
@@ -46,7 +47,9 @@ APPLY_BYTES = 32 << 20  # a model step gathers blocks up to this much, or the st
 WANTED_BYTES = 256 << 20  # up to this much when its model has said how many rows it wants
 APPLY_BLOCKS = 64
 LIST_AHEAD = 512  # splits known beforehand: share done and time left are exact where there are no more; about 5 kB each
+WARM_STEPS = 2  # of each worker at a stage, before its blocks are joined
 FRONT_BLOCKS = 4  # past the budget, blocks of the oldest split that may wait before its front makes more
+MOST_READING = 256  # open splits that are looked at when the route of the next one is chosen
 OPEN_PER_WORKER = 4  # open splits per worker, beyond 16: a bound for splits that wait for others, as behind a limit
 
 
@@ -83,6 +86,7 @@ class Dispatcher:
         self.producing: dict[int, int] = {s.id: 0 for s in plan.stages}
         self.cursors: dict[int, int] = {s.id: 0 for s in plan.stages}  # open cursors of each stage
         self.stage_workers: dict[int, set[int]] = {s.id: set() for s in plan.stages if s.max_workers is not None}
+        self.advanced: dict[int, int] = {s.id: 0 for s in plan.stages}  # steps of its cursors
         self.measures = {s.id: Measure(self.limits.block_bytes) for s in plan.stages}
         self.wanted_rows: dict[int, int] = {}  # model stage -> rows for one step, as its workers said last
         self.steps: dict[int, StepEntry] = {}
@@ -445,8 +449,21 @@ class Dispatcher:
             listing_done=self.listing_done,
             workers=self._cpus(),
             listed=self.listed,
+            reading=self._being_read(routes[0]) if self.listing_done and len(self.pending) <= self._cpus() else (),
         )
         return routes[0] if fused else routes[-1]
+
+    def _being_read(self, route: Route) -> Sequence[float]:
+        """Bytes left of each open split on this route whose source is not done; of very many none are told."""
+        if len(self.open) > MOST_READING:
+            return ()
+        found: list[float] = []
+        for state in self.open.values():
+            if not state.source_done and state.route is route:
+                rows = state.split.rows
+                share = min(1.0, state.tally.rows_in / rows) if rows else 0.5
+                found.append(state.split.bytes * (1.0 - share))
+        return found
 
     def _cpus(self) -> int:
         """CPU workers that there are or soon will be."""
@@ -488,6 +505,8 @@ class Dispatcher:
         if cursor is split.source and not cursor.started:
             worker.sources += 1
         self._next_step += 1
+        self.advanced[stage.id] += 1
+        join_bytes = self._join_bytes(stage, split)
         step = Advance(
             self._next_step,
             worker.id,
@@ -498,8 +517,9 @@ class Dispatcher:
             split.split if named else None,
             cursor.fed,
             end,
-            self.limits.credit_bytes,
+            max(self.limits.credit_bytes, join_bytes),
             self.limits.slice_s,
+            join_bytes,
             self._limit_left(stage, split),
             () if cursor.started else split.history.suspects,
         )
@@ -510,6 +530,15 @@ class Dispatcher:
         worker.cursors[cursor.id] = cursor
         cursor.state = CursorState.RUNNING
         self._submit(worker, stage, step, (), cursor)
+
+    def _join_bytes(self, stage: Stage, split: SplitState) -> int:
+        """The first blocks of a run leave by themselves: the sooner its model and its consumer begin. So do those that several
+        workers share, which come as cut.
+        """
+        following = self.following[split.route.name][stage.id]
+        if following is None or following == DELIVER_STAGE or not self.stages[following].model:
+            return 0
+        return self.limits.join_bytes if self.advanced[stage.id] > WARM_STEPS * self.pools[stage.pool].awake else 0
 
     def _limit_left(self, stage: Stage, split: SplitState) -> int | None:
         """How many of the split's rows may still pass; for one that had its turn in an earlier attempt, as many as then."""

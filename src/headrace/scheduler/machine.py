@@ -36,6 +36,7 @@ from headrace.core.steps import (
 from headrace.scheduler.dispatch import Dispatcher
 from headrace.scheduler.messages import (
     AddWorker,
+    BudgetChanged,
     Command,
     ConsumerTook,
     Deliver,
@@ -129,9 +130,9 @@ class Scheduler(Dispatcher):
                 if (state := self.workers.get(worker)) is not None:
                     self.pools[state.pool].rest(state, resting)
                     self._file(state)
-            case RoomOffered(pool, device, node):
+            case RoomOffered(pool, device, node, why):
                 if pool in self.plan.pools and not self.draining:
-                    self._ask_for_worker(pool, None, "a node has joined", device, node)
+                    self._ask_for_worker(pool, None, why, device, node)
             case PartsLost(parts, reason):
                 self._on_parts_lost(parts, reason)
             case Delivered():
@@ -142,6 +143,8 @@ class Scheduler(Dispatcher):
                 self.pressure = level
                 if level >= 2:
                     self._spill()
+            case BudgetChanged(budget_bytes):
+                self.limits = replace(self.limits, budget_bytes=budget_bytes)
             case PartsSpilled(parts):
                 self._on_spilled(parts)
             case Start():
@@ -282,7 +285,11 @@ class Scheduler(Dispatcher):
         for split in touched if lost.gone else ():
             if split.attempt >= MOST_ATTEMPTS:
                 raise self._died(lost, split, state.node)
-        for split in at_work if not lost.gone else ():
+        if lost.untold:  # as likely as not its node died; the split is blamed if that goes on and on
+            for split in at_work:
+                if not split.history.goes_on_untold():
+                    raise self._died(lost, split, state.node)
+        for split in at_work if not (lost.gone or lost.untold) else ():
             certain = split.history.note(doing, lost.reason)
             if (certain and self.limits.fail_on_bad_rows) or split.history.exhausted(split.attempt):
                 raise self._died(lost, split, state.node)

@@ -29,6 +29,8 @@ class Limits:
     budget_bytes: blocks in flight and reserved. credit_bytes: what one step may produce before it must ask again (half a
     block, so that a block of ordinary size ends the step). slice_s: how long a step may run before it reports at
     the next block boundary (long enough that messages cost nothing, short enough for a live progress line).
+    join_bytes: blocks for a model that are smaller leave a step as one, up to this much, for as long as a step may run: where
+    a block costs milliseconds. 0: each leaves by itself.
     deliver_blocks: blocks that the consumer may have waiting.
     frail_blocks: a block may be lost before the consumer has it: each Deliver is answered by Delivered before anything else.
     fail_on_bad_rows: a row that kills its worker ends the run (on_error="fail"). max_bad_rows, max_bad_fraction: see
@@ -39,6 +41,7 @@ class Limits:
     block_bytes: int = 16 << 20
     credit_bytes: int = 8 << 20
     slice_s: float = 0.25
+    join_bytes: int = 0
     deliver_blocks: int = 4
     fail_on_bad_rows: bool = True
     frail_blocks: bool = False
@@ -98,13 +101,20 @@ class MemoryPressure:
 
 
 @dataclass(frozen=True, slots=True)
+class BudgetChanged:
+    """Blocks in flight and reserved may take so much from now on: nodes have come or gone. What is there already stays."""
+
+    budget_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class PartsSpilled:
     """The answer to Spill, at once: these parts (same ids) are on disk, with new handles, and cost no memory."""
 
     parts: tuple[PartRef, ...]
 
 
-Event = SubstrateEvent | SplitsListed | ConsumerTook | Delivered | Start | Drain | MemoryPressure | PartsSpilled
+Event = SubstrateEvent | SplitsListed | ConsumerTook | Delivered | Start | Drain | MemoryPressure | BudgetChanged | PartsSpilled
 
 
 # --- answered

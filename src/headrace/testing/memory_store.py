@@ -46,6 +46,10 @@ class MemoryRunStore:
         with self._lock:
             return self.objects.get(name)
 
+    def chunks(self, name: str) -> Iterator[bytes]:
+        data = self.read(name) or b""
+        return (data[start : start + 1000] for start in range(0, len(data), 1000))
+
     def write(self, name: str, data: bytes) -> None:
         self.before("write", name)
         with self._lock:

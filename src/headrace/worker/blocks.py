@@ -133,15 +133,17 @@ class BlockOutput:
         self._delivers = delivers
         self._held: list[Piece] = []
         self._held_bytes = 0
+        self.join_bytes = 0  # what is smaller goes on waiting at `pause`, up to this much
 
     def give(self, piece: Piece, emit: Callable[[BlockRef], None]) -> int:
         """Take a piece; returns the rows that count as written."""
         size = piece.batch.nbytes
-        if self._held and (size >= SMALL_BYTES or not self._travels(piece)):
+        large = max(SMALL_BYTES, self.join_bytes)
+        if self._held and (size >= large or not self._travels(piece)):
             self.flush(emit)
         self._held.append(piece)
         self._held_bytes += size
-        if self._held_bytes >= SMALL_BYTES:
+        if self._held_bytes >= large:
             self.flush(emit)
         return piece.batch.num_rows if self._delivers else 0
 
@@ -150,8 +152,13 @@ class BlockOutput:
         held = self._held[0]
         return piece.batch.schema.equals(held.batch.schema) and piece.origin.known == held.origin.known
 
+    def pause(self, emit: Callable[[BlockRef], None]) -> None:
+        """An input block is done with. Emit what is held, so that a shared split stays shared, unless it is to be joined."""
+        if not self.join_bytes:
+            self.flush(emit)
+
     def flush(self, emit: Callable[[BlockRef], None]) -> None:
-        """Emit what is held: at input block boundaries, so that a shared split stays shared, and when a step ends."""
+        """Emit what is held: a step ends."""
         if not self._held:
             return
         packed = pack(self._held)

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+from headrace.contracts.sink import CarryingSink
 from headrace.contracts.substrate import BlockStore
 from headrace.core.errors import HeadraceError, InternalError, UserCodeError
 from headrace.core.origins import join_origins
@@ -177,7 +178,11 @@ class WorkerBody:
         sink = self._program.sink
         if sink is None:
             raise InternalError(f"stage {stage.name} ends in a sink, but the program has none")
-        return SinkOutput(sink.open(_split_of(step, stage), step.attempt), self._program.out_schema)
+        split, carried = _split_of(step, stage), self._program.carried
+        if carried is not None and isinstance(sink, CarryingSink):
+            writer = sink.open_carrying(split, step.attempt, carried, self._program.source)
+            return SinkOutput(writer, None, writer)
+        return SinkOutput(sink.open(split, step.attempt), self._program.out_schema)
 
     def _feed(self, split: Split, bad: BadRows | None) -> Iterator[Piece]:
         source, limits = self._program.source, self._program.limits

@@ -117,6 +117,8 @@ class Cursor:
         if self._closing:  # a limit has ended the cursor while these were on their way: they count as cut
             self._drop_inputs()
         self._allow(step.limit_left)
+        if isinstance(self._output, BlockOutput):
+            self._output.join_bytes = step.join_bytes
         while not self._done and self._move(progress, clock):
             if progress.outputs and progress.output_bytes >= step.credit_bytes:
                 break
@@ -153,10 +155,10 @@ class Cursor:
         elif self._pieces:
             self._hand(self._pieces.popleft(), 0, progress, clock)
         elif self._feed is not None:
-            self._output.flush(progress.emit)
+            self._output.pause(progress.emit)
             self._read(progress, clock)
         elif self._inputs:
-            self._output.flush(progress.emit)
+            self._output.pause(progress.emit)
             block = self._inputs.popleft()
             began = time.perf_counter()
             piece = read_piece(self._store, block)

@@ -214,13 +214,18 @@ class ProjectOp(Operator):
 
     def __init__(self, op: nodes.Project, index: int, name: str, counts: Counts) -> None:
         super().__init__(index, name, counts)
-        self._sources = [source for _, source in op.columns]
-        self._names = [out for out, _ in op.columns]
+        self._columns = op.columns
+        self._left = op.left
 
     def push(self, piece: Piece) -> Iterator[Piece]:
-        batch = select(piece.batch, self._sources, self.name)
-        if self._names and self._names != self._sources:
-            batch = batch.rename_columns(self._names)
+        columns = self._columns
+        if self._left:
+            there = frozenset(piece.batch.schema.names)
+            columns = tuple(c for c in columns if c[1] in there or c[1] not in self._left)
+        names, sources = [out for out, _ in columns], [source for _, source in columns]
+        batch = select(piece.batch, sources, self.name)
+        if names and names != sources:
+            batch = batch.rename_columns(names)
         yield Piece(batch, piece.origin)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from headrace.contracts.sink import Sink
 from headrace.contracts.source import Source
+from headrace.core.carried import Carried
 from headrace.core.options import BlockLimits, OnError
 from headrace.core.stages import Stage
 from headrace.plan.nodes import Op
@@ -17,7 +18,7 @@ class Program:
     """ops: the plan's operators; a stage runs ops[stage.first:stage.stop]. sink: None when blocks are delivered.
 
     out_schema: what blocks are cast to before the sink, field by field where it is safe; None when not known before the run.
-    on_error: what becomes of rows that fail.
+    on_error: what becomes of rows that fail. carried: columns that the sink takes from the source, None for none.
     """
 
     source: Source
@@ -29,3 +30,4 @@ class Program:
     out_schema: Any = None
     sys_path: tuple[str, ...] = field(default=())
     on_error: OnError = "fail"
+    carried: Carried | None = None

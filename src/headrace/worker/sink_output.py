@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
-from headrace.contracts.sink import SplitWriter
+from headrace.contracts.sink import CarryingWriter, SplitWriter
 from headrace.core.errors import SchemaConflict
 from headrace.core.receipts import Receipt
-from headrace.core.refs import BlockRef
+from headrace.core.refs import BlockRef, Origin
 from headrace.core.schemas import Conflict, unify
 from headrace.worker.batching import Piece, join
 from headrace.worker.casting import cast_batch, drift, has_null_type
@@ -23,8 +23,10 @@ class SinkOutput:
     what follows.
     """
 
-    def __init__(self, writer: SplitWriter, schema: pa.Schema | None) -> None:
+    def __init__(self, writer: SplitWriter, schema: pa.Schema | None, carrying: CarryingWriter | None = None) -> None:
+        """carrying: the writer, if blocks may lack columns that it takes from the input."""
         self._writer = writer
+        self._carrying = carrying
         self._schema = schema
         self._begun = schema is not None
         self._held: list[Piece] = []
@@ -40,11 +42,13 @@ class SinkOutput:
             batch = cast_batch(batch, self._schema, piece.origin.label)
         try:
             if self._begun or not self._wait(piece):
-                self._writer.write(batch)
+                self._write(batch, piece.origin)
         except SchemaConflict as conflict:
             raise conflict.at(("rows", piece.origin.label)) from None
         self._lineage.add(piece.origin, batch.num_rows)
         return batch.num_rows
+
+    def pause(self, emit: Callable[[BlockRef], None]) -> None: ...
 
     def flush(self, emit: Callable[[BlockRef], None]) -> None: ...
 
@@ -80,4 +84,11 @@ class SinkOutput:
         self._begun = True
         if self._held:
             held, self._held = self._held, []
-            self._writer.write(join(held).batch)
+            joined = join(held)
+            self._write(joined.batch, joined.origin)
+
+    def _write(self, batch: pa.RecordBatch, origin: Origin) -> None:
+        if self._carrying is None:
+            self._writer.write(batch)
+        else:
+            self._carrying.write_rows(batch, origin)

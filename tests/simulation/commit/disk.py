@@ -106,6 +106,10 @@ class Handle:
         there = self.disk.live.get(name)
         return None if there is None else there.data
 
+    def chunks(self, name: str) -> Iterator[bytes]:
+        data = self.read(name)
+        return iter(() if data is None else (data,))
+
     def write(self, name: str, data: bytes) -> None:
         fault = self._begin("write")
         self.disk.put(name, data, durable=True)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import tracemalloc
+from collections.abc import Callable
 from dataclasses import replace
+from mmap import mmap
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from headrace.commit import table as splits_table
 from headrace.commit.names import check_file
 from headrace.commit.records import (
     Claim,
@@ -22,8 +26,9 @@ from headrace.commit.records import (
     decode,
     encode,
 )
-from headrace.commit.state import LogState, SplitTable
-from headrace.core.errors import DestinationError
+from headrace.commit.state import LogState
+from headrace.commit.table import BLOCK_SPLITS, MemorySpool, SplitTable, Spool
+from headrace.core.errors import DestinationError, InternalError
 from headrace.core.receipts import LineageRun, OutputFile, Tally
 
 RUN = "run-00000"
@@ -202,16 +207,83 @@ def test_the_table_gives_back_what_it_was_given() -> None:
         table.files[4]
 
 
-def test_ten_million_splits_fit() -> None:
-    """A small part of them, measured."""
-    count = 20_000
-    table = SplitTable()
+def output(split: int) -> OutputFile:
+    staged = f"_headrace/{RUN}/staging/1/{split:06d}-0.parquet"
+    return replace(FILE, name=f"part-00-{split:06d}.parquet", staged=staged)
+
+
+class ElsewhereSpool:
+    """Keeps its bytes where the memory of a test does not count: as a file would."""
+
+    def __init__(self) -> None:
+        self._pieces = mmap(-1, 16 << 20)
+        self._size = 0
+
+    def append(self, data: bytes) -> int:
+        at, self._size = self._size, self._size + len(data)
+        self._pieces[at : self._size] = data
+        return at
+
+    def read(self, start: int, size: int) -> bytes:
+        return self._pieces[start : min(start + size, self._size)]
+
+
+@pytest.mark.parametrize(("spool", "most"), [(MemorySpool, 90), (ElsewhereSpool, 6)])
+def test_ten_million_splits_fit(spool: Callable[[], Spool], most: float) -> None:
+    """A small part of them, measured. The last block has a gap: 32 KB."""
+    count = 4 * BLOCK_SPLITS - 1
+    table = SplitTable(spool())
     tracemalloc.start()
     try:
         for split in range(count):
-            file = replace(FILE, name=f"part-00-{split:06d}.parquet", staged=f"_headrace/{RUN}/staging/1/{split:06d}-0.parquet")
-            table.add(split, (file,), ())
+            table.add(split, (output(split),), ())
         used = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    assert used / count < 60
+    assert used / count < most
+
+
+def test_a_whole_block_is_as_one_with_gaps() -> None:
+    table = SplitTable()
+    order = [*range(2 * BLOCK_SPLITS, 0, -1), *range(3 * BLOCK_SPLITS, 3 * BLOCK_SPLITS + 3)]  # the first block lacks split 0
+    for split in order:
+        assert split not in table
+        assert table.add(split, (output(split),), ((1, split),) if split % 5 == 0 else ())
+        assert split in table
+        assert not table.add(split, (), ())
+    for split in (1, BLOCK_SPLITS - 1, BLOCK_SPLITS, 2 * BLOCK_SPLITS - 1, 2 * BLOCK_SPLITS, 3 * BLOCK_SPLITS + 2):
+        assert table.files_of(split) == (output(split),)
+        assert table.taken(split) == (((1, split),) if split % 5 == 0 else ())
+    for split in (0, 2 * BLOCK_SPLITS + 1, 3 * BLOCK_SPLITS - 1, 3 * BLOCK_SPLITS + 3, 99 * BLOCK_SPLITS):
+        assert split not in table
+        with pytest.raises(KeyError):
+            table.files_of(split)
+    assert list(table.splits()) == sorted(order)
+    assert [f.name for f in table.files] == [output(split).name for split in sorted(order)]
+
+
+@pytest.mark.parametrize("settled", [3, BLOCK_SPLITS])
+def test_what_does_not_come_back_is_an_error(settled: int) -> None:
+    """A record's first bytes tell its length; the last ones of a whole block are its places."""
+    for at in (0, 9, -1):
+        spool = MemorySpool()
+        table = SplitTable(spool)
+        for split in range(settled):
+            table.add(split, (FILE,), ())
+        spool._data[at] ^= 1
+        with pytest.raises(InternalError, match="does not come back"):
+            list(table.files)
+    spool._data.clear()
+    with pytest.raises(InternalError, match="does not come back"):
+        table.files_of(1)
+
+
+def test_names_that_share_nothing_are_no_burden() -> None:
+    """Names of files that were set aside have a number of their own: so many templates are not kept."""
+    table = SplitTable()
+    with patch.object(splits_table, "_TEMPLATES", 2):
+        given = {split: replace(output(split), staged=f"_headrace/s/{split:06d}-aside-{7 * split}") for split in range(9)}
+        for split, file in given.items():
+            table.add(split, (file,), ())
+    assert len(table._templates) == 2
+    assert list(table.files) == list(given.values())

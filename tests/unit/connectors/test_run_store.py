@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,36 @@ def test_write_replaces_and_leaves_no_other_file(store: LocalRunStore) -> None:
     assert store.read("_manifest.json") == b"2"
 
 
-def test_names_are_sorted_as_keys(store: LocalRunStore) -> None:
+def test_objects_in_pieces(store: LocalRunStore) -> None:
+    data = os.urandom(3 << 20)
+    pieces = [data[at : at + 100_000] for at in range(0, len(data), 100_000)]
+    store.write("large", b"before")
+    store.write_pieces("large", lambda: iter(pieces))
+    assert store.read("large") == data
+    chunks = store.chunks("large")
+    first = next(chunks)
+    store.write("large", b"after")
+    assert b"".join([first, *chunks]) == data, "it goes on with what it began"
+    assert list(store.chunks("nothing")) == list(store.chunks("no/thing")) == []
+
+
+def test_pieces_that_end_in_an_error_leave_what_was_there(store: LocalRunStore) -> None:
+    def broken() -> Iterator[bytes]:
+        yield b"half"
+        raise KeyboardInterrupt
+
+    store.write("large", b"before")
+    with pytest.raises(KeyboardInterrupt):
+        store.write_pieces("large", broken)
+    assert {name: store.read(name) for name in store.names("")} == {"large": b"before"}
+
+
+def test_names_are_those_below(store: LocalRunStore) -> None:
     names = ["a-b", "a.b", "a/b/c", "a/c", "a0", "b"]
     for name in reversed(names):
         store.write(name, b"")
-    assert list(store.names("")) == sorted(names)
-    assert list(store.names("a")) == ["a/b/c", "a/c"]
+    assert sorted(store.names("")) == names
+    assert sorted(store.names("a")) == ["a/b/c", "a/c"]
     assert list(store.names("nowhere")) == []
 
 

@@ -221,7 +221,7 @@ def _dying(real: Any, calls: int, *, after: bool) -> Any:
     return call
 
 
-@pytest.mark.parametrize("stop", ["publish", "write", "remove_all", "remove"])
+@pytest.mark.parametrize("stop", ["publish", "write", "write_pieces", "remove_all", "remove"])
 @pytest.mark.parametrize("outputs", ["packed", "per_input"])
 def test_finish_is_redone_after_a_crash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str, outputs: Literal["packed", "per_input"]

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from tests.unit.observe.script import START_S, finished, found, memory, replaced, retried, settled, started, step
 
-from headrace.core.events import RunEvent, StepStarted
+from headrace.core.events import RunEvent, StepStarted, WorkerGone
 from headrace.core.receipts import Tally
 from headrace.observe.live import Live
 
@@ -128,3 +128,10 @@ def test_a_lost_worker_is_not_busy_for_ever() -> None:
     view = live(started(), StepStarted(START_S, 0, "cpu", 0), replaced(1.0, 7, 0))
     picture = view.picture(START_S + 4.0)
     assert (picture.busy["cpu"], picture.workers_lost) == (0.0, 1)
+
+
+def test_workers_that_went_with_their_node_are_lost_once() -> None:
+    gone = [WorkerGone(START_S + 1.0, worker, "cpu") for worker in (0, 1)]
+    view = live(started(), StepStarted(START_S, 0, "cpu", 0), *gone, replaced(1.0, 7, 1))
+    picture = view.picture(START_S + 4.0)
+    assert (picture.busy["cpu"], picture.workers_lost) == (0.0, 2)

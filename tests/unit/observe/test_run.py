@@ -5,8 +5,9 @@ import math
 
 import numpy as np
 import pytest
-from tests.unit.observe.script import finished, found, memory, noted, replaced, retried, settled, started, step
+from tests.unit.observe.script import START_S, finished, found, memory, noted, replaced, retried, settled, started, step
 
+from headrace.core.events import WorkerGone
 from headrace.core.receipts import Tally
 from headrace.core.steps import OpTime
 from headrace.observe.run import MOST_NOTES, Bottleneck, Run, RunRecorder
@@ -195,6 +196,11 @@ def resumed() -> list[object]:
         settled(10, 37, 100, 100),
         finished(10, rows_in=3800, written=3798, quarantined=2),
     ]
+
+
+def test_workers_that_went_with_their_node_are_lost_once() -> None:
+    gone = [WorkerGone(START_S + 1.0, worker, "cpu") for worker in (0, 1)]
+    assert record(started(), *gone, replaced(1.0, 7, 1), finished(2)).workers_lost == 2
 
 
 def test_a_resumed_run_counts_everything_and_measures_itself() -> None:

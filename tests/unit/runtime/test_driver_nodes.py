@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 from tests.unit.runtime.stand import Stand, advance
 from tests.unit.runtime.test_driver import answers
 
-from headrace.core.events import Noted, StepFinished, WorkerReplaced
+from headrace.core.events import ClusterSampled, Noted, StepFinished, WorkerGone, WorkerReplaced
 from headrace.core.resources import WorkerSpec
 from headrace.core.steps import StepDone, WorkerLost, WorkerResting, WorkerUp
-from headrace.scheduler.messages import AddWorker, Finish, Submit
+from headrace.scheduler.messages import AddWorker, BudgetChanged, Command, Event, Finish, Limits, Submit
 
 
 def test_a_worker_is_added_where_a_node_has_joined() -> None:
@@ -31,6 +34,40 @@ def test_what_is_said_of_a_lost_worker_names_its_node() -> None:
     stand = Stand(answers(WorkerLost=[Finish()]), rounds)
     stand.driver.run()
     assert [e.text for e in stand.ear.of(Noted)] == ["worker 0 (sim on node7) is lost: its node is gone"]
+
+
+def test_a_worker_that_went_with_its_node_is_told_once_it_had_come_up() -> None:
+    lost = [WorkerLost(0, "its node is gone", pool="sim", gone=True), WorkerLost(1, "killed", pool="sim")]
+    waited = WorkerLost(2, "its node is gone", started=False, pool="sim", gone=True)
+    stand = Stand(answers(WorkerUp=[Finish()]), [[*lost, waited], [WorkerUp(9, "sim")]])
+    stand.driver.run()
+    assert [(e.worker, e.pool) for e in stand.ear.of(WorkerGone)] == [(0, "sim")]
+
+
+def test_the_scheduler_hears_when_the_nodes_have_more_room() -> None:
+    heard: list[int] = []
+
+    def answer(event: Event) -> list[Command]:
+        if isinstance(event, BudgetChanged):
+            heard.append(event.budget_bytes)
+            scheduler.limits = Limits(budget_bytes=event.budget_bytes)
+        return [Finish()] if isinstance(event, WorkerUp) else []
+
+    def later() -> list[Any]:
+        stand.substrate.clock_s += 10.0
+        return []
+
+    stand = Stand(answer, [later, later, [WorkerUp(0, "sim")]])
+    substrate: Any = stand.substrate
+    scheduler: Any = stand.scheduler
+    scheduler.limits, scheduler.wanted_workers = Limits(budget_bytes=5), dict
+    substrate.cluster, substrate.want = (
+        SimpleNamespace(nodes=1, leaving=0, workers={}, store_bytes=0, memory_bytes=0, budget_bytes=7),
+        lambda workers: None,
+    )
+    stand.driver.run()
+    assert len(stand.ear.of(ClusterSampled)) > 2
+    assert heard == [7]
 
 
 def test_answers_of_a_lost_worker_are_nobodys() -> None:

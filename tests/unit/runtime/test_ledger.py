@@ -7,10 +7,14 @@ from typing import Any
 import pytest
 from tests.unit.runtime.stores import ME, PLAN, committer, differences, opened, splits, work
 
+from headrace.commit import table
+from headrace.connectors.spool import FileSpool
 from headrace.core.errors import DestinationError, InputChanged, TransientError
+from headrace.runtime import ledger
 from headrace.runtime.ledger import (
     Identity,
     check_latest,
+    check_presence,
     compare_listing,
     mark_complete,
     process_alive,
@@ -259,6 +263,29 @@ def test_an_output_that_is_nowhere_is_noticed_at_resume() -> None:
     with pytest.raises(DestinationError, match="neither published nor staged") as caught:
         opened(store, identity=YOU)
     assert ("missing", "part-00-000001.bin") in caught.value.where
+
+
+def test_what_is_settled_lies_in_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that goes on, and is finished, as of one in memory."""
+    monkeypatch.setattr(table, "BLOCK_SPLITS", 3)
+    monkeypatch.setattr(ledger, "FileSpool", lambda: FileSpool(memory_bytes=16))
+    store = MemoryRunStore()
+    work(store, opened(store), 7, of=9)
+    run = opened(store, identity=YOU)
+    names = [f"part-00-{i:06d}.bin" for i in range(9)]
+    assert [f.name for f in run.state.settled.files] == names[:7]
+    spool = run.state.settled._spool
+    assert isinstance(spool, FileSpool)
+    assert spool._filed > 0, "it is a file that was read"
+    work(store, run, 2, of=9, finish=True)
+    show(store, run)
+    run = opened(store, identity=YOU)
+    check_presence(run, run.state.settled.files)
+    assert (run.complete, [f.name for f in run.state.settled.files]) == (True, names)
+    del store.objects[names[4]]
+    with pytest.raises(DestinationError, match="1 of its output files are no longer there") as caught:
+        check_presence(run, run.state.settled.files)
+    assert ("missing", names[4]) in caught.value.where
 
 
 def test_single_writer_mode_is_said_aloud() -> None:

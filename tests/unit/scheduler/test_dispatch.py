@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from tests.unit.scheduler.desk import Desk, asked, of, split, stage
 
 from headrace.core.resources import CPU_POOL
 from headrace.core.stages import End, Order
-from headrace.core.steps import Apply, PartsFreed, WorkerUp
+from headrace.core.steps import Advance, Apply, PartsFreed, WorkerUp
 from headrace.scheduler.messages import ConsumerTook, Deliver, Limits
 
 DEVICE = "sim"
@@ -56,6 +57,22 @@ def test_an_idle_device_comes_before_another_ones_queue() -> None:
     for step in readers[:2]:
         desk.answer(step, blocks=1, more=True)
     assert sorted(desk.workers_at(1)) == [4, 5]
+
+
+def test_blocks_for_a_model_are_joined_once_the_pipeline_is_warm() -> None:
+    """The first ones leave by themselves, so that the model begins; a writer gets them as they were cut."""
+    read_write = (READ_MODEL_WRITE[0], stage(1, Order.SPLIT, End.SINK))
+    for stages, expected in ((READ_MODEL_WRITE, [0, 0, 200, 200]), (read_write, [0, 0, 0, 0])):
+        desk = Desk(stages, {CPU_POOL: 1, DEVICE: 1}, limits=Limits(credit_bytes=100, block_bytes=100, join_bytes=200))
+        desk.list_splits(split(0))
+        reads: list[Advance] = []
+        while len(reads) < 4:
+            step = desk.running[0]
+            if step.stage == 0 and isinstance(step, Advance):
+                reads.append(step)
+            desk.answer(step, blocks=int(step.stage < len(stages) - 1), more=step.stage == 0)
+        assert [step.join_bytes for step in reads] == expected
+        assert [step.credit_bytes for step in reads] == [max(100, joined) for joined in expected]
 
 
 def test_a_model_step_gathers_blocks_of_several_splits_up_to_its_batch() -> None:
@@ -145,9 +162,11 @@ ROUTED = (
 )
 
 
-def test_splits_are_fused_first_and_spread_at_the_end() -> None:
+@pytest.mark.parametrize(("last_bytes", "last_stage"), [(100, 2), (1000, 0)])
+def test_splits_are_fused_first_and_spread_at_the_end(last_bytes: int, last_stage: int) -> None:
+    """But not when another worker has as much left to read."""
     desk = Desk(ROUTED, {CPU_POOL: 2}, routes=((2,), (0, 1, 3)))
-    desk.list_splits(*(split(i) for i in range(6)))
+    desk.list_splits(*(split(i) for i in range(5)), split(5, bytes=last_bytes))
     opened: list[int] = []
     while desk.running:
         step = desk.running[0]
@@ -161,7 +180,7 @@ def test_splits_are_fused_first_and_spread_at_the_end() -> None:
         else:
             desk.answer(step, blocks=blocks, finished=True, written=written)
     assert desk.scheduler.finished
-    assert opened == [2, 2, 2, 2, 0, 0]
+    assert opened == [2, 2, 2, 2, 2, last_stage]
 
 
 def test_one_split_is_spread_over_all_workers() -> None:

@@ -23,7 +23,7 @@ from headrace.core.steps import (
     WorkerUp,
 )
 from headrace.scheduler.machine import MOST_UNSTARTED
-from headrace.scheduler.messages import AddWorker, Drain, Fail, Finish, Limits, Retry, Settle, Submit
+from headrace.scheduler.messages import AddWorker, BudgetChanged, Drain, Fail, Finish, Limits, Retry, Settle, Submit
 from headrace.scheduler.policy.retry import MOST_LOST
 from headrace.scheduler.state import PoolState, WorkerState
 
@@ -203,6 +203,22 @@ def test_splits_of_nodes_that_are_gone_are_tried_again_and_again() -> None:
     assert desk.scheduler.open[0].attempt == 11
 
 
+def test_deaths_that_nobody_can_tell_of_are_no_fault_of_the_splits_until_they_are_many() -> None:
+    """A node may be dead for a while before the head knows."""
+    desk = Desk(FUSED, {CPU_POOL: 1}, nodes=("a",))
+    desk.list_splits(split(0))
+    commands: list[object] = []
+    for worker in range(MOST_LOST):
+        commands = list(desk.tell(WorkerLost(worker, "its process ended", pool=CPU_POOL, untold=True)))
+        if worker < MOST_LOST - 1:
+            (added,) = of(commands, AddWorker)
+            assert (added.replaces, added.node) == (worker, "a")
+            desk.tell(WorkerUp(added.worker, CPU_POOL, "a"))
+            assert desk.scheduler.open[0].history.blind == 0
+    (failed,) = of(commands, Fail)
+    assert ("attempts", str(MOST_LOST)) in failed.error.where
+
+
 def test_a_pool_is_never_left_without_a_worker_to_come() -> None:
     desk = Desk(FUSED, {CPU_POOL: 2}, late=True)
     desk.list_splits(split(0))
@@ -218,6 +234,16 @@ def test_who_dies_by_itself_is_replaced_on_its_node() -> None:
     desk = Desk(FUSED, {CPU_POOL: 2}, nodes=("a", "b"))
     (added,) = of(desk.tell(WorkerLost(1, "killed", pool=CPU_POOL)), AddWorker)
     assert (added.worker, added.replaces, added.node) == (2, 1, "b")
+
+
+def test_the_budget_follows_the_nodes() -> None:
+    desk = Desk(CHAIN, {CPU_POOL: 1, "sim": 1}, limits=Limits(budget_bytes=150, block_bytes=100))
+    desk.list_splits(split(0), split(1), split(2))
+    (read,) = desk.at(0)
+    desk.answer(read, blocks=1, finished=True)
+    assert desk.splits_at(0) == [], "a block is there, and no room for another one"
+    desk.tell(BudgetChanged(1000))
+    assert desk.splits_at(0) == [1]
 
 
 def test_room_is_taken_while_there_may_be_work() -> None:

@@ -57,20 +57,31 @@ def test_budget_counts_what_is_promised() -> None:
 
 
 @pytest.mark.parametrize(
-    ("left_splits", "left_bytes", "listing_done", "workers", "fused"),
+    ("left_splits", "left_bytes", "reading", "listing_done", "workers", "fused"),
     [
-        (0, 0, True, 1, True),  # nobody to share with
-        (100, 10_000, True, 4, True),
-        (4, 400, True, 4, True),
-        (3, 300, True, 4, False),  # the tail: several workers share a split
-        (9, 90, True, 4, False),  # many, but all of them small beside this one
-        (9, 90, False, 4, True),  # more will come
-        (0, 0, False, 4, False),
+        (0, 0, [], True, 1, True),  # nobody to share with
+        (100, 10_000, [], True, 4, True),
+        (3, 300, [], True, 4, True),  # one each
+        (2, 200, [], True, 4, False),  # the tail: several workers share a split
+        (2, 200, [100], True, 4, True),  # the fourth has its own
+        (2, 200, [40], True, 4, False),  # but would be done long before
+        (0, 0, [100, 100, 900], True, 4, True),
+        (0, 0, [900, 50], True, 4, False),  # one that takes long keeps only one worker busy
+        (9, 90, [], True, 4, False),  # many, but all of them small beside this one
+        (9, 90, [], False, 4, True),  # more will come
+        (0, 0, [], False, 4, False),
     ],
 )
-def test_fused_before_the_tail(left_splits: int, left_bytes: int, listing_done: bool, workers: int, fused: bool) -> None:
+def test_fused_before_the_tail(
+    left_splits: int, left_bytes: int, reading: list[float], listing_done: bool, workers: int, fused: bool
+) -> None:
     found = prefer_fused(
-        split_bytes=100, left_bytes=left_bytes, left_splits=left_splits, listing_done=listing_done, workers=workers
+        split_bytes=100,
+        left_bytes=left_bytes,
+        left_splits=left_splits,
+        listing_done=listing_done,
+        workers=workers,
+        reading=reading,
     )
     assert found is fused
 

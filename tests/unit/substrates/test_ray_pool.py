@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from concurrent.futures import Future
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
+import pyarrow as pa
 import pytest
 
 pytest.importorskip("ray")
 
-from ray.exceptions import ActorDiedError, ObjectLostError, OutOfMemoryError, OwnerDiedError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    ActorDiedError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayTaskError,
+    TaskUnschedulableError,
+    WorkerCrashedError,
+)
 
-from headrace.core.errors import BlockLost, InternalError, TransientError
+from headrace.core.errors import BlockLost, InternalError, PlanError, TransientError
+from headrace.core.refs import BlockRef, PartRef
 from headrace.core.resources import WorkerSpec
-from headrace.core.steps import Advance, StepDone, StepFailed, WorkerLost, WorkerResting
+from headrace.core.steps import Advance, RoomOffered, StepDone, StepFailed, WorkerLost, WorkerResting
+from headrace.substrates.ray import cluster, store
+from headrace.substrates.ray import pool as pool_module
 from headrace.substrates.ray.actor import Vitals
-from headrace.substrates.ray.cluster import PATIENCE_S, Errands, Watch
-from headrace.substrates.ray.placement import Node
+from headrace.substrates.ray.cluster import HOLD_S, PATIENCE_S, Changed, Demand, Errands, Watch
+from headrace.substrates.ray.placement import Node, Shape, budget_bytes
 from headrace.substrates.ray.pool import RaySubstrate, _Site, _Worker
+from headrace.substrates.ray.remains import Obituary, Remains
 
 OBJECT = "00" * 28
 
@@ -108,6 +124,217 @@ def test_a_silent_head_ends_the_run_and_nobody_waits_for_it(monkeypatch: pytest.
     with pytest.raises(TransientError, match="not answered"):
         desk.substrate.wait(0.0)
     desk.substrate.stop()
+
+
+@pytest.mark.parametrize(("full", "what"), [(ObjectStoreFullError, "object store"), (OutOfDiskError, "disk")])
+def test_a_full_store_is_told_as_such(monkeypatch: pytest.MonkeyPatch, full: type[Exception], what: str) -> None:
+    desk = Desk({3: "cpu"})
+    for error in (full("page 1 of many"), RayTaskError("run", "frames", full("page 1 of many"))):
+        (failed,) = desk.answered(3, desk.given(3, 1), error)
+        assert isinstance(failed.error, TransientError)
+        assert what in failed.error.message
+    assert 3 in desk.substrate._workers
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise full("page 1 of many")
+
+    monkeypatch.setattr(store.ray, "put", refuse)
+    monkeypatch.setattr(store.ray, "get", refuse)
+    with pytest.raises(TransientError, match=what):
+        store.RayStore(0, "a", None).put(pa.record_batch({"x": [1]}))
+    with pytest.raises(TransientError, match=what):
+        store.fetch(PartRef(1, 0, 8, ("x",), None))
+
+
+def test_a_block_that_does_not_come_is_lost_in_the_end_and_the_head_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk({3: "cpu"})
+    looks: list[float] = []
+
+    def nothing_comes(part: PartRef, wait_s: float) -> Any:
+        looks.append(wait_s)
+        raise TimeoutError
+
+    monkeypatch.setattr(pool_module, "fetch", nothing_comes)
+    monkeypatch.setattr(pool_module, "FETCH_S", 0.0)
+    block = BlockRef(1, (PartRef(1, 3, 8, ("x",), None, "a"),))
+    with pytest.raises(BlockLost, match="from node a"):
+        desk.substrate.fetch(block)
+    assert looks == [pool_module.LOOK_UP_S]
+    watch = desk.substrate._watch = Watch((), lambda changed: None)
+    monkeypatch.setattr(watch, "_since_s", time.monotonic() - PATIENCE_S)
+    with pytest.raises(TransientError, match="not answered"):
+        desk.substrate.fetch(block)
+
+
+# ---------------------------------------------------------------- deaths and nodes
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any]]:
+    """(function, what it is told) of tasks for nodes, and ("kill", handle)."""
+    found: list[tuple[str, Any]] = []
+
+    def on_node(self: Any, worker: Any, function: Any) -> Any:
+        future: Any = SimpleNamespace(future=Future)
+        return SimpleNamespace(remote=lambda remains: found.append((function.__name__, remains)) or future)
+
+    monkeypatch.setattr(RaySubstrate, "_on_node", on_node)
+    monkeypatch.setattr(pool_module.ray, "kill", lambda handle: found.append(("kill", handle)))
+    return found
+
+
+def ended(value: Any) -> Future[Any]:
+    done: Future[Any] = Future()
+    if isinstance(value, BaseException):
+        done.set_exception(value)
+    else:
+        done.set_result(value)
+    return done
+
+
+def hung() -> Desk:
+    desk = Desk({3: "cpu"}, node="a")
+    desk.substrate._workers[3].remains = Remains(7, "crumb", "report")
+    return desk
+
+
+def test_to_kill_a_worker_takes_no_time_and_its_stack_first(asked: list[tuple[str, Any]]) -> None:
+    desk = hung()
+    assert desk.substrate.kill(3, "no answer for 1 s")
+    assert desk.substrate.kill(3, "again")
+    assert desk.substrate.wait(0.0) == []
+    desk.substrate._inbox.put(("stack", 3, ended("Thread 1")))
+    assert desk.substrate.wait(0.0) == []
+    desk.substrate._inbox.put(("bury", 3, ended(Obituary(None, ""))))
+    (lost,) = desk.substrate.wait(0.0)
+    assert (lost.reason, lost.stack, lost.untold) == ("no answer for 1 s", "Thread 1", False)
+    desk.substrate._errands.close(5.0)
+    assert sorted(name for name, _ in asked) == ["bury", "kill", "stack"]
+    assert not desk.substrate.kill(3, "no such worker")
+
+
+def test_a_node_that_gives_no_stack_is_not_waited_for(asked: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "STACK_S", 0.0)
+    monkeypatch.setattr(pool_module, "BURY_S", 0.0)
+    desk = hung()
+    desk.substrate.kill(3, "no answer for 1 s")
+    (lost,) = desk.substrate.wait(None)
+    assert (lost.reason, lost.stack, lost.untold) == ("no answer for 1 s", "", False)
+    desk.substrate._errands.close(5.0)
+    assert "kill" in [name for name, _ in asked]
+
+
+@pytest.mark.parametrize(
+    ("answer", "gone", "untold"),
+    [
+        (Obituary(None, ""), False, False),
+        (WorkerCrashedError(), False, True),
+        (TaskUnschedulableError("its node is dead"), True, True),
+    ],
+)
+def test_a_death_that_its_node_can_not_tell_of(asked: list[tuple[str, Any]], answer: Any, gone: bool, untold: bool) -> None:
+    desk = hung()
+    assert desk.answered(3, desk.given(3, 1), ActorDiedError()) == []
+    desk.substrate._inbox.put(("bury", 3, ended(answer)))
+    (lost,) = desk.substrate.wait(0.0)
+    assert (lost.gone, lost.untold) == (gone, untold)
+    desk.substrate._errands.close(5.0)
+
+
+def two_nodes(most: int | None = 2) -> RaySubstrate:
+    """A worker of pool "sim" on each, where there is room for two, and a store each."""
+    substrate = RaySubstrate(shapes={"sim": Shape("sim:0", resources={"sim": 1.0}, most=most)})
+    for id, name in enumerate("ab"):
+        spec, handle = WorkerSpec(id, "sim", "sim:0", name), cast(Any, SimpleNamespace())
+        substrate._workers[id] = _Worker(spec, handle, False, name, up=True)
+        substrate._sites[name] = _Site(Node(name, name, {"sim": 2.0}, 1 << 30), {id})
+    return substrate
+
+
+def test_what_a_dead_node_leaves_undone_has_room_elsewhere_told_first() -> None:
+    substrate = two_nodes()
+    substrate._inbox.put(("changed", Changed(left=("a",))))
+    offered, lost = substrate.wait(0.0)
+    assert offered == RoomOffered("sim", "sim:0", "b", "a node is gone")
+    assert isinstance(lost, WorkerLost)
+    assert (lost.worker, lost.gone) == (0, True)
+
+
+def test_room_is_offered_once_where_nodes_come_and_go_at_the_same_time() -> None:
+    substrate = two_nodes()
+    come = Node("c", "c", {"sim": 2.0}, 1 << 30)
+    substrate._inbox.put(("changed", Changed(joined=(come,), left=("a",), leaving=("b",))))
+    offered = [e.node for e in substrate.wait(0.0) if isinstance(e, RoomOffered)]
+    assert offered == ["c", "c"], "no more than the two that the pool may have"
+
+
+def test_workers_of_a_leaving_node_have_others_in_their_place() -> None:
+    substrate = two_nodes()
+    substrate._inbox.put(("changed", Changed(leaving=("a",))))
+    assert substrate.wait(0.0) == [WorkerResting(0, True), RoomOffered("sim", "sim:0", "b", "a node is to leave")]
+    substrate._inbox.put(("changed", Changed(leaving=("b",))))
+    assert substrate.wait(0.0) == [WorkerResting(1, True), RoomOffered("sim", "sim:0", "", "a node is to leave")]
+
+
+def test_the_budget_is_that_of_the_nodes_that_stay() -> None:
+    substrate = two_nodes()
+    assert substrate.cluster.budget_bytes == budget_bytes([site.node for site in substrate._sites.values()])
+    substrate._sites["a"].leaving = True
+    assert substrate.cluster.budget_bytes == budget_bytes([substrate._sites["b"].node])
+    assert RaySubstrate(budget_follows=False).cluster.budget_bytes == 0
+
+
+# ---------------------------------------------------------------- the cluster
+
+
+def test_demand_that_comes_and_goes_is_one_request() -> None:
+    demand = Demand()
+    assert [demand.held("sim", n, float(s)) for s, n in enumerate((0, 2, 0, 3, 1))] == [0, 2, 2, 3, 3]
+    assert demand.held("other", 1, 4.0) == 1
+    assert demand.held("sim", 1, 3.0 + HOLD_S) == 1
+
+
+def test_the_request_of_a_driver_that_was_killed_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private.state import state
+    from ray.autoscaler import sdk
+    from ray.experimental import internal_kv
+
+    kept: dict[str, bytes] = {}
+    requests: list[Any] = []
+    monkeypatch.setattr(sdk, "request_resources", lambda bundles: requests.append(bundles))
+    monkeypatch.setattr(internal_kv, "_internal_kv_put", lambda key, value: kept.update({key: value.encode()}))
+    monkeypatch.setattr(internal_kv, "_internal_kv_get", kept.get)
+    monkeypatch.setattr(internal_kv, "_internal_kv_del", lambda key: kept.pop(key, None))
+    monkeypatch.setattr(state, "job_table", lambda: [{"JobID": "01", "IsDead": True}, {"JobID": "02", "IsDead": False}])
+    cluster._take_back_left()
+    cluster._request([{"CPU": 1.0}], "02")
+    cluster._take_back_left()
+    assert requests == [[{"CPU": 1.0}]], "none was ours, then its job is at work"
+    cluster._request([{"CPU": 2.0}], "01")
+    cluster._take_back_left()
+    cluster._take_back_left()
+    assert requests[1:] == [[{"CPU": 2.0}], []]
+
+
+def test_addresses_of_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+    knocked: list[Any] = []
+
+    def nobody(at: Any, timeout: float) -> Any:
+        knocked.append(at)
+        raise ConnectionRefusedError("nobody")
+
+    monkeypatch.setattr(cluster.socket, "create_connection", nobody)
+    for address in ("[::1]:6379", "10.0.0.1:6379", "head:6379"):
+        with pytest.raises(PlanError, match="no Ray cluster at"):
+            cluster._connect(address)
+    assert knocked == [("::1", 6379), ("10.0.0.1", 6379), ("head", 6379)]
+
+
+def test_the_ray_client_needs_a_package_that_ray_does_not_bring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "grpc", None)
+    with pytest.raises(PlanError, match="lacks grpcio") as caught:
+        cluster._connect("ray://head:10001")
+    assert "ray[client]" in caught.value.hint
 
 
 def test_errands_do_not_hold_up_those_who_send_them() -> None:

@@ -95,6 +95,18 @@ def test_small_outputs_of_one_block_travel_together():
     assert [b.num_rows for b in bench.run()] == [10, 10]
 
 
+def test_outputs_of_a_step_are_joined_where_that_is_asked_for():
+    """Cuts, and with them the batches of the next stage, stay as they are."""
+    sources = [BatchSource([numbers(10, i) for i in range(0, 50, 10)]) for _ in range(2)]
+    size = numbers(10).nbytes
+    bench = Bench(source=sources[0])
+    joined = bench.run(join_bytes=2 * size - size // 2)
+    assert [b.num_rows for b in joined] == [50], "a small block does not leave by itself in any case"
+    assert bench.pieces == [10] * 5
+    assert column(joined, "x") == list(range(50))
+    assert [b.num_rows for b in Bench(source=sources[1]).run(join_bytes=1 << 30, credit_s=0.0)] == [10] * 5, "a step ends"
+
+
 def test_pieces_keep_their_cuts_on_the_way():
     bench = Bench([nodes.MapBatches(fn(add_y), batch_rows=2)], source=BatchSource([numbers(4)]))
     (batch,) = bench.run()
@@ -348,4 +360,6 @@ def test_rows_are_conserved_and_do_not_depend_on_suspension(names, sizes, credit
     rows = column(whole.run(), "x")
     assert column(parts.run(credit_bytes=credit, credit_s=0.0), "x") == rows
     assert column(Bench(ops, order=Order.SPLIT).run(*batches, credit_s=0.0), "x") == rows
-    assert parts.pieces == whole.pieces
+    joined = Bench(ops, source=BatchSource(batches))
+    assert column(joined.run(join_bytes=1 << 20), "x") == rows
+    assert parts.pieces == whole.pieces == joined.pieces

@@ -23,7 +23,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 from urllib.parse import unquote, urlparse
 
@@ -46,6 +46,7 @@ from headrace.commit.records import decode
 from headrace.commit.state import LogState
 from headrace.connectors import storage
 from headrace.connectors.listing import output_stem
+from headrace.connectors.name_set import NameList, NameSet
 from headrace.connectors.redact import redact
 from headrace.connectors.run_store import (
     LocalRunStore,
@@ -58,11 +59,12 @@ from headrace.connectors.run_store import (
     write_whole,
 )
 from headrace.connectors.sinks import claims
-from headrace.connectors.sinks.manifest import encode_manifest, listed_names, read_manifest
+from headrace.connectors.sinks.manifest import encode_manifest, names_in, outline
+from headrace.connectors.spool import FileSpool
 from headrace.core.errors import DataError, DestinationError, HeadraceError, PlanError, SchemaConflict
 from headrace.core.lineage import LineageColumns
 from headrace.core.options import Outputs
-from headrace.core.receipts import LineageRun, OutputFile, Receipt
+from headrace.core.receipts import FileKind, LineageRun, OutputFile, Receipt
 from headrace.core.schemas import Conflict, bring, unify
 from headrace.core.splits import Split
 
@@ -71,6 +73,7 @@ LINEAGE_IN_RECEIPT = 64  # runs; more are a file: the log is read whole by every
 
 SMALL_BYTES = 1 << 20  # files up to about this size are encoded in memory: one write, and a digest without reading them again
 
+GROUP_FILES = 1000  # published at once: S3 deletes so many in one request
 _PART = re.compile(r"part-(\d{2,9})-\d{6,}\.(parquet|csv|jsonl)")
 _OUTPUTS = (".parquet", ".csv", ".jsonl")
 _LINEAGE_SCHEMA = pa.schema(
@@ -164,12 +167,13 @@ class FileSink(ABC):
 
     def finish(self, files: Sequence[OutputFile], summary: Mapping[str, Any], schema: pa.Schema | None) -> None:
         there = self._there
-        old = read_manifest(there.read(MANIFEST))
-        shown = old is not None and old.get("run") == self._run and old.get("generation") == self._generation
+        old = outline(there.chunks(MANIFEST))
+        shown = old is not None and (old.run, old.generation) == (self._run, self._generation)
         if shown:
-            older = listed_names(old, "replaced")
+            older = NameList()
+            older.extend(names_in(there.chunks(MANIFEST), "replaced"))
         else:
-            older = self._older_outputs(old)
+            older = self._older_outputs(there, old is not None)
             self._show(there, files, summary, schema, older, old is not None)
         if there.read(SUCCESS) is None or not shown:
             there.write(SUCCESS, b"")
@@ -224,7 +228,6 @@ class FileSink(ABC):
     def _encoder(self, path: str, schema: pa.Schema, sample: pa.RecordBatch | None) -> Encoder:
         """Begin a file. sample: its first batch, None for an empty file."""
         ...
-
 
     def _widened(self, encoder: Encoder, path: str, before: pa.Schema, schema: pa.Schema) -> Encoder:
         """An encoder of a wider schema that holds what the other was given. Raises ArrowInvalid when that does not fit.
@@ -288,91 +291,107 @@ class FileSink(ABC):
         files: Sequence[OutputFile],
         summary: Mapping[str, Any],
         schema: pa.Schema | None,
-        older: tuple[str, ...],
+        older: NameList,
         held: bool,
     ) -> None:
         """Make this run the destination's output: everything up to its manifest."""
         if held and self.per_input:
             there.remove(SUCCESS)  # from here to the end the output is a mixture, and must not look complete
-        mine = frozenset(older)
         if held:
-            there.publish(files, mine)
+            waiting: Iterable[OutputFile] = files
         else:  # the committer has published them, but for what a crash or a lost answer left
             staged = frozenset(there.names(staging_folder(self._run)))
-            there.publish([f for f in files if f.staged in staged], mine)
-        files = self._with_empty_files(there, files, schema, mine)
-        outputs = {f.name for f in files if f.kind == "output"}
+            waiting = (f for f in files if f.staged in staged) if staged else ()
+        for some in _groups(waiting):
+            there.publish(some, older)
+        whole = self._with_empty_files(there, files, schema, older)
         head = {
             "run": self._run,
             "generation": self._generation,
             "format": self.name,
             "outputs": "per_input" if self.per_input else "packed",
-            "rows": sum(f.rows for f in files if f.kind == "output"),
+            "rows": whole.rows,
             "schema": None if schema is None else schema.to_string(show_field_metadata=False, show_schema_metadata=False),
-            "replaced": [name for name in older if name not in outputs],
         }
-        there.write(MANIFEST, encode_manifest(head, files, summary))
+        mine = NameSet(f.name for f in whole if f.kind == "output") if older else ()
+
+        def pieces() -> Iterator[bytes]:
+            return encode_manifest(head, (name for name in older if name not in mine), whole, whole.kinds, summary)
+
+        there.write_pieces(MANIFEST, pieces)
 
     def _with_empty_files(
-        self, there: LocalRunStore | S3RunStore, files: Sequence[OutputFile], schema: pa.Schema | None, older: frozenset[str]
-    ) -> list[OutputFile]:
+        self, there: LocalRunStore | S3RunStore, files: Sequence[OutputFile], schema: pa.Schema | None, older: NameList
+    ) -> _Whole:
         """With outputs of no rows made: those that waited for a schema, or the one file of a packed run without rows."""
-        out = list(files)
-        if not self.per_input and not any(f.kind == "output" for f in out):
-            out.append(OutputFile(f"part-{self._generation:02d}-000000{self.extension}", 0, 0))
-        empty = [i for i, f in enumerate(out) if f.kind == "output" and not f.staged and not f.digest]
-        if not empty:
-            return out
+        whole = _Whole(files)
+        if not self.per_input and "output" not in whole.kinds:
+            whole.add(OutputFile(f"part-{self._generation:02d}-000000{self.extension}", 0, 0))
+        if not whole.waits:
+            return whole
         if schema is None:
-            filled = next((f.name for f in out if f.kind == "output" and f.rows), None)
-            schema = pa.schema([]) if filled is None else self._written_schema(there.uri(filled))
-        made: list[OutputFile] = []
-        for i in empty:
-            staged = self._staged_name(f"empty-{i:06d}{self.extension}")
-            path = there.begin(staged)
-            try:
+            schema = pa.schema([]) if whole.filled is None else self._written_schema(there.uri(whole.filled))
+        numbers = itertools.count()
+        for some in _groups(f for f in whole if _waits(f)):
+            made = [self._stage_empty(there, f, next(numbers), schema, whole) for f in some]
+            there.sync(made)
+            there.publish(made, older)
+        whole.waits = False
+        return whole
+
+    def _stage_empty(
+        self, there: LocalRunStore | S3RunStore, file: OutputFile, number: int, schema: pa.Schema, whole: _Whole
+    ) -> OutputFile:
+        """All of a run are alike: the first is encoded, the others are its copies."""
+        staged = self._staged_name(f"empty-{number:06d}{self.extension}")
+        path = there.begin(staged)
+        try:
+            if whole.empty is None:
                 done = measured(self._encoder(path, schema, None).close(), path)
-            except OSError as e:
-                quietly(there.drop, staged, path)
-                raise disk_error(e, path) from e
-            there.stage(staged, path, done.digest)
-            out[i] = replace(out[i], bytes=done.bytes, digest=done.digest)
-            made.append(replace(out[i], staged=staged))
-        there.sync(made)
-        there.publish(made, older)
-        return out
+                whole.empty = (Path(path).read_bytes(), done.digest)
+            else:
+                write_whole(path, whole.empty[0])
+        except OSError as e:
+            quietly(there.drop, staged, path)
+            raise disk_error(e, path) from e
+        data, digest = whole.empty
+        there.stage(staged, path, digest)
+        return replace(file, bytes=len(data), digest=digest, staged=staged)
 
     def _written_schema(self, path: str) -> pa.Schema:
         """The schema of an output file; formats that keep none in an empty file need not tell."""
         return pa.schema([])
 
-    def _older_outputs(self, manifest: Mapping[str, Any] | None) -> tuple[str, ...]:
+    def _older_outputs(self, there: LocalRunStore | S3RunStore, held: bool) -> NameList:
         """Outputs that this run replaces: what the manifest lists, and what runs published that were given up."""
-        names = dict.fromkeys(listed_names(manifest))
-        for run in self._earlier(given_up=manifest is not None):
-            state = _replay(self._there, run)
-            names |= dict.fromkeys(f.name for f in (state.settled.files if state is not None else ()) if f.kind == "output")
-        return tuple(n for n in names if PurePosixPath(n).suffix in _OUTPUTS)
+        older = NameList()
+        if held:
+            older.extend(n for n in names_in(there.chunks(MANIFEST), "files") if _is_output(n))
+        for run in self._earlier(given_up=held):
+            state = _replay(there, run)
+            if state is not None:
+                older.extend(f.name for f in state.settled.files if f.kind == "output" and _is_output(f.name))
+        return older
 
     def _earlier(self, *, given_up: bool) -> list[str]:
         """Earlier runs. given_up: those only that were never complete; the others have cleaned up after themselves."""
         runs = [run_name(generation) for generation in range(self._generation)]
         return [run for run in runs if not given_up or self._there.read(complete_name(run)) is None]
 
-    def _remove_older(self, there: LocalRunStore | S3RunStore, files: Sequence[OutputFile], older: Iterable[str]) -> None:
+    def _remove_older(self, there: LocalRunStore | S3RunStore, files: Sequence[OutputFile], older: NameList) -> None:
         """Only what an earlier run's manifest or log names: other files, whatever they are called, belong to somebody else."""
-        mine = {f.name for f in files}
-        there.remove_all(name for name in dict.fromkeys(older) if name not in mine)
+        mine = NameSet(f.name for f in files) if older else ()
+        there.remove_all(name for name in older if name not in mine)
 
     def _remove_unlogged(self) -> None:
         there = self._there
-        staged = list(there.names(f"{staging_folder(self._run)}/{self._epoch}"))
-        if not staged:
+        folder = f"{staging_folder(self._run)}/{self._epoch}"
+        if next(there.names(folder), None) is None:
             return
         state = _replay(there, self._run)
         if state is not None:
-            logged = {f.staged for f in state.settled.files}
-            there.remove_all(name for name in staged if name not in logged)
+            logged = NameSet(f.staged for f in state.settled.files)
+            there.remove_all(name for name in there.names(folder) if name not in logged)
 
     def _let_go(self) -> None:
         if self._scratch:
@@ -503,6 +522,58 @@ class FileSplitWriter:
             raise disk_error(e, self._path) from e
 
 
+class _Whole:
+    """All files of a run as its manifest lists them, made while they are iterated: those of `files`, and what `add` was given.
+
+    rows: of outputs. kinds: that there are. filled: the name of an output with rows. waits: there are outputs that are yet to
+    be made; empty: their (bytes, digest), once one is made.
+    """
+
+    def __init__(self, files: Sequence[OutputFile]) -> None:
+        self.rows = 0
+        self.kinds: set[FileKind] = set()
+        self.filled: str | None = None
+        self.waits = False
+        self.empty: tuple[bytes, str] | None = None
+        self._files = files
+        self._added: list[OutputFile] = []
+        for f in files:
+            self._note(f)
+
+    def add(self, file: OutputFile) -> None:
+        self._added.append(file)
+        self._note(file)
+
+    def _note(self, f: OutputFile) -> None:
+        self.kinds.add(f.kind)
+        if f.kind == "output":
+            self.rows += f.rows
+            self.waits |= _waits(f)
+            if f.rows and self.filled is None:
+                self.filled = f.name
+
+    def __iter__(self) -> Iterator[OutputFile]:
+        made = None if self.waits else self.empty
+        for f in itertools.chain(self._files, self._added):
+            yield f if made is None or not _waits(f) else replace(f, bytes=len(made[0]), digest=made[1])
+
+
+def _is_output(name: str) -> bool:
+    """By its name."""
+    return name.endswith(_OUTPUTS) and name.rpartition("/")[2] not in _OUTPUTS
+
+
+def _waits(f: OutputFile) -> bool:
+    """Is it an output that the end of the run makes?"""
+    return f.kind == "output" and not f.staged and not f.digest
+
+
+def _groups(files: Iterable[OutputFile]) -> Iterator[list[OutputFile]]:
+    left = iter(files)
+    while group := list(itertools.islice(left, GROUP_FILES)):
+        yield group
+
+
 def written(path: str, data: Any) -> Written:
     """Write a whole file at once."""
     view = memoryview(data)
@@ -524,7 +595,7 @@ def _close_broken(encoder: Encoder) -> None:
 
 def _replay(store: LocalRunStore | S3RunStore, run: str) -> LogState | None:
     """What a run's log amounts to; None for one that is missing or damaged."""
-    state = LogState(run)
+    state = LogState(run, FileSpool())
     try:
         while (data := store.read(log_name(run, state.next))) is not None:
             state.apply(decode(run, state.next, data))

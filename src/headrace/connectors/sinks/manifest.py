@@ -1,31 +1,92 @@
 """The manifest of a finished destination, `_manifest.json`: how it is written, and how any file of that name is read.
 
-Invariant: reading executes nothing and trusts nothing: what is not as it should be is left out or told, never raised.
+Invariants: reading executes nothing and trusts nothing: what is not as it should be is left out or told, never raised. Only
+`read_manifest` holds more than a piece of it: ten million files make it 1.5 GB.
 """
 
 from __future__ import annotations
 
+import codecs
 import importlib.metadata
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from json.encoder import encode_basestring_ascii as _quoted
 from typing import Any, cast
 
-from headrace.core.receipts import OutputFile
+from headrace.core.receipts import FileKind, OutputFile
 
 VERSION = 1
-LISTS = ("files", "quarantine", "lineage")
+LISTS: dict[str, FileKind] = {"files": "output", "quarantine": "quarantine", "lineage": "lineage"}
+
+_PIECE_CHARS = 1 << 18  # at least, in a piece of what is written
+_VALUE_CHARS = 64 << 20  # at most, in one value (an item of a list, or all of what is no list): no run writes larger ones
 
 
-def encode_manifest(head: Mapping[str, Any], files: Sequence[OutputFile], summary: Mapping[str, Any]) -> bytes:
-    """head: what the sink says; it wins over the summary's keys. files: of all kinds, in split order."""
-    kinds = {"output": "files", "quarantine": "quarantine", "lineage": "lineage"}
-    lists: dict[str, list[dict[str, Any]]] = {name: [] for name in LISTS}
-    for f in files:
-        lists[kinds[f.kind]].append({"name": f.name, "rows": f.rows, "bytes": f.bytes, "digest": f.digest})
-    body = {"version": VERSION, "headrace": _release(), **head}
-    body |= {k: v for k, v in summary.items() if k not in body and k not in lists}
-    return _readable({**body, **lists})
+def encode_manifest(
+    head: Mapping[str, Any],
+    replaced: Iterable[str],
+    files: Iterable[OutputFile],
+    kinds: Collection[FileKind],
+    summary: Mapping[str, Any],
+) -> Iterator[bytes]:
+    """In pieces. JSON with a line for each key, and for each file.
+
+    head: what the sink says; it wins over the summary's keys. replaced: names. files: in split order, iterated for each of the
+    kinds that there are among them.
+    """
+    yield from _pieces(_text(head, replaced, files, kinds, summary))
+
+
+def _text(
+    head: Mapping[str, Any],
+    replaced: Iterable[str],
+    files: Iterable[OutputFile],
+    kinds: Collection[FileKind],
+    summary: Mapping[str, Any],
+) -> Iterator[str]:
+    first = {"version": VERSION, "headrace": _release(), **head}
+    between = "{\n"
+    for key, value in first.items():
+        yield f"{between} {_quoted(key)}: {_json(value)}"
+        between = ",\n"
+    yield ',\n "replaced": ['
+    between = ""
+    for name in replaced:
+        yield f"{between}{_quoted(name)}"
+        between = ", "
+    yield "]"
+    for key, value in summary.items():
+        if key not in first and key not in LISTS and key != "replaced":
+            yield f",\n {_quoted(key)}: {_json(value)}"
+    for key, kind in LISTS.items():
+        yield f',\n "{key}": ['
+        between = "\n  "
+        for f in files if kind in kinds else ():
+            if f.kind == kind:  # as json.dumps would, in a third of the time
+                item = f'{{"name": {_quoted(f.name)}, "rows": {f.rows}, "bytes": {f.bytes}, "digest": {_quoted(f.digest)}}}'
+                yield between + item
+                between = ",\n  "
+        yield "\n ]" if kind in kinds else "]"
+    yield "\n}\n"
+
+
+def _pieces(text: Iterable[str]) -> Iterator[bytes]:
+    waiting: list[str] = []
+    size = 0
+    for part in text:
+        waiting.append(part)
+        size += len(part)
+        if size >= _PIECE_CHARS:
+            yield "".join(waiting).encode()
+            waiting.clear()
+            size = 0
+    yield "".join(waiting).encode()
+
+
+def _json(value: Any) -> str:
+    return json.dumps(plain(value), allow_nan=False)
 
 
 def read_manifest(data: bytes | None) -> dict[str, Any] | None:
@@ -39,13 +100,47 @@ def read_manifest(data: bytes | None) -> dict[str, Any] | None:
     return cast("dict[str, Any]", body) if isinstance(body, dict) else None
 
 
-def listed_names(body: Mapping[str, Any] | None, key: str = "files") -> tuple[str, ...]:
-    """Names under a key (plain, or in objects with a "name"), those that stay inside of the destination only."""
-    listed = (body or {}).get(key)
-    if not isinstance(listed, list):
-        return ()
-    found = (f.get("name") if isinstance(f, dict) else f for f in cast("list[Any]", listed))
-    return tuple(n for n in found if isinstance(n, str) and is_inside(n))
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """Whose a manifest is; run, generation: as they stand there, whatever they are."""
+
+    run: Any
+    generation: Any
+
+
+def outline(chunks: Iterable[bytes]) -> Outline | None:
+    """Of the manifest with these bytes, which are read to their end; None when there is none that can be read."""
+    values: dict[str, Any] = {}
+    try:
+        for key, is_item, value in _walk(chunks):
+            if not is_item and key in ("run", "generation"):
+                values[key] = value
+    except (ValueError, RecursionError):
+        return None
+    return Outline(values.get("run"), values.get("generation"))
+
+
+def names_in(chunks: Iterable[bytes], key: str) -> Iterator[str]:
+    """Names in a list of a manifest (plain, or in objects with a "name"), those that stay inside of the destination only."""
+    try:
+        for found, is_item, value in _walk(chunks):
+            if is_item and found == key:
+                name: object = cast("dict[str, Any]", value).get("name") if isinstance(value, dict) else value
+                if isinstance(name, str) and is_inside(name):
+                    yield name
+    except (ValueError, RecursionError):
+        return
+
+
+def value_in(chunks: Iterable[bytes], key: str) -> Any:
+    """What a JSON object with these bytes says under the key (the first one of that name); None for nothing, and for a list.
+
+    Reads no further than there: what follows may be anything.
+    """
+    try:
+        return next((value for found, is_item, value in _walk(chunks) if found == key and not is_item), None)
+    except (ValueError, RecursionError):
+        return None
 
 
 def is_inside(name: str) -> bool:
@@ -65,16 +160,91 @@ def plain(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | bool) else str(value)
 
 
-def _readable(body: Mapping[str, Any]) -> bytes:
-    """JSON with a line for each key, and for each file: json's own indentation is ten times slower on many files."""
-    lines: list[str] = []
-    for key, value in body.items():
-        if key in LISTS and value:
-            items = ",\n  ".join(json.dumps(item) for item in value)
-            lines.append(f" {json.dumps(key)}: [\n  {items}\n ]")
+def _walk(chunks: Iterable[bytes]) -> Iterator[tuple[str, bool, Any]]:
+    """(key, False, value) of a JSON object, but of lists: (key, True, item), one by one. Raises ValueError, RecursionError."""
+    text = _Text(chunks)
+    text.expect("{")
+    if text.peek() == "}":
+        return text.end()
+    while True:
+        key = text.value()
+        if not isinstance(key, str):
+            raise ValueError("a key that is no string")
+        text.expect(":")
+        if text.peek() == "[":
+            text.expect("[")
+            more = text.peek() != "]"
+            while more:
+                yield key, True, text.value()
+                more = text.peek() == ","
+                if more:
+                    text.expect(",")
+            text.expect("]")
         else:
-            lines.append(f" {json.dumps(key)}: {json.dumps(plain(value), allow_nan=False)}")
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+            yield key, False, text.value()
+        if text.peek() == "}":
+            return text.end()
+        text.expect(",")
+
+
+class _Text:
+    """JSON, taken value by value from chunks of UTF-8."""
+
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._chunks = iter(chunks)
+        self._bytes = codecs.getincrementaldecoder("utf-8")()
+        self._text = ""
+        self._at = 0
+        self._decode = json.JSONDecoder().raw_decode
+
+    def peek(self) -> str:
+        """The next character that is no space; "" at the end."""
+        while True:
+            while self._at < len(self._text):
+                if (char := self._text[self._at]) not in " \t\r\n":
+                    return char
+                self._at += 1
+            if not self._more():
+                return ""
+
+    def expect(self, char: str) -> None:
+        if self.peek() != char:
+            raise ValueError(f"no {char!r} where one is due")
+        self._at += 1
+
+    def value(self) -> Any:
+        self.peek()
+        while True:
+            try:
+                value, at = self._decode(self._text, self._at)
+            except ValueError:
+                if len(self._text) - self._at > _VALUE_CHARS or not self._more():
+                    raise
+                continue
+            size = at - self._at
+            if len(self._text) - at < 4 and self._more():
+                continue  # a number may go on: 1, 1.5, 1.5e+7
+            self._at += size
+            return value
+
+    def end(self) -> None:
+        self.expect("}")
+        if self.peek():
+            raise ValueError("something follows the object")
+
+    def _more(self) -> bool:
+        """Take at least as much as is left, so that no value is looked at too often; False at the end. What is behind goes."""
+        kept = self._text[self._at :]
+        pieces = [kept]
+        wanted = max(1, len(kept))
+        while wanted > 0:
+            data = next(self._chunks, None)
+            pieces.append(self._bytes.decode(b"" if data is None else data, final=data is None))
+            wanted -= len(pieces[-1])
+            if data is None:
+                break
+        self._text, self._at = "".join(pieces), 0
+        return len(self._text) > len(kept)
 
 
 def _release() -> str:

@@ -7,13 +7,18 @@ bytes don't compress at all, so trying costs time for nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
 
 from headrace.connectors.sinks.files import Encoder, FileSink, Written, written
+from headrace.contracts.sink import CarryingWriter
+from headrace.contracts.source import Source
+from headrace.core.carried import Carried
+from headrace.core.errors import InternalError
 from headrace.core.options import Outputs
+from headrace.core.splits import Split
 
 Compression = Literal["auto", "zstd", "snappy", "none"]
 
@@ -47,13 +52,27 @@ class ParquetSink(FileSink):
         self.compression: Compression = compression
         self._tiny: tuple[pa.Schema, dict[str, Any]] | None = None
 
+    def carries(self, source: Source, columns: Sequence[str]) -> frozenset[str]:
+        from headrace.connectors.sinks.parquet_copy import copyable_columns
+        from headrace.connectors.sources.parquet import ParquetSource
+
+        return copyable_columns(source, columns, self.compression) if isinstance(source, ParquetSource) else frozenset()
+
+    def open_carrying(self, split: Split, attempt: int, carried: Carried, source: Source) -> CarryingWriter:
+        from headrace.connectors.sinks.parquet_copy import CarryingSplitWriter
+        from headrace.connectors.sources.parquet import ParquetSource
+
+        if not isinstance(source, ParquetSource):
+            raise InternalError(f"columns can't be carried from {source.name}")
+        return CarryingSplitWriter(self, split, attempt, carried, source)
+
     def _written_schema(self, path: str) -> pa.Schema:
         from headrace.connectors.sources.parquet import ParquetSource
 
         return ParquetSource(path).schema()
 
     def _encoder(self, path: str, schema: pa.Schema, sample: pa.RecordBatch | None) -> Encoder:
-        return _ParquetEncoder(path, schema, self._encodings(schema, sample))
+        return ParquetEncoder(path, schema, self.encodings(schema, sample))
 
     def _read_again(self, path: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         import pyarrow.parquet as pq
@@ -61,7 +80,7 @@ class ParquetSink(FileSink):
         with pq.ParquetFile(path) as file:
             yield from file.iter_batches()
 
-    def _encodings(self, schema: pa.Schema, sample: pa.RecordBatch | None) -> dict[str, Any]:
+    def encodings(self, schema: pa.Schema, sample: pa.RecordBatch | None) -> dict[str, Any]:
         """Arguments for the writer. Those of tiny files depend on the schema alone, and are kept for the next one."""
         tiny = sample is not None and sample.nbytes < TINY_BYTES
         if tiny and self._tiny is not None and self._tiny[0].equals(schema):
@@ -72,7 +91,7 @@ class ParquetSink(FileSink):
         return made
 
 
-class _ParquetEncoder:
+class ParquetEncoder:
     """A file of at most TINY_BYTES is encoded in memory and written at once; a larger one as its row groups fill."""
 
     def __init__(self, path: str, schema: pa.Schema, arguments: dict[str, Any]) -> None:

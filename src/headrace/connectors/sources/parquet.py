@@ -7,7 +7,7 @@ group; block cuts follow from the metadata in footers; row numbers in origins ar
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Self
@@ -17,6 +17,7 @@ import pyarrow as pa
 from headrace.connectors import packing, storage
 from headrace.connectors.blocks import Piece, conform, no_columns, rows_per_block, shareable
 from headrace.connectors.listing import Paths
+from headrace.connectors.parquet_splice import worth_copying
 from headrace.connectors.sources.files import FileSource
 from headrace.connectors.sources.unreadable import halves, reported
 from headrace.connectors.storage import Reader, Stored
@@ -26,7 +27,7 @@ from headrace.core.expressions import columns_of, passing
 from headrace.core.options import BlockLimits
 from headrace.core.origins import chosen
 from headrace.core.refs import Origin, Segment
-from headrace.core.splits import Fragment
+from headrace.core.splits import Fragment, Split
 from headrace.core.tensors import vector_to_numpy
 
 # Without a stream buffer Arrow reads whole column chunks: 521 MB for a 450 MB row group of 100 columns, 77 MB with 64 KiB
@@ -51,6 +52,7 @@ class ParquetSource(FileSource):
 
     name = "parquet"
     extensions = (".parquet", ".pq", ".parq")
+    _left: frozenset[str] = frozenset()  # columns that splits worth copying are read without
 
     def __init__(self, paths: Paths, columns: tuple[str, ...] | list[str] | None = None) -> None:
         super().__init__(paths)
@@ -71,6 +73,20 @@ class ParquetSource(FileSource):
         out._predicate = predicate if self._predicate is None else self._predicate & predicate
         out._predicate_columns = tuple(dict.fromkeys((*self._predicate_columns, *read)))
         return out, True
+
+    def leave(self, columns: frozenset[str]) -> Self:
+        out = copy.copy(self)
+        out._left = self._left | columns
+        return out
+
+    @property
+    def filtered(self) -> bool:
+        """Does it yield some rows only?"""
+        return self._predicate is not None
+
+    def first_object(self) -> Stored:
+        """Raises DataError when there is no input."""
+        return next(iter(self._listing.objects()))
 
     def count(self) -> int | None:
         if self._predicate is not None:
@@ -117,6 +133,13 @@ class ParquetSource(FileSource):
             size += group_size
         out.append(replace(packing.whole(o, rows), start=start, stop=len(groups)))
         return out
+
+    def _split_pieces(self, split: Split, limits: BlockLimits, on_bad: OnBad | None) -> Generator[Piece, None, None]:
+        if not self._left or not worth_copying(split):
+            return super()._split_pieces(split, limits, on_bad)
+        narrow = self.project(tuple(name for name in self.schema().names if name not in self._left))
+        narrow._left = frozenset()
+        return narrow._split_pieces(split, limits, on_bad)
 
     def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
         schema = self.schema()
@@ -240,6 +263,31 @@ class ParquetSource(FileSource):
         if len(rows) == batch.num_rows:
             return batch, origin
         return batch.take(rows), chosen(origin, vector_to_numpy(rows)) if len(rows) else origin
+
+
+class GroupReader:
+    """Row groups of one object, in any order, with the columns and types of `source`."""
+
+    def __init__(self, source: ParquetSource, fragment: Fragment) -> None:
+        self._source = source
+        self._schema = source.schema()
+        self._stack = ExitStack()
+        opened = _opened(fragment.uri, fragment.size_bytes, fragment.version, columns=len(self._schema))
+        self._reader, self._file = self._stack.enter_context(opened)
+
+    @property
+    def rows(self) -> list[int]:
+        """Of each row group."""
+        return [self._file.metadata.row_group(g).num_rows for g in range(self._file.num_row_groups)]
+
+    def batches(self, group: int, first_row: int, limits: BlockLimits) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """(number of the first row, batch), in order. first_row: that of the row group. Raises DataError."""
+        pieces = self._source._group_pieces(self._reader, self._file, group, first_row, self._schema, limits, None)
+        for piece in pieces:
+            yield piece.origin.segments[0].row, piece.batch
+
+    def close(self) -> None:
+        self._stack.close()
 
 
 def _rows_of(o: Stored) -> int:

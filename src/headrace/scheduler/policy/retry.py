@@ -15,7 +15,7 @@ from headrace.core.steps import Doing, Suspect
 
 MOST_BLIND = 3  # attempts that ended without a word of what killed the worker
 MOST_TRANSIENT = 3  # attempts that storage trouble ended, beyond what the storage's own retries cure
-MOST_LOST = 20  # attempts that lost blocks of theirs with a node: no fault of the split's
+MOST_LOST = 20  # attempts that lost blocks of theirs with a node, or maybe died with it: no fault of the split's
 MOST_ATTEMPTS = 100  # in all: each brings something new, and yet there must be an end
 CONFIRMATIONS = 2  # deaths on the very same row
 
@@ -64,6 +64,11 @@ class History:
             return self.lost < MOST_LOST
         self.transient += 1
         return self.transient < MOST_TRANSIENT
+
+    def goes_on_untold(self) -> bool:
+        """Take in a death of which nothing could be found out. True: another attempt is worth it."""
+        self.lost += 1
+        return self.lost < MOST_LOST
 
     def exhausted(self, attempt: int) -> bool:
         """There is no sense in another attempt after this one."""

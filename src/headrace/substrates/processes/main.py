@@ -8,7 +8,6 @@ thread waits for the driver's end, and where user code never lets go of the GIL 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import gc
 import os
@@ -22,20 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.core.errors import InternalError
 from headrace.core.steps import Step, StepFailed
+from headrace.substrates.malloc import keep_large_allocations
 from headrace.substrates.processes import stacks, wire
 
 if TYPE_CHECKING:
     from headrace.substrates.processes.store import ArenaStore
 
 IDLE_S = 0.5  # idle for this long: collect garbage cycles that hold views, give unused arena memory back
-
-# Free memory that malloc keeps for the next large array instead of handing it to the kernel. Measured with glibc 2.36:
-# filling a new 40 MB NumPy array takes 4.0 ms with page faults each time, 1.4 ms on recycled memory (120 MB: 13.5, 4.3).
-# 256 MiB is the most that a worker can hold this way; larger arrays are mapped and returned one by one as before.
-# Arrow's own pool (mimalloc) recycles by itself: malloc for Arrow too was no faster at 40 MB.
-MALLOC_KEEP_BYTES = 256 << 20
 _READY = "ready"  # a message of this process to itself: a step that was begun need not be waited for any more
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
 
 def main(control_fd: int, lifeline_fd: int, report_fd: int) -> None:
@@ -44,7 +37,7 @@ def main(control_fd: int, lifeline_fd: int, report_fd: int) -> None:
     for fd in (control_fd, lifeline_fd, report_fd):
         os.set_inheritable(fd, False)
     _die_with_driver(lifeline_fd)
-    _keep_large_allocations()
+    keep_large_allocations()
     stacks.report_to(report_fd)
     channel = _Channel(socket.socket(fileno=control_fd))
     hello = channel.next_message()
@@ -293,14 +286,6 @@ def _die_with_driver(lifeline_fd: int) -> None:
     fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline_fd, set_signal, signal.SIGKILL)
     fcntl.fcntl(lifeline_fd, fcntl.F_SETFL, fcntl.fcntl(lifeline_fd, fcntl.F_GETFL) | os.O_ASYNC)
-
-
-def _keep_large_allocations() -> None:
-    """See MALLOC_KEEP_BYTES. A C library without mallopt stays as it is."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, MALLOC_KEEP_BYTES)
-        mallopt(_M_TRIM_THRESHOLD, MALLOC_KEEP_BYTES)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from headrace.core.steps import Step, StepDone, StepFailed
 from headrace.runtime.governor import MachineRooms
 from headrace.substrates.blocks import anonymous_bytes
 from headrace.substrates.bodies import Body, begins, run_guarded
+from headrace.substrates.malloc import keep_large_allocations
 from headrace.substrates.ray.parcel import receive
 from headrace.substrates.ray.placement import node_name
 from headrace.substrates.ray.remains import Remains, clear_away, open_remains
@@ -99,6 +100,7 @@ class RayWorker:
         context = ray.get_runtime_context()
         self._node = node_name(ray.util.get_node_ip_address(), context.get_node_id())
         self._actor = context.get_actor_id() or ""
+        keep_large_allocations()
         settle_in(around)
         self._remains, crumb = _leave_remains(spec.id)
         self._sees = not around.must_see or os.path.exists(around.must_see)

@@ -6,6 +6,7 @@ Ray tells nobody when nodes come and go, so a thread looks every two seconds. It
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import queue
 import signal
@@ -27,6 +28,9 @@ PATIENCE_S = 20.0  # without an answer from the head
 KNOCK_S = 5.0  # for a cluster to accept a connection
 ASK_S = 5.0  # between two requests to the autoscaler
 AGAIN_S = 60.0  # the same one again: a cluster has one request at a time, and another program may have replaced it
+HOLD_S = 30.0  # demand that comes and goes within that is one request
+_CLIENT = "ray://"
+_OURS = "headrace-request"  # in the cluster's key-value store: the job whose request it has, if that is one of ours
 
 
 class _Connection:
@@ -105,6 +109,8 @@ def _connect(address: str | None) -> None:
             return
         except ConnectionError:
             address = "local"
+    if (address or named or "").startswith(_CLIENT):
+        _need_client(address or named or "")
     try:
         if address == "local":
             options["include_dashboard"] = False
@@ -112,15 +118,42 @@ def _connect(address: str | None) -> None:
         ray.init(address=address or named, **options)
     except (OSError, RuntimeError, ValueError) as error:
         text = f"there is no Ray cluster at {address or named}: {(str(error) or type(error).__name__).splitlines()[0]}"
-        hint = "ray start --head starts one; without an address Headrace starts one on this machine; ray:// needs ray[client]"
+        hint = "ray start --head starts one; without an address Headrace starts one on this machine"
+        if (address or named or "").startswith(_CLIENT):
+            hint = "ray:// leads to the server for clients on the head (port 10001, unless ray start was told another one)"
         raise PlanError(text, hint=hint) from None
 
 
+def _need_client(address: str) -> None:
+    try:
+        importlib.import_module("grpc").StatusCode  # noqa: B018 - a folder of that name would do as a module
+    except (ImportError, AttributeError):
+        raise PlanError(
+            f"{address} is reached through the Ray client, which lacks grpcio here",
+            hint="pip install 'ray[client]'; or run the program in the cluster's network, or as a job of it, without ray://",
+        ) from None
+
+
 def _knock(address: str) -> None:
-    """Raise OSError when nobody listens at host:port: Ray itself would try for minutes, deaf to signals."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    """Raise OSError when nobody listens at host:port or [host]:port: Ray itself would try for minutes, deaf to signals."""
+    host, _, port = address.removeprefix(_CLIENT).rpartition(":")
     if host and port.isdigit():
-        socket.create_connection((host, int(port)), timeout=KNOCK_S).close()
+        socket.create_connection((host.removeprefix("[").removesuffix("]"), int(port)), timeout=KNOCK_S).close()
+
+
+def through_client() -> bool:
+    """Are we connected by ray://? This process is then on no node, and knows nothing of the cluster but what it asks."""
+    from ray.util.client import ray as client
+
+    return bool(client.is_connected())
+
+
+def _in_cluster(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call it in a process that is connected to the head: this one, or one of the cluster's."""
+    if not through_client():
+        return function(*arguments)
+    task: Any = ray.remote(function)
+    return ray.get(task.options(num_cpus=0, max_retries=0).remote(*arguments), timeout=KNOCK_S)
 
 
 def live_nodes() -> tuple[Node, ...]:
@@ -148,22 +181,52 @@ def kinds_to_come() -> frozenset[str] | None:
     """
     most: Mapping[str, float] | None = None
     with contextlib.suppress(Exception):
-        from ray._private.state import state
-
-        most = state.get_max_resources_from_cluster_config()
+        most = _in_cluster(_most_to_come)
     if most is None and any("ray.io/node-group" in n.get("Labels", {}) for n in ray.nodes() if n.get("Alive")):
         return None
     return frozenset(name for name, amount in (most or {}).items() if amount > 0)
 
 
+def _most_to_come() -> Mapping[str, float] | None:
+    from ray._private.state import state
+
+    return state.get_max_resources_from_cluster_config()
+
+
 def _draining() -> frozenset[str] | None:
     """Nodes that are about to leave: preempted, or drained by people. As Ray Train asks; None where nobody answers."""
     try:
-        from ray._private.state import state
-
-        return frozenset(state.get_draining_nodes())
+        return frozenset(_in_cluster(_draining_nodes))
     except Exception:
         return None
+
+
+def _draining_nodes() -> list[str]:
+    from ray._private.state import state
+
+    return list(state.get_draining_nodes())
+
+
+def _request(bundles: list[dict[str, float]], job: str) -> None:
+    """Ask the autoscaler, for a job; for nothing: take it back."""
+    from ray.autoscaler.sdk import request_resources
+    from ray.experimental import internal_kv
+
+    request_resources(bundles=bundles)
+    if bundles:
+        internal_kv._internal_kv_put(_OURS, job)
+    else:
+        internal_kv._internal_kv_del(_OURS)
+
+
+def _take_back_left() -> None:
+    """A driver that is killed takes no request back: the next one does. Requests of other programs stay."""
+    from ray._private.state import state
+    from ray.experimental import internal_kv
+
+    job = internal_kv._internal_kv_get(_OURS)
+    if job and all(j["IsDead"] for j in state.job_table() if j["JobID"] == job.decode()):
+        _request([], "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +251,12 @@ class Watch:
         self._wish: tuple[dict[str, float], ...] = ()
         self._asked: tuple[dict[str, float], ...] = ()
         self._asked_s = float("-inf")
+        self._job = ""
         self._thread = threading.Thread(target=self._look, name="headrace-cluster", daemon=True)
 
     def start(self) -> None:
+        with contextlib.suppress(Exception):
+            self._job = ray.get_runtime_context().get_job_id()
         self._thread.start()
 
     def check(self) -> None:
@@ -215,6 +281,10 @@ class Watch:
             self._ask(())
 
     def _look(self) -> None:
+        self._since_s = time.monotonic()
+        with contextlib.suppress(Exception):
+            _in_cluster(_take_back_left)
+            self._since_s = None
         while not self._end.wait(LOOK_S):
             self._since_s = self._since_s or time.monotonic()
             try:
@@ -224,9 +294,9 @@ class Watch:
                 continue  # whoever asks `check` knows
             if changed != Changed():
                 self._tell(changed)
-            pause_s = ASK_S if self._wish != self._asked else AGAIN_S if self._wish else float("inf")
-            if time.monotonic() - self._asked_s >= pause_s:
-                self._ask(self._wish)
+            wish = self._wish
+            if time.monotonic() - self._asked_s >= (ASK_S if wish != self._asked else AGAIN_S) and (wish or self._asked):
+                self._ask(wish)
 
     def _changes(self) -> Changed:
         nodes = {n.name: n for n in live_nodes()}
@@ -247,9 +317,24 @@ class Watch:
     def _ask(self, bundles: tuple[dict[str, float], ...]) -> None:
         self._asked, self._asked_s = bundles, time.monotonic()
         with contextlib.suppress(Exception):  # a cluster without an autoscaler: a wish is a hint
-            from ray.autoscaler.sdk import request_resources
+            _in_cluster(_request, [dict(b) for b in bundles], self._job)
 
-            request_resources(bundles=[dict(b) for b in bundles])
+
+class Demand:
+    """How many workers each pool could use, as asked for: it rises at once and falls when it was lower for HOLD_S. Queues are
+    empty now and then, also where one more worker would help, and a request that comes and goes brings nothing.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, tuple[int, float]] = {}  # pool -> (workers, until when)
+
+    def held(self, pool: str, count: int, now_s: float) -> int:
+        """What to ask for, when the pool could use `count` just now."""
+        most, until_s = self._held.get(pool, (0, 0.0))
+        if count < most and now_s < until_s:
+            return most
+        self._held[pool] = (count, now_s + HOLD_S)
+        return count
 
 
 class Errands:

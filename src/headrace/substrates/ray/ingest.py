@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 BEAT_S = 5.0  # between signs of life of a consumer in an epoch
 SILENT_S = 60.0  # without one it counts as gone
+MADE_S = 120.0  # for a block to be joined where it lies
 SEAT_S = 12.0  # the same when another wants its seat
 
 OpenRun = Callable[[Callable[[Any], None]], Any]
@@ -55,12 +56,12 @@ def deliver(block: BlockRef) -> RefBlock:
     refs: Any = _JOIN.remote(columns, block.rows, *(part.handle for part in block.parts))
     ref, made = refs
     try:
-        ray.get(made)
+        ray.get(made, timeout=MADE_S)
     except RayTaskError as error:
         if isinstance(error.cause, ObjectLostError):
             raise block_lost(error.cause) from None
         raise
-    except RayError as lost:  # the node or worker at it died
+    except RayError as lost:  # the node or worker at it died, or gives no answer
         raise block_lost(lost) from None
     return RefBlock(ref, 0, block.rows)
 

@@ -28,10 +28,11 @@ from ray.exceptions import (
     OutOfMemoryError,
     RayActorError,
     RayTaskError,
+    TaskUnschedulableError,
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from headrace.core.errors import InternalError, PlanError, TransientError
+from headrace.core.errors import BlockLost, HeadraceError, InternalError, PlanError, TransientError
 from headrace.core.refs import BlockRef, PartRef
 from headrace.core.resources import WorkerSpec
 from headrace.core.stages import Stage
@@ -51,12 +52,12 @@ from headrace.core.steps import (
 )
 from headrace.substrates.blocks import anonymous_bytes, own_copy, zip_parts
 from headrace.substrates.ray.actor import Presence, RayWorker, StreamingRayWorker, Surroundings, Vitals
-from headrace.substrates.ray.cluster import Changed, Errands, Watch, live_nodes
+from headrace.substrates.ray.cluster import Changed, Demand, Errands, Watch, live_nodes, through_client
 from headrace.substrates.ray.ingest import deliver
 from headrace.substrates.ray.parcel import send
-from headrace.substrates.ray.placement import Node, Shape, place
+from headrace.substrates.ray.placement import Node, Shape, budget_bytes, place
 from headrace.substrates.ray.remains import Obituary, Remains, bury, stack
-from headrace.substrates.ray.store import block_lost, fetch
+from headrace.substrates.ray.store import NO_ROOM, block_lost, fetch, no_room
 
 if TYPE_CHECKING:
     from headrace.substrates.bodies import BodyFactory
@@ -64,9 +65,11 @@ if TYPE_CHECKING:
 SHORT_STEP_S = 0.005  # steps of a worker whose last one was that short share a call
 RISE, FALL = 0.90, 0.85  # share of a node's memory: above the first no new work there, until it is below the second
 MANY_CALLS = 128  # of a worker with streaming models that may be under way
-BURY_S = 10.0  # a node that has not told by then what a worker left is as dead as the worker
+BURY_S = 30.0  # a node that has not told by then what a worker left is as dead as the worker; the head knows after 10 to 25 s
 STOP_S = 5.0  # for workers without work to close cursors and models
 STACK_S = 5.0  # a process may have to start for it
+FETCH_S = 120.0  # for a block on its way to the consumer: that is a few hundred megabytes on a slow network
+LOOK_UP_S = 2.0  # between two looks at the head while it comes
 
 _NO_SHAPE = Shape("cpu")
 _TASKS: dict[Any, Any] = {bury: ray.remote(bury), stack: ray.remote(stack)}  # made once: each is known to all the cluster
@@ -103,7 +106,8 @@ class _Site:
 @dataclass(frozen=True, slots=True)
 class ClusterState:
     """What people see of the cluster. workers: pool -> those that are up. store_bytes: blocks in the object stores.
-    memory_bytes: anonymous memory of driver and workers, and those blocks.
+    memory_bytes: anonymous memory of driver and workers, and those blocks. budget_bytes: what blocks may take on the nodes that
+    there are now; 0: as when the run began.
     """
 
     nodes: int
@@ -111,11 +115,13 @@ class ClusterState:
     workers: dict[str, int]
     store_bytes: int
     memory_bytes: int
+    budget_bytes: int = 0
 
 
 class RaySubstrate:
     """Workers are actors. shapes: what the workers of each pool hold. must_see: a folder that every node must see: else the
-    run ends with PlanError. delivers_refs: `fetch` gives an ingest.RefBlock.
+    run ends with PlanError. delivers_refs: `fetch` gives an ingest.RefBlock. budget_follows: the budget for blocks is that of
+    the nodes, as they come and go.
     """
 
     name = "ray"
@@ -127,11 +133,13 @@ class RaySubstrate:
         shapes: Mapping[str, Shape] | None = None,
         must_see: str | None = None,
         delivers_refs: bool = False,
+        budget_follows: bool = True,
     ) -> None:
         self._factory = body_factory
         self._shapes = dict(shapes or {})
         self._must_see = must_see
         self._delivers_refs = delivers_refs
+        self._budget_follows = budget_follows
         self._payload: Any = None
         self._stages: dict[int, Stage] = {}
         self._streaming: frozenset[str] = frozenset()
@@ -139,6 +147,7 @@ class RaySubstrate:
         self._workers: dict[int, _Worker] = {}
         self._sites: dict[str, _Site] = {}
         self._dying: dict[int, tuple[_Worker, float]] = {}  # their nodes are asked what they left, until when
+        self._condemned: dict[int, float] = {}  # their stacks are taken, until when; then they are killed
         self._gone_nodes: set[str] = set()
         self._outbox: dict[int, list[Step]] = {}
         self._parts: dict[int, int] = {}  # part -> the worker that owns it
@@ -151,6 +160,7 @@ class RaySubstrate:
         self._beacon = ""
         self._watch: Watch | None = None
         self._errands = Errands()
+        self._demand = Demand()
         self._kinds: tuple[Any, Any] = ray.remote(RayWorker), ray.remote(StreamingRayWorker)  # the head is told of each new one
         self._stopped = self._headless = False
         self.fetched_bytes = 0  # of blocks that came through this process, all for the consumer
@@ -166,7 +176,7 @@ class RaySubstrate:
         self._payload = send((program, self._factory), "this pipeline")
         nodes = live_nodes()
         own = ray.get_runtime_context().get_node_id()
-        self._here = next((n.name for n in nodes if n.id == own), "")
+        self._here = "" if through_client() else next((n.name for n in nodes if n.id == own), "")
         for node in nodes:
             self._open_site(node)
         for spec in workers:
@@ -174,7 +184,7 @@ class RaySubstrate:
         named = {spec.node for spec in workers}
         late = [node for node in nodes if node.name not in named]
         if late and any(named):  # they have joined since the workers were planned
-            self._offer(late)
+            self._offer(late, "a node has joined")
         self._watch = Watch(nodes, lambda changed: self._inbox.put(("changed", changed)))
         self._watch.start()
 
@@ -229,7 +239,7 @@ class RaySubstrate:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             woken = self._take_in(self._patience(deadline))
-            self._bury_overdue()
+            self._end_overdue()
             self._check_head()
             if self._events or woken or (deadline is not None and time.monotonic() >= deadline):
                 events = list(self._events)
@@ -241,12 +251,24 @@ class RaySubstrate:
         self._inbox.put(None)
 
     def fetch(self, block: BlockRef) -> Any:
-        """Raises BlockLost when the node that held it is gone."""
+        """Raises BlockLost when the node that held it is gone, or gives no answer for FETCH_S."""
         if self._delivers_refs:
             return deliver(block)
-        batches = [(part.columns, fetch(part)) for part in block.parts]
+        batches = [(part.columns, self._fetch_part(part)) for part in block.parts]
         self.fetched_bytes += block.bytes
         return own_copy(zip_parts(batches, block.rows))
+
+    def _fetch_part(self, part: PartRef) -> Any:
+        until_s = time.monotonic() + FETCH_S
+        while True:
+            try:
+                return fetch(part, LOOK_UP_S)
+            except TimeoutError:
+                self._check_head()
+            if time.monotonic() >= until_s:
+                raise BlockLost(
+                    f"a block has not come from node {part.node} within {FETCH_S:g} s", hint="its split starts again"
+                )
 
     def kill(self, worker: int, reason: str) -> bool:
         victim = self._workers.get(worker)
@@ -254,11 +276,12 @@ class RaySubstrate:
             return False
         if not victim.killed:
             victim.killed = reason
-            if victim.remains is not None:
-                with contextlib.suppress(Exception):
-                    victim.stack = ray.get(self._on_node(victim, stack).remote(victim.remains), timeout=STACK_S)
-            ray.kill(victim.handle)
-            self._lose(victim, RuntimeError(reason))
+            if victim.remains is None or victim.node not in self._sites:
+                self._end(victim)
+            else:  # its node is asked for the stack meanwhile
+                self._condemned[worker] = time.monotonic() + STACK_S
+                task, remains = self._on_node(victim, stack), victim.remains
+                self._errands.add(lambda: self._call(("stack", worker), task.remote(remains)))
         return True
 
     def spill(self, parts: Sequence[PartRef]) -> tuple[PartRef, ...]:
@@ -304,7 +327,11 @@ class RaySubstrate:
         leaving = sum(1 for site in self._sites.values() if site.leaving)
         own = sum(worker.own_bytes for worker in self._workers.values())
         in_all = anonymous_bytes() + own + self._store_bytes
-        return ClusterState(len(self._sites), leaving, up, self._store_bytes, in_all)
+        return ClusterState(len(self._sites), leaving, up, self._store_bytes, in_all, self._budget())
+
+    def _budget(self) -> int:
+        used = [site.node for site in self._sites.values() if site.workers and not site.leaving and site.node.store_bytes]
+        return budget_bytes(used) if used and self._budget_follows else 0
 
     def want(self, workers: Mapping[str, int]) -> None:
         """How many workers each pool could use now, for the autoscaler; what there is already is asked for, too, while it is
@@ -316,7 +343,8 @@ class RaySubstrate:
         for pool, count in sorted(workers.items()):
             shape = self._shapes.get(pool, _NO_SHAPE)
             bundle = shape.wanted
-            have = sum(1 for w in self._workers.values() if w.spec.pool == pool)
+            have = sum(1 for w in self._workers.values() if w.spec.pool == pool and not self._is_leaving(w))
+            count = self._demand.held(pool, count, time.monotonic())
             if bundle and count > have and (shape.most is None or have < shape.most):
                 bundles += [bundle] * min(count, 2 * max(1, have), shape.most or count)  # doubling: few steps, little waste
         self._watch.wish(tuple(bundles))
@@ -365,7 +393,8 @@ class RaySubstrate:
         """How long to wait for the next message; 0 when there is something to tell already."""
         if self._events:
             return 0.0
-        by = [t for t in (deadline, min((until for _, until in self._dying.values()), default=None)) if t is not None]
+        by = [until for _, until in self._dying.values()] + list(self._condemned.values())
+        by += [] if deadline is None else [deadline]
         return max(0.0, min(by) - time.monotonic()) if by else None
 
     def _take_in(self, timeout_s: float | None) -> bool:
@@ -392,6 +421,8 @@ class RaySubstrate:
             self._on_up(message[1], message[2])
         elif kind == "bury":
             self._on_buried(message[1], message[2])
+        elif kind == "stack":
+            self._on_stack(message[1], message[2])
         elif kind == "changed":
             self._on_changed(message[1])
 
@@ -409,14 +440,15 @@ class RaySubstrate:
             return
         raised = isinstance(error, RayTaskError)
         cause = error.cause if raised else error
-        if not raised and not isinstance(cause, ObjectLostError):  # of Ray's many errors the others say that the actor is gone
+        if not raised and not isinstance(
+            cause, (ObjectLostError, *NO_ROOM)
+        ):  # of Ray's many errors the others say that the actor is gone
             self._lose(worker, error)
             return
         for step in steps:
             if worker.steps.pop(step.id, None) is None:
                 continue
-            told = block_lost(cause) if isinstance(cause, ObjectLostError) else _our_fault(error)
-            self._events.append(StepFailed(step.id, id, told))
+            self._events.append(StepFailed(step.id, id, _told(error, cause)))
 
     def _on_answer(self, worker: _Worker | None, answer: StepDone | StepFailed) -> None:
         if worker is None or worker.steps.pop(answer.step, None) is None:
@@ -480,6 +512,7 @@ class RaySubstrate:
         if self._workers.pop(id, None) is None:
             return
         self._outbox.pop(id, None)
+        self._condemned.pop(id, None)
         worker.reason = worker.killed or _reason(error)
         if isinstance(error, ActorUnavailableError):  # it may be alive behind a broken network: it must not come back
             self._errands.add(partial(ray.kill, worker.handle))
@@ -505,15 +538,34 @@ class RaySubstrate:
         if found is None:
             return
         worker, _ = found
-        self._told_lost(worker, done.result() if done.exception() is None else None, gone=False)
+        error = done.exception()
+        if error is None:
+            self._told_lost(worker, done.result(), gone=False)
+        else:
+            self._told_lost(worker, None, gone=isinstance(error, TaskUnschedulableError), untold=True)
 
-    def _bury_overdue(self) -> None:
+    def _on_stack(self, id: int, done: Any) -> None:
+        if self._condemned.pop(id, None) is not None:
+            worker = self._workers[id]
+            worker.stack = done.result() if done.exception() is None else ""
+            self._end(worker)
+
+    def _end(self, worker: _Worker) -> None:
+        ray.kill(worker.handle)
+        self._lose(worker, RuntimeError(worker.killed))
+
+    def _end_overdue(self) -> None:
+        """Those whose node takes too long to answer."""
         now = time.monotonic()
+        for id in [i for i, until in self._condemned.items() if now >= until]:
+            del self._condemned[id]
+            self._end(self._workers[id])
         for id in [i for i, (_, until) in self._dying.items() if now >= until]:
             worker, _ = self._dying.pop(id)
-            self._told_lost(worker, None, gone=False)
+            self._told_lost(worker, None, gone=False, untold=True)
 
-    def _told_lost(self, worker: _Worker, left: Obituary | None, *, gone: bool) -> None:
+    def _told_lost(self, worker: _Worker, left: Obituary | None, *, gone: bool, untold: bool = False) -> None:
+        """untold: its node could not be asked; of a worker that we ended we know why all the same."""
         id = worker.spec.id
         doing = left.doing if left is not None and not gone else None
         crash = left.crash if left is not None and not worker.killed else ""
@@ -524,7 +576,8 @@ class RaySubstrate:
             reason = "its node is gone"
         else:
             reason = _crash(crash) or worker.reason
-        self._events.append(WorkerLost(id, reason, doing, stack, worker.up, worker.spec.pool, gone))
+        untold = untold and not worker.killed
+        self._events.append(WorkerLost(id, reason, doing, stack, worker.up, worker.spec.pool, gone, untold))
         lost = tuple(self._made.pop(id, ()))
         for part in lost:
             self._forget_part(part)
@@ -549,13 +602,33 @@ class RaySubstrate:
             self._let_rest(node, True)
         for node in changed.staying:
             self._let_rest(node, False)
+        told, self._events = self._events, deque()
         for node in changed.left:
             self._close_site(node)
+        lost, self._events = self._events, told
         for node in changed.joined:
             site = self._sites.get(node.name) or self._open_site(node)
             site.node = node
-        if changed.joined:
-            self._offer(changed.joined)
+        if changed.left or changed.leaving:
+            self._replace("a node is gone" if changed.left else "a node is to leave")
+        elif changed.joined:
+            self._offer(changed.joined, "a node has joined")
+        self._events.extend(lost)  # after the room: of a pool that lost its last worker none else is asked for then
+
+    def _is_leaving(self, worker: _Worker) -> bool:
+        site = self._sites.get(worker.node)
+        return site is not None and site.leaving
+
+    def _replace(self, why: str) -> None:
+        """Tell of the room on the nodes that stay, which pools with a bound on their workers have left; and for a pool that has
+        workers on leaving nodes only, of a node to come.
+        """
+        self._offer([site.node for site in self._sites.values() if not site.leaving], why)
+        staying = {w.spec.pool for w in self._workers.values() if not self._is_leaving(w)}
+        staying.update(e.pool for e in self._events if isinstance(e, RoomOffered))
+        for pool in sorted({w.spec.pool for w in self._workers.values()} - staying):
+            shape = self._shapes.get(pool, _NO_SHAPE)
+            self._events.append(RoomOffered(pool, shape.device, "", why))
 
     def _let_rest(self, node: str, leaving: bool) -> None:
         site = self._sites.get(node)
@@ -585,19 +658,27 @@ class RaySubstrate:
             worker, _ = self._dying.pop(id)
             self._told_lost(worker, None, gone=True)
 
-    def _offer(self, nodes: Sequence[Node]) -> None:
-        """Tell of the room on nodes that have joined. Workers that wait for a node may find it there by themselves."""
+    def _offer(self, nodes: Sequence[Node], why: str) -> None:
+        """Tell of the room on nodes. Workers that wait for a node may find it there by themselves; who died by itself is
+        replaced where it was.
+        """
         have = dict.fromkeys(self._shapes, 0)
         waiting = dict(have)
         for worker in self._workers.values():
+            if self._is_leaving(worker):
+                continue
             have[worker.spec.pool] = have.get(worker.spec.pool, 0) + 1
             waiting[worker.spec.pool] = waiting.get(worker.spec.pool, 0) + (not worker.node)
         held = {n.name: [self._workers[w].spec.pool for w in self._sites[n.name].workers] for n in nodes}
+        for worker, _ in self._dying.values():
+            if worker.node in held:
+                have[worker.spec.pool] = have.get(worker.spec.pool, 0) + 1
+                held[worker.node].append(worker.spec.pool)
         for spec in place(self._shapes, nodes, have=have, held=held):
             if waiting[spec.pool] > 0:
                 waiting[spec.pool] -= 1
             else:
-                self._events.append(RoomOffered(spec.pool, spec.device, spec.node))
+                self._events.append(RoomOffered(spec.pool, spec.device, spec.node, why))
 
     # -- starting and ending
 
@@ -629,7 +710,12 @@ def _crash(report: str) -> str:
     return f"it crashed: {report.splitlines()[0].partition(': ')[2]}" if report else ""
 
 
-def _our_fault(error: BaseException) -> InternalError:
+def _told(error: BaseException, cause: BaseException) -> HeadraceError:
+    """Why a step failed outside the body that ran it."""
+    if isinstance(cause, ObjectLostError):
+        return block_lost(cause)
+    if isinstance(cause, NO_ROOM):
+        return no_room(cause)
     return InternalError(
         f"a step failed outside user code: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
         frames=str(error),

@@ -11,14 +11,15 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.exceptions import ObjectLostError
+from ray.exceptions import GetTimeoutError, ObjectLostError, ObjectStoreFullError, OutOfDiskError
 
 from headrace.contracts.substrate import Crumb
-from headrace.core.errors import BlockLost
+from headrace.core.errors import BlockLost, TransientError
 from headrace.core.refs import PartRef
 from headrace.substrates.blocks import own_copy
 
 _PARTS_PER_WORKER = 1 << 40  # part ids are worker * this + a counter: unique in the run without asking anyone
+NO_ROOM = (ObjectStoreFullError, OutOfDiskError)
 _SLACK_BYTES = 64 << 10  # a batch whose buffers hold so much more than its rows is a slice: only the rows travel
 
 
@@ -36,7 +37,10 @@ class RayStore:
         size = batch.nbytes
         if batch.get_total_buffer_size() > size + max(_SLACK_BYTES, size // 8):
             batch = own_copy(batch)
-        ref = ray.put(batch)
+        try:
+            ref = ray.put(batch)
+        except NO_ROOM as full:
+            raise no_room(full) from None
         return PartRef(next(self._ids), self._worker, size, tuple(batch.schema.names), ref, self._node)
 
     def get(self, part: PartRef) -> pa.RecordBatch:
@@ -54,12 +58,28 @@ class RayStore:
         self._at_hand.clear()
 
 
-def fetch(part: PartRef) -> Any:
-    """The batch of a part, zero-copy. Raises BlockLost when its node or worker is gone."""
+def fetch(part: PartRef, wait_s: float | None = None) -> Any:
+    """The batch of a part, zero-copy. Raises BlockLost when its node or worker is gone, TransientError when there is no room
+    for it here, and TimeoutError when it has not come within `wait_s`.
+    """
     try:
-        return ray.get(part.handle)
+        return ray.get(part.handle, timeout=wait_s)
+    except GetTimeoutError:
+        raise TimeoutError from None
     except ObjectLostError as lost:
         raise block_lost(lost) from None
+    except NO_ROOM as full:
+        raise no_room(full) from None
+
+
+def no_room(cause: BaseException) -> TransientError:
+    """The error for a store, or the disk that it spills to, that takes no more."""
+    what = "the disk that Ray spills blocks to is full" if isinstance(cause, OutOfDiskError) else "Ray's object store is full"
+    return TransientError(
+        f"{what} ({type(cause).__name__})",
+        hint="other programs of the cluster may fill it; give nodes more (ray start --object-store-memory, a larger /dev/shm, "
+        "disk under Ray's temp dir), or the run less (memory_bytes=)",
+    )
 
 
 def block_lost(cause: BaseException) -> BlockLost:
