@@ -1,18 +1,21 @@
 """The driver of a large cluster: 1,000 nodes of 64 CPU workers and 10,000,000 splits in virtual time.
 
-    python benchmarks/scale.py [--splits 10000000] [--nodes 1000] [--route fused|device] [--log none|run] [--timeout-s 600]
+    python benchmarks/scale.py [--splits 10000000] [--nodes 1000] [--route fused|device] [--log none|run|resume]
+                               [--timeout-s 600]
 
 What is measured is production code: the Driver with Scheduler, Committer (thread and all), lister, step watch, and what every
 run has for observers. What is not: the substrate, whose workers answer by a virtual clock, and which hands answers over in
 batches, as they have become due. Steps last as long as 2,000 of them a second ask for.
 
 --route fused: a split is one step. device: read (2 steps) > model > write, with 8 devices on each of 100 nodes.
---log run: every split has a receipt with one file, and a run log whose objects are counted and dropped; none: as for a sink
-that keeps nothing.
+--log run: every split has a receipt with one file, and a run log whose objects are counted and dropped; then the run is
+finished as by a sink of files, whose manifest is counted and dropped, too. none: as for a sink that keeps nothing. resume: no
+run; a log that settles all splits is made up while it is read, and opened as a later session does: files that are still staged
+are looked for, and whether the others are there.
 
 Reported: microseconds of CPU time per step, of the driver's process without the substrate's share (to reach: under 250, so that
 2,000 steps a second take less than half of a core), and resident memory beyond that after the imports, from time to time (to
-reach: flat, and under 1 GB at 10 million splits).
+reach: flat, and under 1 GB at 10 million splits; what is settled lies in a temporary file, some 70 bytes a split).
 """
 
 from __future__ import annotations
@@ -20,14 +23,20 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
+import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from heapq import heappop, heappush
 from random import Random
 from typing import Any
 
+import pyarrow as pa
 from common import record
 
+from headrace.commit.names import log_folder, log_name, plan_name
+from headrace.commit.records import Claim, Listed, Settled, encode
+from headrace.commit.records import Segment as LogSegment
+from headrace.connectors.sinks.parquet import ParquetSink
 from headrace.core.events import RunEvent, RunStarted, SplitSettled
 from headrace.core.receipts import LineageRun, OutputFile, Receipt, Tally
 from headrace.core.refs import BlockRef, Origin, PartRef, Segment
@@ -61,6 +70,8 @@ class DroppingStore:
     def __init__(self) -> None:
         self.objects = 0
         self.bytes = 0
+        self.manifest_bytes = 0
+        self.peak_rss_bytes = 0  # while the manifest was made
         self._kept: dict[str, bytes] = {}
 
     def create(self, name: str, data: bytes) -> bool:
@@ -73,8 +84,18 @@ class DroppingStore:
     def read(self, name: str) -> bytes | None:
         return self._kept.get(name)
 
+    def chunks(self, name: str) -> Iterator[bytes]:
+        return iter([self._kept[name]] if name in self._kept else ())
+
     def write(self, name: str, data: bytes) -> None:
-        """Heartbeats."""
+        """Heartbeats, and the marker of success."""
+
+    def write_pieces(self, name: str, pieces: Callable[[], Iterable[bytes]]) -> None:
+        """The manifest."""
+        del name
+        for piece in pieces():
+            self.manifest_bytes += len(piece)
+            self.peak_rss_bytes = max(self.peak_rss_bytes, _rss_bytes())
 
     def names(self, folder: str) -> Iterator[str]:
         return (name for name in sorted(self._kept) if name.startswith(folder))
@@ -86,8 +107,54 @@ class DroppingStore:
         del files
         return ()
 
-    def publish(self, files: Sequence[OutputFile]) -> None:
+    def publish(self, files: Sequence[OutputFile], replace: Collection[str] = ()) -> None:
         """Nothing is there."""
+
+    def remove_all(self, names: Iterable[str]) -> None:
+        """Nothing is there."""
+
+
+class LoggedStore(DroppingStore):
+    """A run that settled so many splits and was left; all but the last files are published. Its log is made as it is read."""
+
+    RUN = "run-00000"
+    GROUP, CHUNK = 1_000, 10_000  # splits in a segment, and in a chunk of the listing
+    STAGED = 1_000
+
+    def __init__(self, splits: int) -> None:
+        super().__init__()
+        self._splits = splits
+        self._listed = -(-splits // self.CHUNK)
+        self._segments = 1 + self._listed + -(-splits // self.GROUP)
+
+    def read(self, name: str) -> bytes | None:
+        head, _, number = name.removesuffix(".json").rpartition("/")
+        return self._segment(int(number)) if head == log_folder(self.RUN) else super().read(name)
+
+    def names(self, folder: str) -> Iterator[str]:
+        if folder == log_folder(self.RUN):
+            return (log_name(self.RUN, i) for i in range(self._segments))
+        if folder.endswith("staging"):
+            return (_file(split, 0, 0).staged for split in range(self._splits - self.STAGED, self._splits))
+        if not folder:
+            return (_file(split, 0, 0).name for split in range(self._splits - self.STAGED))
+        return iter([plan_name(self.RUN)])
+
+    def _segment(self, index: int) -> bytes | None:
+        if index >= self._segments:
+            return None
+        if index == 0:
+            return encode(LogSegment(0, 1, "nonce", (Claim(1, "nonce", "elsewhere", 1, 0.0, 0.0),)))
+        if index <= self._listed:
+            first = (index - 1) * self.CHUNK
+            count = min(self.CHUNK, self._splits - first)
+            listed = Listed(first, count, "0" * 64, index == self._listed)
+            return encode(LogSegment(index, 1, "nonce", (listed,)))
+        first = (index - 1 - self._listed) * self.GROUP
+        settled = range(first, min(first + self.GROUP, self._splits))
+        tally = Tally(rows_in=ROWS, written=ROWS)
+        records = tuple(Settled(i, f"{i:016x}", 0, tally, (_file(i, 0, 0),), ROWS) for i in settled)
+        return encode(LogSegment(index, 1, "nonce", records))
 
 
 class ScaleSubstrate:
@@ -207,12 +274,16 @@ class ScaleSubstrate:
         split, attempt = step.split_index, step.attempt
         if not self._receipts:
             return Receipt(split, "", attempt, rows=ROWS)
-        staged = f"_headrace/run-00000/staging/1/{step.worker}-140000000000000/{split:06d}-{attempt}.parquet"
-        # No two files are alike, and digests can't be packed.
-        digest = hashlib.sha256(split.to_bytes(8, "little")).hexdigest()
-        file = OutputFile(f"part-00000-{split:06d}.parquet", ROWS, 1_000_000 + split % 1000, digest, staged)
+        file = _file(split, step.worker, attempt)
         source = LineageRun(0, ROWS, f"s3://bucket/data/part-{split:08d}.parquet", 0, ROWS)
         return Receipt(split, "", attempt, (file,), ROWS, (source,), (("label", "string"), ("score", "float")))
+
+
+def _file(split: int, worker: int, attempt: int) -> OutputFile:
+    staged = f"_headrace/run-00000/staging/1/{worker}-140000000000000/{split:06d}-{attempt}.parquet"
+    # No two files are alike, and digests can't be packed.
+    digest = hashlib.sha256(split.to_bytes(8, "little")).hexdigest()
+    return OutputFile(f"part-00000-{split:06d}.parquet", ROWS, 1_000_000 + split % 1000, digest, staged)
 
 
 class Shown(Live):
@@ -278,7 +349,7 @@ def run(route: str, splits: int, nodes: int, log: str, timeout_s: float | None) 
     gc.collect()
     floor = _rss_bytes()
     plan, workers, step_s = _plan(route, nodes)
-    opened = _opened() if log == "run" else None
+    opened = _opened(DroppingStore()) if log == "run" else None
     substrate = ScaleSubstrate(plan.stages, step_s, opened is not None)
     gauge = Gauge(splits, floor)
     budget = 2 * sum(plan.pools.values()) * BLOCK_BYTES
@@ -297,6 +368,7 @@ def run(route: str, splits: int, nodes: int, log: str, timeout_s: float | None) 
     began_s, began_cpu_s = time.perf_counter(), time.process_time()
     driver.run()
     wall_s, cpu_s = time.perf_counter() - began_s, time.process_time() - began_cpu_s
+    ended = _finish(driver.committer, opened, floor) if opened is not None else {}
     driver.committer.close(released=True)
     assert driver.committer.splits == splits
     driver_s = cpu_s - substrate.cpu_s
@@ -315,16 +387,51 @@ def run(route: str, splits: int, nodes: int, log: str, timeout_s: float | None) 
     if opened is not None:
         store = opened.store
         assert isinstance(store, DroppingStore)
-        figures |= {"log_objects": store.objects, "log_mb": round(store.bytes / 1e6, 1)}
+        figures |= {"log_objects": store.objects, "log_mb": round(store.bytes / 1e6, 1), **ended}
     return figures
 
 
-def _opened() -> OpenedRun:
+def _finish(committer: Committer, opened: OpenedRun, floor: int) -> dict[str, Any]:
+    """The end of a run with outputs: what a sink of files does when nothing is staged any more."""
+    store = opened.store
+    assert isinstance(store, DroppingStore)
+    began_cpu_s = time.process_time()
+    summary = {"tally": {"written": committer.tally.written}}
+    committer.finish(summary)
+    sink = ParquetSink("/nowhere").bind(opened.run, opened.epoch, None)
+    sink._opened = store  # pyright: ignore[reportAttributeAccessIssue]
+    sink.finish(committer.files, summary, pa.schema([("label", pa.string()), ("score", pa.float32())]))
+    return {
+        "end_cpu_s": round(time.process_time() - began_cpu_s, 1),
+        "end_rss_mb_beyond_imports": round((store.peak_rss_bytes - floor) / 1e6, 1),
+        "manifest_mb": round(store.manifest_bytes / 1e6, 1),
+    }
+
+
+def resume(splits: int) -> dict[str, Any]:
+    """A run with that many settled splits is opened by another driver."""
+    gc.collect()
+    floor = _rss_bytes()
+    store = LoggedStore(splits)
+    first = _opened(DroppingStore()).store
+    store.create(plan_name(store.RUN), first.read(plan_name(store.RUN)) or b"")
+    began_cpu_s = time.process_time()
+    opened = _opened(store)
+    assert (len(opened.state.settled), len(opened.unpublished)) == (splits, store.STAGED)
+    return {
+        "splits": splits,
+        "cpu_s": round(time.process_time() - began_cpu_s, 1),
+        "rss_mb_beyond_imports": round((_rss_bytes() - floor) / 1e6, 1),
+        "process_peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, 1),
+    }
+
+
+def _opened(store: DroppingStore) -> OpenedRun:
     return open_run(
-        DroppingStore(),  # pyright: ignore[reportArgumentType]
+        store,
         {"what": "a benchmark"},
         fresh=False,
-        take_over=False,
+        take_over=True,
         identity=this_process(),
         differences=lambda old, new: [] if old == new else ["all"],
     )
@@ -341,7 +448,7 @@ def main() -> None:
     parser.add_argument("--splits", type=int, default=10_000_000)
     parser.add_argument("--nodes", type=int, default=1_000)
     parser.add_argument("--route", choices=("fused", "device"), default="fused")
-    parser.add_argument("--log", choices=("none", "run"), default="run")
+    parser.add_argument("--log", choices=("none", "run", "resume"), default="run")
     parser.add_argument("--timeout-s", type=float, default=600.0)
     parser.add_argument("--name", default="", help="record the figures under this name; none: print them only")
     parser.add_argument("--profile", action="store_true", help="print where the time goes, instead")
@@ -352,7 +459,8 @@ def main() -> None:
 
         cProfile.runctx("run(*arguments)", {"run": run, "arguments": arguments}, {}, sort="tottime")
         return
-    figures = {f"{options.route}, log: {options.log}": run(*arguments)}
+    resumed = options.log == "resume"
+    figures = {"resume": resume(options.splits)} if resumed else {f"{options.route}, log: {options.log}": run(*arguments)}
     if options.name:
         record(options.name, figures)
     else:

@@ -4,7 +4,8 @@ in order, becomes one of the output; its chunks are copied, and only new columns
 Everything else (a row that is missing, a row group too small to be worth keeping, a file whose columns are stored in another
 way than pyarrow's, new columns too wide to hold) is decoded and written as always. Invariants: what a reader gets is the same
 either way, schema included; what is copied has been decoded once, here or on its way; what becomes of a row group depends on
-its rows alone, never on how blocks were cut; of new columns about HELD_BYTES wait, of carried ones a block or a piece of a chunk.
+its rows alone, never on how blocks were cut; of new columns about HELD_BYTES wait, of carried ones a block or a piece of a
+chunk.
 """
 
 from __future__ import annotations
