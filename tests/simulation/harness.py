@@ -192,7 +192,7 @@ class Simulation:
         total = s.in_flight + s.reserved
         for command in reversed(commands):
             if isinstance(command, Submit) and (entry := s.steps.get(command.step.id)) is not None:
-                if entry[3] and total > s.limits.budget_bytes and not s.pressure:
+                if entry[3] and total > s.limits.budget_bytes and not s.pressure and not s.limits.bulk:
                     oldest = next(iter(s.open))
                     step = command.step
                     splits = [step.split_index] if isinstance(step, Advance) else [i for i, _ in step.owners]

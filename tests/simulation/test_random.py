@@ -17,12 +17,22 @@ from headrace.substrates.simulated import HANG_S, SimulatedProgram, source_rows
 CHUNKS = 20
 SEEDS = 110  # per chunk
 FAULTS = 20  # seeds per chunk that are run again with a fault
+BULK = 15  # seeds per chunk, of fewer chunks
 TROUBLES = 50  # seeds per chunk of runs with troubles, and of runs in several sessions
 
 
 def run_seed(seed: int) -> None:
     case = random_case(seed)
     run_checked(case, expected(case))
+
+
+def run_bulk(seed: int) -> None:
+    """Stage after stage, with and without troubles: the output of a quiet run is that of any other."""
+    case = random_case(seed)
+    case = replace(case, limits=replace(case.limits, bulk=True))
+    run_checked(case, expected(case))
+    troubled = with_troubles(seed)
+    Simulation(replace(troubled, limits=replace(troubled.limits, bulk=True))).run()
 
 
 def run_fault(seed: int) -> None:
@@ -213,3 +223,12 @@ def test_random_faults(chunk: int) -> None:
             run_fault(seed)
         except Exception as error:
             raise AssertionError(_named("run_fault", seed)) from error
+
+
+@pytest.mark.parametrize("chunk", range(4))
+def test_random_bulk(chunk: int) -> None:
+    for seed in range(chunk * BULK, (chunk + 1) * BULK):
+        try:
+            run_bulk(seed)
+        except Exception as error:
+            raise AssertionError(_named("run_bulk", seed)) from error

@@ -76,6 +76,8 @@ def parse_options(options: ActionOptions) -> RunOptions:
         raise PlanError(f"progress is {parsed.progress!r}", hint="use auto, line, log or quiet")
     if parsed.on_error not in ("fail", "skip", "quarantine"):
         raise PlanError(f"on_error is {parsed.on_error!r}", hint="use fail, skip or quarantine")
+    if parsed.execution not in ("streaming", "bulk"):
+        raise PlanError(f"execution is {parsed.execution!r}", hint="use streaming or bulk")
     for name, least in (("cpus", 1), ("memory_bytes", 1 << 20), ("max_bad_rows", 0)):
         value = getattr(parsed, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
@@ -129,6 +131,8 @@ def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL, *, after_cra
     )
     choice = choose_engine(options.engine, program, cores, timeout=options.timeout, after_crash=after_crash)
     notes = (*notes, f"engine {choice.engine}: {choice.why}")
+    if options.execution == "bulk":
+        notes = (*notes, "bulk: each stage begins when the one before it has ended, for all rows")
     if choice.models_wait:
         pool_of = _PoolChoice(machine, waiting=True)
         physical = make_physical(optimised, delivers=plan.write is None, pool_of=pool_of, at_end=at_end)

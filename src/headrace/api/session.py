@@ -98,6 +98,7 @@ def make_driver(
         fail_on_bad_rows=options.on_error == "fail",
         frail_blocks=prepared.engine == "ray",
         join_bytes=JOIN_BYTES if prepared.engine == "ray" else 0,
+        bulk=options.execution == "bulk",
         max_bad_rows=options.max_bad_rows,
         max_bad_fraction=options.max_bad_fraction,
         settled_before=committer.tally,

@@ -110,6 +110,14 @@ class WorkerGone:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksSpilled:
+    """Blocks that wait went to disk."""
+
+    at_s: float
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Noted:
     """Something that people should know while the run goes on: memory pressure, draining, a lost worker. Lines after the first
     are details, such as a stack.
@@ -161,6 +169,7 @@ RunEvent = (
     | SplitRetried
     | WorkerReplaced
     | WorkerGone
+    | BlocksSpilled
     | Noted
     | MemorySampled
     | ClusterSampled

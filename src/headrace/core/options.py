@@ -9,6 +9,7 @@ Engine = Literal["auto", "inline", "threads", "processes", "ray"]
 Progress = Literal["auto", "line", "log", "quiet"]
 Outputs = Literal["packed", "per_input"]
 OnError = Literal["fail", "skip", "quarantine"]
+Execution = Literal["streaming", "bulk"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,9 +20,10 @@ class RunOptions:
     on_error: what becomes of a row that fails: it ends the run, is left out, or is set aside with its reason. max_bad_rows,
     max_bad_fraction: more bad rows than that (of all rows read) end the run. timeout: seconds that a step may go without an
     answer before its worker is killed and the step tried again; None: as long as it is alive. take_over: stop another driver
-    that is at work on the destination. address: of the Ray cluster for engine="ray" ("auto", "host:6379", "ray://host:10001",
-    "local"); None: the connection that there is, else the cluster that RAY_ADDRESS or this machine names, else a new one here.
-    cpus and devices are those of all nodes then.
+    that is at work on the destination. execution: "streaming", or "bulk": a stage begins when the one before it has ended, for
+    all rows, and what waits in between goes to disk beyond memory_bytes; for comparisons. address: of the Ray cluster for
+    engine="ray" ("auto", "host:6379", "ray://host:10001", "local"); None: the connection that there is, else the cluster that
+    RAY_ADDRESS or this machine names, else a new one here. cpus and devices are those of all nodes then.
     """
 
     engine: Engine = "auto"
@@ -35,6 +37,7 @@ class RunOptions:
     max_bad_fraction: float | None = None
     timeout: float | None = None
     take_over: bool = False
+    execution: Execution = "streaming"
     address: str | None = None
 
 
@@ -52,6 +55,7 @@ class ActionOptions(TypedDict, total=False):
     max_bad_fraction: float | None
     timeout: float | None
     take_over: bool
+    execution: Execution
     address: str | None
 
 

@@ -71,7 +71,8 @@ def _facts(run: Run) -> list[str]:
     if run.peak_rss_bytes or run.peak_in_flight_bytes:
         budget = f" of a budget of {words.size(run.budget_bytes)}" if run.budget_bytes else ""
         peak, in_all = words.size(run.peak_in_flight_bytes), words.size(run.peak_rss_bytes)
-        lines.append(f"memory at its peak: {peak} in flight{budget}, {in_all} in all")
+        spilled = f"; {words.size(run.spilled_bytes)} went to disk" if run.spilled_bytes else ""
+        lines.append(f"memory at its peak: {peak} in flight{budget}, {in_all} in all{spilled}")
     return lines
 
 

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from headrace.core.events import (
+    BlocksSpilled,
     ClusterSampled,
     MemorySampled,
     Noted,
@@ -113,7 +114,8 @@ class Run:
     rows: written, or delivered to the consumer. splits: settled. Both, the tally and the metrics are of the whole run; times,
     stages, memory, files and rates are of this session of it.
     first_output_s: from the start to the first row written or delivered, None when there was none. peak_rss_bytes: anonymous
-    memory of driver and workers, sampled.
+    memory of driver and workers, sampled. spilled_bytes: blocks that went to disk, for want of memory or with
+    execution="bulk"; what Ray spills by itself is not in it.
     run_id: the run's name in its destination, "" when nothing is kept. sessions: how many have worked on it, with this one.
     resumed_splits, resumed_rows: done before this session. retries: splits that were started again. workers_lost: that died,
     hung, or went with their node. quarantine: where rows that failed (tally.quarantined) are set aside, "" when they are not.
@@ -135,6 +137,7 @@ class Run:
     bottleneck: Bottleneck | None = None
     peak_in_flight_bytes: int = 0
     peak_rss_bytes: int = 0
+    spilled_bytes: int = 0
     budget_bytes: int = 0
     output_files: int = 0
     output_bytes: int = 0
@@ -235,6 +238,7 @@ _USUAL: dict[str, Any] = {
     "already_done": False,
     "guards": {},
     "nodes": 0,
+    "spilled_bytes": 0,
 }
 
 
@@ -266,6 +270,7 @@ class RunRecorder:
         self._files = 0
         self._file_bytes = 0
         self._peak_in_flight = 0
+        self._spilled = 0
         self._peak_rss = 0
         self._nodes = 0
         self._most_budget = 0
@@ -301,6 +306,8 @@ class RunRecorder:
                 self._place[event.worker] = self._place.get(event.replaces, event.replaces)
             case WorkerGone():
                 self._lost.add(event.worker)
+            case BlocksSpilled():
+                self._spilled += event.bytes
             case Noted():
                 if len(self._notes) < MOST_NOTES:
                     self._notes.append(event.text.partition("\n")[0])
@@ -335,6 +342,7 @@ class RunRecorder:
             bottleneck=find_bottleneck(pools, stages, wall_s),
             peak_in_flight_bytes=self._peak_in_flight,
             peak_rss_bytes=self._peak_rss,
+            spilled_bytes=self._spilled,
             budget_bytes=max(started.budget_bytes, self._most_budget),
             output_files=self._files,
             output_bytes=self._file_bytes,

@@ -21,6 +21,7 @@ from headrace.contracts.observer import Observer
 from headrace.contracts.substrate import Substrate
 from headrace.core.errors import BlockLost, HeadraceError
 from headrace.core.events import (
+    BlocksSpilled,
     ClusterSampled,
     MemorySampled,
     Noted,
@@ -370,8 +371,10 @@ class Driver:
                 case AddWorker():
                     self._add_worker(command)
                 case Spill(parts):
-                    moved = PartsSpilled(self.substrate.spill(parts))
-                    waiting.extend(self.scheduler.handle(moved, self._now()))
+                    moved = self.substrate.spill(parts)
+                    if moved:
+                        self._tell(BlocksSpilled(self._now(), sum(part.bytes for part in moved)))
+                    waiting.extend(self.scheduler.handle(PartsSpilled(moved), self._now()))
                 case Fail(error):
                     raise self._crashes.point_out(error, sample)
                 case Finish(drained):

@@ -90,7 +90,7 @@ class Dispatcher:
         self.measures = {s.id: Measure(self.limits.block_bytes) for s in plan.stages}
         self.wanted_rows: dict[int, int] = {}  # model stage -> rows for one step, as its workers said last
         self.steps: dict[int, StepEntry] = {}
-        self.in_flight = 0
+        self.in_flight: int = 0
         self.reserved = 0
         self.passed = {s.id: 0 for s in plan.stages if s.limit is not None}
         self.global_next = {s.id: 0 for s in plan.stages if s.order is Order.GLOBAL}  # whose turn it is
@@ -283,6 +283,8 @@ class Dispatcher:
             return
         if self.consumer_waiting or any(not self.pools[pool].awake for pool in self.plan.pools):
             return  # workers that rest may wake, or be lost
+        if self.limits.bulk and self.listing:
+            return
         waits = ", ".join(f"{self.stages[s].name}: {n}" for s, n in self.waiting.items() if n and s != DELIVER_STAGE)
         raise InternalError(f"the run has stalled with {len(self.open)} open splits ({waits or 'no block waits'})")
 
@@ -294,6 +296,8 @@ class Dispatcher:
         Queues may be full of blocks that wait for their turn. So the oldest split has queues of its own, as it were, and any
         split whose sequence waits for just this place may go on. Past the memory budget only the oldest split's front may.
         """
+        if self.limits.bulk and not self._is_materialised(stage):
+            return False
         if stage.end is End.SINK:
             return True
         split = node.split
@@ -310,7 +314,19 @@ class Dispatcher:
             return False
         return following != DELIVER_STAGE and self.stages[following].order is Order.SPLIT and self._is_front(node, stage, 0)
 
+    def _is_materialised(self, stage: Stage) -> bool:
+        """Has all been made that stages before this one make, of all splits?"""
+        if stage.order is Order.SOURCE:
+            return True
+        if not self.draining and (self.pending or not self.listing_done):
+            return False
+        route = self.plan.routes[-1].stages
+        before = route[: route.index(stage.id)]
+        return not any(self.cursors[s] or self.producing[s] or self.waiting[s] for s in before)
+
     def _queues_allow(self, stage: Stage, following: int) -> bool:
+        if self.limits.bulk and following != DELIVER_STAGE:
+            return True
         waiting, target = self.waiting[following], self._target(stage, following)
         if stage.stream and following != DELIVER_STAGE and self.stages[following].order is Order.SPLIT:
             return self._has_spare(stage, following)  # a row that takes long holds back what waits behind it, not the model
@@ -357,6 +373,8 @@ class Dispatcher:
         return max(stage.batch_rows, self.wanted_rows.get(stage.id, 0))
 
     def _room_for(self, stage: Stage) -> bool:
+        if self.limits.bulk and DELIVER_STAGE not in (f.get(stage.id) for f in self.following.values()):
+            return True  # `_spill` makes room
         return not self.pressure and within_budget(
             in_flight=self.in_flight,
             reserved=self.reserved,
@@ -431,6 +449,8 @@ class Dispatcher:
             return True
         if stage.end is End.SINK:
             return not self.pressure
+        if self.limits.bulk:
+            return not self._is_enough(stage.pool)
         if len(self.open) >= OPEN_PER_WORKER * len(self.workers) + 16:
             return False
         following = self.following[route.name][stage.id]
@@ -439,8 +459,8 @@ class Dispatcher:
 
     def _route_of_next(self) -> Route:
         routes = self.plan.routes
-        if len(routes) == 1:
-            return routes[0]
+        if len(routes) == 1 or self.limits.bulk:
+            return routes[-1]
         split = self.pending[0]
         fused = prefer_fused(
             split_bytes=split.bytes,

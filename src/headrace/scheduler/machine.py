@@ -94,6 +94,8 @@ class Scheduler(Dispatcher):
         try:
             self._take_in(event)
             self._dispatch()
+            if self.limits.bulk and isinstance(event, StepDone) and self.in_flight > self.limits.budget_bytes:
+                self._spill()
             if self.finished and not any(isinstance(command, Finish) and command.drained for command in out):
                 self._check_share()
         except HeadraceError as error:

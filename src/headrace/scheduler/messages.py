@@ -33,6 +33,7 @@ class Limits:
     a block costs milliseconds. 0: each leaves by itself.
     deliver_blocks: blocks that the consumer may have waiting.
     frail_blocks: a block may be lost before the consumer has it: each Deliver is answered by Delivered before anything else.
+    bulk: a stage begins when all stages before it have ended; blocks beyond the budget are spilled, where that is possible.
     fail_on_bad_rows: a row that kills its worker ends the run (on_error="fail"). max_bad_rows, max_bad_fraction: see
     RunOptions. settled_before: rows of splits that earlier sessions of this run settled.
     """
@@ -42,6 +43,7 @@ class Limits:
     credit_bytes: int = 8 << 20
     slice_s: float = 0.25
     join_bytes: int = 0
+    bulk: bool = False
     deliver_blocks: int = 4
     fail_on_bad_rows: bool = True
     frail_blocks: bool = False

@@ -166,6 +166,19 @@ def test_a_block_that_does_not_come_is_lost_in_the_end_and_the_head_is_looked_at
         desk.substrate.fetch(block)
 
 
+def test_a_block_is_got_when_it_has_come_and_not_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray drops what has come of an object when a `get` for it gives up: one that takes longer than that never came."""
+    coming = [([], ["ref"]), (["ref"], [])]
+    got: list[Any] = []
+    monkeypatch.setattr(store.ray, "wait", lambda refs, timeout: coming.pop(0))
+    monkeypatch.setattr(store.ray, "get", lambda ref, timeout: got.append(ref) or "batch")
+    part = PartRef(1, 3, 8, ("x",), "ref")
+    with pytest.raises(TimeoutError):
+        store.fetch(part, 2.0)
+    assert got == []
+    assert store.fetch(part, 2.0) == "batch"
+
+
 # ---------------------------------------------------------------- deaths and nodes
 
 
@@ -213,6 +226,22 @@ def test_to_kill_a_worker_takes_no_time_and_its_stack_first(asked: list[tuple[st
     assert not desk.substrate.kill(3, "no such worker")
 
 
+def test_what_a_worker_answers_while_its_stack_is_taken_does_not_count(asked: list[tuple[str, Any]]) -> None:
+    """It would be given more, and the rows of that be blamed for its death."""
+    desk = hung()
+    (step,) = desk.given(3, 1)
+    desk.substrate.kill(3, "no answer for 1 s")
+    assert desk.answered(3, [step], ((StepDone(1, 3),), None)) == []
+    assert desk.answered(3, [step], RayTaskError("run", "frames", KeyError("oops"))) == []
+    desk.substrate.submit(Advance(2, 3, stage=0, cursor=2, split_index=1, attempt=1))  # its handle has no method for it
+    assert desk.substrate.wait(0.0) == []
+    desk.substrate._inbox.put(("stack", 3, ended("Thread 1")))
+    desk.substrate._inbox.put(("bury", 3, ended(Obituary(None, ""))))
+    (lost,) = desk.substrate.wait(0.0)
+    assert (type(lost), lost.reason) == (WorkerLost, "no answer for 1 s")
+    desk.substrate._errands.close(5.0)
+
+
 def test_a_node_that_gives_no_stack_is_not_waited_for(asked: list[tuple[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "STACK_S", 0.0)
     monkeypatch.setattr(pool_module, "BURY_S", 0.0)
@@ -229,7 +258,7 @@ def test_a_node_that_gives_no_stack_is_not_waited_for(asked: list[tuple[str, Any
     [
         (Obituary(None, ""), False, False),
         (WorkerCrashedError(), False, True),
-        (TaskUnschedulableError("its node is dead"), True, True),
+        (TaskUnschedulableError("its node is dead"), True, False),
     ],
 )
 def test_a_death_that_its_node_can_not_tell_of(asked: list[tuple[str, Any]], answer: Any, gone: bool, untold: bool) -> None:

@@ -152,8 +152,7 @@ def _in_cluster(function: Callable[..., Any], *arguments: Any) -> Any:
     """Call it in a process that is connected to the head: this one, or one of the cluster's."""
     if not through_client():
         return function(*arguments)
-    task: Any = ray.remote(function)
-    return ray.get(task.options(num_cpus=0, max_retries=0).remote(*arguments), timeout=KNOCK_S)
+    return ray.get(_TASKS[function].options(num_cpus=0, max_retries=0).remote(*arguments), timeout=KNOCK_S)
 
 
 def live_nodes() -> tuple[Node, ...]:
@@ -227,6 +226,10 @@ def _take_back_left() -> None:
     job = internal_kv._internal_kv_get(_OURS)
     if job and all(j["IsDead"] for j in state.job_table() if j["JobID"] == job.decode()):
         _request([], "")
+
+
+# Made once: both ends of a ray:// connection keep each that is made, and one is asked for every two seconds.
+_TASKS: dict[Any, Any] = {f: ray.remote(f) for f in (_most_to_come, _draining_nodes, _request, _take_back_left)}
 
 
 @dataclass(frozen=True, slots=True)

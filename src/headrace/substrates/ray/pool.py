@@ -214,8 +214,8 @@ class RaySubstrate:
     def submit(self, step: Step | Discard) -> None:
         """Handed over at once; a short step that others go before, at the next `wait`, with what else goes there."""
         worker = self._workers.get(step.worker)
-        if worker is None or self._stopped:
-            return  # it died; WorkerLost has told, or will
+        if worker is None or worker.killed or self._stopped:
+            return  # it died, or is about to; WorkerLost has told, or will
         if isinstance(step, Discard):
             self._flush_to(worker)
             worker.handle.discard.remote(step.cursor)
@@ -276,6 +276,7 @@ class RaySubstrate:
             return False
         if not victim.killed:
             victim.killed = reason
+            self._outbox.pop(worker, None)
             if victim.remains is None or victim.node not in self._sites:
                 self._end(victim)
             else:  # its node is asked for the stack meanwhile
@@ -429,6 +430,9 @@ class RaySubstrate:
     def _on_answers(self, id: int, steps: Sequence[Step], done: Any) -> None:
         worker = self._workers.get(id)
         error = done.exception()
+        raised = isinstance(error, RayTaskError)
+        if worker is not None and worker.killed and (error is None or raised):
+            return  # it comes too late: what the worker has at hand starts again, and no more is given to it
         if error is None:
             answers, vitals = done.result()
             for answer in answers:
@@ -438,11 +442,9 @@ class RaySubstrate:
             return
         if worker is None:
             return
-        raised = isinstance(error, RayTaskError)
-        cause = error.cause if raised else error
-        if not raised and not isinstance(
-            cause, (ObjectLostError, *NO_ROOM)
-        ):  # of Ray's many errors the others say that the actor is gone
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        # Of Ray's many errors the others say that the actor is gone.
+        if not raised and not isinstance(cause, (ObjectLostError, *NO_ROOM)):
             self._lose(worker, error)
             return
         for step in steps:
@@ -542,7 +544,8 @@ class RaySubstrate:
         if error is None:
             self._told_lost(worker, done.result(), gone=False)
         else:
-            self._told_lost(worker, None, gone=isinstance(error, TaskUnschedulableError), untold=True)
+            gone = isinstance(error, TaskUnschedulableError)
+            self._told_lost(worker, None, gone=gone, untold=not gone)
 
     def _on_stack(self, id: int, done: Any) -> None:
         if self._condemned.pop(id, None) is not None:

@@ -60,9 +60,11 @@ class RayStore:
 
 def fetch(part: PartRef, wait_s: float | None = None) -> Any:
     """The batch of a part, zero-copy. Raises BlockLost when its node or worker is gone, TransientError when there is no room
-    for it here, and TimeoutError when it has not come within `wait_s`.
+    for it here, and TimeoutError when it has not come within `wait_s`: the next call goes on with what has come of it by then.
     """
-    try:
+    try:  # a `get` that gives up drops what has come: a block that takes longer than `wait_s` never would
+        if wait_s is not None and not ray.wait([part.handle], timeout=wait_s)[0]:
+            raise TimeoutError
         return ray.get(part.handle, timeout=wait_s)
     except GetTimeoutError:
         raise TimeoutError from None
