@@ -73,6 +73,8 @@ def _skip(data: bytes, at: int, kind: int, depth: int = 0) -> int:
         if depth > _MOST_DEPTH:
             raise Refused("lists are nested too deeply")
         element, count, at = _list_head(data, at)
+        if count > len(data) - at:  # each takes a byte at least: else a damaged number would keep us busy
+            raise IndexError(at)
         for _ in range(count):
             at = _skip(data, at, element, depth + 1)
         return at
@@ -87,6 +89,8 @@ def _skip(data: bytes, at: int, kind: int, depth: int = 0) -> int:
         if count:
             kinds = data[at]
             at += 1
+            if 2 * count > len(data) - at:
+                raise IndexError(at)
             for _ in range(count):
                 at = _skip(data, _skip(data, at, kinds >> 4, depth + 1), kinds & 0x0F, depth + 1)
         return at

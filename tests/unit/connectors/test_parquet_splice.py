@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.connectors import parquet_footer
 from headrace.connectors.parquet_footer import Chunk, Footer, Refused, put_struct, struct_at
 from headrace.connectors.parquet_splice import Source, Splicer, Template, encoded, read_footer
 
@@ -259,3 +260,12 @@ def test_damage_is_refused_or_harmless(data: st.DataObject) -> None:
         made.close()
     except Refused:
         return
+
+
+@pytest.mark.parametrize("kind", [parquet_footer.LIST, parquet_footer.MAP])
+def test_a_damaged_count_keeps_nobody_busy(kind: int) -> None:
+    """Elements of fixed size are passed over without looking at them."""
+    many = parquet_footer.put_varint(1 << 60)
+    data = bytes([0xF3]) + many if kind == parquet_footer.LIST else many + bytes([0x33])
+    with pytest.raises(IndexError):
+        parquet_footer._skip(data, 0, kind)

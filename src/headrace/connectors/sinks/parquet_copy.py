@@ -3,9 +3,9 @@ in order, becomes one of the output; its chunks are copied, and only new columns
 
 Everything else (a row that is missing, a row group too small to be worth keeping, a file whose columns are stored in another
 way than pyarrow's, new columns too wide to hold) is decoded and written as always. Invariants: what a reader gets is the same
-either way, schema included; what is copied has been decoded once, here or on its way; what becomes of a row group depends on
-its rows alone, never on how blocks were cut; of new columns about HELD_BYTES wait, of carried ones a block or a piece of a
-chunk.
+either way, schema included, and row groups and their statistics are those of the input; what is copied has been decoded once,
+here or on its way; what becomes of a row group depends on its rows alone (but for new columns of about HELD_BYTES, where it
+depends on blocks, too); of new columns about HELD_BYTES wait, of carried ones a block or a piece of a chunk.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def copyable_columns(source: ParquetSource, columns: Sequence[str], compression:
         schema = source.schema()
         template = Template(pa.schema([schema.field(name) for name in columns]))
         stored = arrow_schema(footer)
-    except (Refused, pa.ArrowException, DataError):  # the run will tell what is wrong with it
+    except (Refused, pa.ArrowException, OSError, DataError):  # the run will tell what is wrong with it
         return frozenset()
     there = footer.by_name
     fitting = frozenset(
@@ -87,7 +87,7 @@ def _works() -> bool:
     try:
         source = encoded(pa.table({"x": pa.array(["a", None])}), {})
         return all(Chunk.of(fields).values == 2 for fields in source.footer.groups[0].chunks)
-    except (Refused, pa.ArrowException):
+    except (Refused, pa.ArrowException, OSError):
         return False
 
 
@@ -246,7 +246,7 @@ class _Input:
             if self._alike(footer, schema):
                 self._leaves = [footer.by_name[name].leaves for name in self._carried.sources.values()]
                 self.chunks = Source(_Checked(self._reader), fragment.size_bytes, footer)
-        except (Refused, pa.ArrowException):
+        except (Refused, pa.ArrowException, OSError):  # what pyarrow says of a broken footer
             return self._opened().rows
         return [group.rows for group in footer.groups]
 
