@@ -698,8 +698,10 @@ def test_chaos(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-def test_an_autoscaler_brings_the_nodes_and_takes_them_away(tmp_path: Path) -> None:
+def test_an_autoscaler_brings_the_nodes_and_takes_them_away(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """The script fails unless the output is whole, both nodes had a worker, and none of them is left."""
+    if not request.config.getoption("--ray"):
+        pytest.skip("an autoscaler takes a minute: with --ray")
     script = Path(__file__).parents[2] / "benchmarks" / "reliability" / "ray_autoscaler.py"
     command = [sys.executable, str(script), "--files", "25", "--idle"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=tmp_path)
