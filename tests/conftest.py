@@ -77,7 +77,8 @@ def pytest_configure() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--ray", action="store_true", help="all of the feature suite on Ray, too (a run takes seconds), and its autoscaler")
+    what = "all of the feature suite on Ray, too (a run takes seconds), and its autoscaler"
+    parser.addoption("--ray", action="store_true", help=what)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
