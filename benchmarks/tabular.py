@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from common import Timed, interleave, record, run_timed, summary
+from suite.workloads.tabular import table_of
 
 FEATURES = 30
 
@@ -96,39 +97,10 @@ if __name__ == "__main__":
 
 
 def write_file(path: Path, rows: int, seed: int) -> None:
-    """30 float32 features, a label that depends on them, and 20 carry-over columns: numbers, texts, times, lists, structs."""
-    import numpy as np
-    import pyarrow as pa
+    """30 float32 features, a label that depends on them, and 20 carry-over columns: numbers, texts, floats, lists, structs."""
     import pyarrow.parquet as pq
 
-    rng = np.random.default_rng(seed)
-    columns: dict[str, pa.Array] = {}
-    x = rng.normal(size=(FEATURES, rows)).astype(np.float32)
-    for i in range(FEATURES):
-        columns[f"f{i:02d}"] = pa.array(x[i])
-    odds = 1 / (1 + np.exp(-(x[0] + x[1] * x[2] - 0.5 * np.abs(x[3]) + rng.normal(size=rows))))
-    columns["label"] = pa.array((rng.random(rows) < odds).astype(np.int8))
-    words = np.array([f"word{k:04d}" for k in range(2000)])
-    for i in range(20):
-        columns[f"c{i:02d}"] = _carry(pa, rng, rows, i, words)
-    pq.write_table(pa.table(columns), path)
-
-
-def _carry(pa, rng, rows, i, words):  # type: ignore[no-untyped-def]
-    import numpy as np
-
-    kind = i % 5
-    if kind == 0:
-        return pa.array(rng.integers(0, 1 << 40, rows))
-    if kind == 1:
-        return pa.array(words[rng.integers(0, len(words), rows)])
-    if kind == 2:
-        return pa.array(rng.random(rows))
-    if kind == 3:
-        offsets = np.concatenate([[0], np.cumsum(rng.integers(0, 4, rows))]).astype(np.int32)
-        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rng.integers(0, 1000, offsets[-1])))
-    parts = [pa.array(rng.random(rows).astype(np.float32)), pa.array(words[rng.integers(0, 50, rows)])]
-    return pa.StructArray.from_arrays(parts, names=["score", "kind"])
+    pq.write_table(table_of(rows, seed), path)
 
 
 def make(folder: Path, files: int, rows: int) -> Path:

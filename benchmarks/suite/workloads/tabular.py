@@ -73,15 +73,23 @@ def _write(path: Path, rows: int, file: int) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rng = np.random.default_rng(file)
-    columns: dict[str, Any] = {"id": pa.array(np.arange(file * rows, (file + 1) * rows))}
+    ids = pa.array(np.arange(file * rows, (file + 1) * rows))
+    pq.write_table(table_of(rows, file).add_column(0, "id", ids), path)
+
+
+def table_of(rows: int, seed: int) -> Any:
+    """An Arrow table: float32 features, a label that depends on them, and the carried columns."""
+    import numpy as np
+    import pyarrow as pa
+
+    rng = np.random.default_rng(seed)
     x = rng.normal(size=(len(FEATURES), rows)).astype(np.float32)
-    columns |= {name: pa.array(x[i]) for i, name in enumerate(FEATURES)}
+    columns: dict[str, Any] = {name: pa.array(x[i]) for i, name in enumerate(FEATURES)}
     odds = 1 / (1 + np.exp(-(x[0] + x[1] * x[2] - 0.5 * np.abs(x[3]) + rng.normal(size=rows))))
     columns["label"] = pa.array((rng.random(rows) < odds).astype(np.int8))
     words = np.array([f"word{k:04d}" for k in range(2000)])
     columns |= {f"c{i:02d}": _carried(rng, rows, i, words) for i in range(CARRIED)}
-    pq.write_table(pa.table(columns), path)
+    return pa.table(columns)
 
 
 def _carried(rng: Any, rows: int, which: int, words: Any) -> Any:

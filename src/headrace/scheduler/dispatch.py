@@ -555,7 +555,7 @@ class Dispatcher:
         """The first blocks of a run leave by themselves: the sooner its model and its consumer begin. So do those that several
         workers share, which come as cut.
         """
-        following = self.following[split.route.name][stage.id]
+        following = split.following[stage.id]
         if following is None or following == DELIVER_STAGE or not self.stages[following].model:
             return 0
         return self.limits.join_bytes if self.advanced[stage.id] > WARM_STEPS * self.pools[stage.pool].awake else 0
