@@ -10,6 +10,7 @@
     )
 
 General layout, imports go down only:
+    jobs        many runs in one program
     api         the public verbs and the session that wires the rest
     runtime     driver loop, committer, engine choice;  substrates: where workers live;  observe: what people see
     worker      what runs in a worker
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
         UserCodeError,
         WorkerDied,
     )
+    from headrace.jobs.job import Job, JobResult, JobsFailed
+    from headrace.jobs.runner import run_jobs
     from headrace.observe.run import Run
     from headrace.transforms import images
 
@@ -89,10 +92,14 @@ _PLACES = (
     | {name: ("headrace.core.errors", name) for name in _ERRORS}
     | {
         "Dataset": ("headrace.api.dataset", "Dataset"),
+        "Job": ("headrace.jobs.job", "Job"),
+        "JobResult": ("headrace.jobs.job", "JobResult"),
+        "JobsFailed": ("headrace.jobs.job", "JobsFailed"),
         "Run": ("headrace.observe.run", "Run"),
         "SplitIterator": ("headrace.api.streaming_split", "SplitIterator"),
         "Trace": ("headrace.api.why", "Trace"),
         "Verification": ("headrace.api.verify", "Verification"),
+        "run_jobs": ("headrace.jobs.runner", "run_jobs"),
         "verify": ("headrace.api.verify", "verify"),
         "why": ("headrace.api.why", "why"),
         "images": ("headrace.transforms.images", ""),
@@ -108,6 +115,9 @@ __all__ = [
     "HeadraceError",
     "InputChanged",
     "InternalError",
+    "Job",
+    "JobResult",
+    "JobsFailed",
     "PlanError",
     "Run",
     "SplitIterator",
@@ -130,6 +140,7 @@ __all__ = [
     "read_json",
     "read_parquet",
     "read_text",
+    "run_jobs",
     "verify",
     "why",
 ]

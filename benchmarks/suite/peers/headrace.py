@@ -72,15 +72,24 @@ def run(job: Job) -> dict[str, Any]:
     pipelines = job.pipelines
     more: dict[str, Any] = {"execution": "bulk"} if job.form == "bulk" else {}
     told: dict[str, Any] = {"metrics": {}}
-    for pipeline in pipelines:
-        outputs = "per_input" if pipeline.per_input else "packed"
-        to = out_of(job.out, pipelines, pipeline)
-        done = dataset(pipeline, job.form).write_parquet(to, outputs=outputs, progress="quiet", **more)
+    for pipeline, done in zip(pipelines, _runs(job, more), strict=True):
         told["metrics"] |= {name: float(done.metrics[name]) for name in pipeline.metrics}
         told["report"] = str(done)
-        if done.first_output_s is not None:
-            told.setdefault("first_at", time.time() - done.wall_s + done.first_output_s)
+        if len(pipelines) == 1 and done.first_output_s is not None:
+            told["first_at"] = time.time() - done.wall_s + done.first_output_s
     return told
+
+
+def _runs(job: Job, more: Mapping[str, Any]) -> list[Any]:
+    import headrace as hr
+
+    pipelines = job.pipelines
+    if len(pipelines) == 1:
+        (only,) = pipelines
+        outputs = "per_input" if only.per_input else "packed"
+        return [dataset(only, job.form).write_parquet(job.out, outputs=outputs, progress="quiet", **more)]
+    jobs = [hr.Job(dataset(p, job.form).write_parquet, out_of(job.out, pipelines, p), **more) for p in pipelines]
+    return [result.run for result in hr.run_jobs(jobs, progress="quiet")]
 
 
 def dataset(pipeline: Pipeline, form: str) -> Any:

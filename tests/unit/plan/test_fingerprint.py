@@ -530,6 +530,20 @@ def test_every_process_finds_the_same(tmp_path: Path) -> None:
     assert "helper" in found.pop()
 
 
+def test_a_library_that_is_not_loaded_yet_is_a_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "site-packages"
+    library.mkdir()
+    (library / "lazy_library.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(str(library))
+    f = made("def f(b):\n    import lazy_library\n    return b\n", folder=tmp_path)
+    before = of_function(f)
+    assert "lazy_library" not in sys.modules
+    f({})
+    assert "lazy_library" in sys.modules
+    assert not differences(before, of_function(f))
+    del sys.modules["lazy_library"]
+
+
 def test_it_is_json_and_stays_so() -> None:
     found = of(hr.from_arrow(TABLE).map_batches(Scaler, fn_constructor_args=(1.5, "a")).limit(3))
     assert json.loads(json.dumps(found, allow_nan=False)) == found

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import contextlib
 import copy
 import dis
 import hashlib
@@ -79,11 +80,17 @@ def is_own_file(file: str) -> bool:
 
 
 def _is_installed(module_name: str) -> bool:
-    """For a module that is not loaded (it was shipped by value, or removed): does its top package come from a library?"""
+    """For a module that is not loaded (yet, or any more; or it was shipped by value): is its top package a library's?"""
     top = module_name.partition(".")[0]
     if top in sys.stdlib_module_names:
         return True
-    return top in sys.modules and top != module_name and not is_own(top)
+    if top in sys.modules:
+        return top != module_name and not is_own(top)
+    with contextlib.suppress(ImportError, ValueError, AttributeError):
+        spec = importlib.util.find_spec(top)  # of a top package: nothing is imported
+        places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+        return any(place is not None and not is_own_file(place) for place in places)
+    return False
 
 
 # ---------------------------------------------------------------- source
@@ -288,6 +295,11 @@ def _shown_text(text: str) -> str:
     return redact(ast.unparse(ast.fix_missing_locations(_Masked(True).visit(ast.parse(text)))))
 
 
+def _digest_and_text(node: Any) -> tuple[str, str]:
+    text = _normal_text(node)
+    return _digest(text), _shown_text(text)
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
@@ -296,11 +308,12 @@ def _digest(text: str) -> str:
 
 
 class Codes:
-    """Code of functions and classes, remembered by code object: a second plan with the same functions costs nothing."""
+    """Code of functions and classes, remembered by code object and source: a second plan with the same ones costs little."""
 
     def __init__(self) -> None:
         self.sources = Sources()
         self._known: dict[tuple[CodeType, int], Code] = {}
+        self._classes: dict[int, tuple[Any, str, str]] = {}  # by its node's id: the node, digest and text
 
     def of_function(self, function: FunctionType) -> Code:
         code = function.__code__
@@ -317,13 +330,21 @@ class Codes:
         functions = [f for _, f in sorted(functions_of(cls))]
         parts = [self.of_function(f) for f in functions]
         if node is not None:
-            text = _normal_text(node)
-            digest, shown = _digest(text), _shown_text(text)
+            digest, shown = self._class_text(node)
         else:
             digest, shown = _digest(repr([(name, self.of_function(f).digest) for name, f in sorted(functions_of(cls))])), ""
         reads = tuple(sorted({r for p in parts for r in p.reads}))
         imports = tuple(sorted({i for p in parts for i in p.imports}))
         return Code(digest, shown, reads, imports, frozenset(s for p in parts for s in p.scratch), node)
+
+    def _class_text(self, node: Any) -> tuple[str, str]:
+        """Digest of the normal form, and what is shown of it."""
+        known = self._classes.get(id(node))
+        if known is None:
+            if len(self._classes) > 10_000:
+                self._classes.clear()
+            known = self._classes[id(node)] = (node, *_digest_and_text(node))  # holds the node, so that the id stays its own
+        return known[1:]
 
 
 def functions_of(cls: type) -> Iterator[tuple[str, FunctionType]]:
@@ -345,8 +366,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
 
 def _function_code(code: CodeType, node: Any, names: dict[str, Any]) -> Code:
     if node is not None:
-        text = _normal_text(node)
-        digest, shown = _digest(text), _shown_text(text)
+        digest, shown = _digest_and_text(node)
     else:
         digest, shown = _digest(f"python {sys.version_info[:2]} {_code_text(code)}"), ""
     reads: set[Chain] = set()

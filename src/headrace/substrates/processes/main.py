@@ -36,7 +36,7 @@ def main(control_fd: int, lifeline_fd: int, report_fd: int) -> None:
     _leave_signals_to_the_driver()
     for fd in (control_fd, lifeline_fd, report_fd):
         os.set_inheritable(fd, False)
-    _die_with_driver(lifeline_fd)
+    die_with_driver(lifeline_fd)
     keep_large_allocations()
     stacks.report_to(report_fd)
     channel = _Channel(socket.socket(fileno=control_fd))
@@ -277,7 +277,7 @@ def _watch(driver_pid: int, control_fd: int) -> None:
     threading.Thread(target=wait_for_the_end, name="headrace-watchdog", daemon=True).start()
 
 
-def _die_with_driver(lifeline_fd: int) -> None:
+def die_with_driver(lifeline_fd: int) -> None:
     """Ask the kernel to kill this process when the lifeline's other end, which only the driver holds, is closed.
 
     The kernel does it without the GIL. (PR_SET_PDEATHSIG would fire at the end of the driver's *thread*.)

@@ -1,0 +1,1 @@
+"""Many runs in one program: jobs, and the processes that small ones share."""

@@ -1,0 +1,93 @@
+"""Running jobs: small ones one per core, each whole in one process, all others one after the other with the whole machine.
+
+A small run is over in milliseconds, most of which hold the interpreter's lock and none of which is worth workers of its own; so
+processes are started once, and take job after job. What must not live here: what a run is and how it survives; a job is an
+ordinary run, with its own log in its own destination.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+
+from headrace.core.errors import PlanError
+from headrace.core.options import Progress
+from headrace.jobs.crew import Crew, Outcome
+from headrace.jobs.job import Job, JobResult, JobsFailed
+from headrace.jobs.member import is_small
+from headrace.jobs.telling import Teller
+from headrace.plan.nodes import Predict
+from headrace.runtime.machine import block_budget_bytes, detect_machine
+
+LEAST_MEMORY_BYTES = 64 << 20  # for the blocks of a job that shares the machine
+OWN_MACHINE = ("engine", "address", "cpus", "devices", "timeout", "execution")  # a job that says so is run by itself
+
+
+def run_jobs(jobs: Iterable[Job], *, progress: Progress = "auto") -> list[JobResult]:
+    """Run all jobs, and return what became of them, in order.
+
+    Small jobs (little input, no device) run at the same time, one per core; larger ones after them, each with the whole
+    machine. Every job is a run of its own, exactly once: kill the program, make the same call again, and what was finished is
+    passed over, what was begun goes on. A job that fails, or whose process dies, does not touch the others; one that died is
+    tried again by itself, as any run after a crash.
+
+    Raises JobsFailed, after all have ended, if any failed; PlanError, before any begins, when two have the same destination.
+    """
+    todo = list(jobs)
+    _check(todo)
+    machine = detect_machine()
+    shared = [i for i, job in enumerate(todo) if _may_share(job, bool(machine.devices))]
+    size = min(machine.cores, len(shared))
+    results: dict[int, JobResult] = {}
+    with Teller(len(todo), progress) as teller:
+        if size > 1 and Crew.possible():
+            memory = max(LEAST_MEMORY_BYTES, block_budget_bytes(machine) // size)
+            with Crew(size, memory) as crew:
+                for outcome in crew.run([(i, todo[i]) for i in shared]):
+                    if outcome.ended:
+                        results[outcome.job] = teller.told(_result(todo[outcome.job], outcome))
+        for i, job in enumerate(todo):
+            if i not in results:
+                results[i] = teller.told(_alone(job))
+    found = [results[i] for i in range(len(todo))]
+    if not all(r.ok for r in found):
+        raise JobsFailed.of(found)
+    return found
+
+
+def _check(jobs: Sequence[Job]) -> None:
+    seen: set[str] = set()
+    for job in jobs:
+        if not isinstance(job, Job):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise PlanError(f"this is no job: {job!r}", hint='make one of it: hr.Job(ds.write_parquet, "out/")')
+        place = job.destination
+        if place is None:
+            continue
+        place = place.rstrip("/")
+        if place in seen:
+            raise PlanError("two jobs have the same destination", where=(("destination", place),), hint="give each its own")
+        seen.add(place)
+
+
+def _may_share(job: Job, has_devices: bool) -> bool:
+    """May it run in a process that has one core and no device?"""
+    if any(job.options.get(name) not in (None, "auto", "streaming") for name in OWN_MACHINE):
+        return False
+    plan = job.dataset._plan  # pyright: ignore[reportPrivateUsage]
+    if not hasattr(plan.read.source, "covers") and not is_small(job):  # what lies in memory is not sent to find out
+        return False
+    models = [op for op in plan.ops if isinstance(op, Predict)]
+    return not any(m.device != "cpu" and (has_devices or m.device != "auto") for m in models)
+
+
+def _result(job: Job, outcome: Outcome) -> JobResult:
+    return JobResult(job, outcome.run, outcome.error, outcome.wall_s)
+
+
+def _alone(job: Job) -> JobResult:
+    began = time.perf_counter()
+    try:
+        run, error = job.run(progress="quiet"), None
+    except Exception as e:
+        run, error = None, e
+    return JobResult(job, run, error, time.perf_counter() - began)
