@@ -20,6 +20,7 @@ GROUPS = (
     ("Readers", READERS + IN_MEMORY),
     ("Dataset", ("Dataset",)),
     ("Run", ("Run",)),
+    ("Many runs", ("run_jobs", "Job", "JobResult")),
     ("Training", ("SplitIterator",)),
     ("Outputs", ("verify", "Verification", "why", "Trace")),
     ("Images", ("images.decode", "images.normalize")),
