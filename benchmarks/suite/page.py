@@ -28,7 +28,8 @@ Written by `./dev bench page` from the runs in `benchmarks/results/suite/`; `./d
 How it was measured:
 
 - Every contestant is a process of its own, timed from its start to its end, imports included, in an environment of its own
-  whose versions are pinned. Contestants take turns, in an order that rotates; figures are medians, with the least and the most.
+  whose versions are pinned. Contestants take turns, in an order that rotates; figures are medians, with the least and the
+  most. One that takes more than four times as long as the quickest is timed twice only.
 - *The same functions*: every engine is given the same Python functions and model classes. *own*: what an engine brings for it,
   such as its own decoder. Headrace runs with default options; a peer runs with the best settings that a search over its knobs
   found for the workload, where one was made (`--search`).

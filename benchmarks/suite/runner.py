@@ -30,6 +30,9 @@ KNOBS = BENCHMARKS / "results" / "suite" / "knobs"
 KEEP = ("PATH", "HOME", "LANG", "LC_ALL", "JAVA_HOME", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "TZ")
 
 
+SLOW, SLOW_RUNS = 4, 2  # contestants that take so many times as long as the quickest are timed so often only
+
+
 class Failed(Exception):
     """A contestant ended badly, or not at all, or with another output. The first line says it, others are what it printed."""
 
@@ -204,9 +207,15 @@ def _told(one: Contestant, found: Mapping[str, Any], said: str, timeout_s: float
         raise Failed(f"did not end within {timeout_s:g} s\n{said[-1500:].strip()}")
     lines = [line for line in said.splitlines() if line.startswith("TOLD ")]
     if found["code"] or not lines:
-        last = next((line for line in reversed(said.splitlines()) if line.strip()), "it said nothing")
-        raise Failed(f"ended with {found['code']}: {last.strip()}\n{said[-1500:].strip()}")
+        raise Failed(f"ended with {found['code']}: {_last_words(said)}\n{said[-1500:].strip()}")
     return json.loads(lines[-1][5:])
+
+
+def _last_words(said: str) -> str:
+    """The line that tells most of why a program ended."""
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith("Extension modules:")]
+    fatal = [line for line in lines if line.startswith("Fatal Python error")]
+    return (fatal or lines or ["it said nothing"])[-1][:200]
 
 
 def _measured(point: Point, found: Mapping[str, Any], told: Mapping[str, Any], notes: Notes) -> Measured:
@@ -289,12 +298,14 @@ def compare(
             with _failing(one, failed):
                 watched[one.name] = run_once(one, point, env, timeout_s=timeout_s, watched=True, full=True)
                 say(f"{one.name}: {watched[one.name].wall_s:.2f} s while watched, {watched[one.name].peak_bytes >> 20} MiB")
+        quickest = min((m.wall_s for m in watched.values()), default=0.0)
+        slow = {name for name, m in watched.items() if m.wall_s > SLOW * quickest}
         for round_ in range(runs):
             inputs.warm(point.data, touch_bytes)
             measured_limits.append(_limits(point, env, limit_s))
             turn = round_ % max(1, len(able))
             for one in [*able[turn:], *able[:turn]]:
-                if one.name in failed:
+                if one.name in failed or (one.name in slow and round_ >= SLOW_RUNS):
                     continue
                 with _failing(one, failed):
                     timed[one.name].append(run_once(one, point, env, timeout_s=timeout_s))
@@ -307,7 +318,7 @@ def _failing(one: Contestant, failed: dict[str, str]) -> Iterator[None]:
     try:
         yield
     except Failed as error:
-        failed[one.name] = str(error)
+        failed[one.name] = str(error).splitlines()[0]
         say(f"{one.name}: {error}")
 
 
