@@ -238,8 +238,9 @@ def _run_logged(ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.Schem
         with handling_signals(driver):
             driver.run()
             run = recorder.run()
-            committer.finish(run.to_dict())
-            _show(sink, opened, committer, run.to_dict(), schema)
+            summary = run.to_dict()
+            committer.finish(summary)
+            _show(sink, opened, committer, summary, schema)
             done = True
     except HeadraceError as error:
         committer.close(released=True)

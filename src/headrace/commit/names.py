@@ -16,7 +16,7 @@ MANIFEST = "_manifest.json"
 
 _RUN = re.compile(r"run-(\d{5,9})")
 _PART = re.compile(r"part-(\d{2,9})-\d{6,}\.[a-z0-9.]+")
-_ODD = re.compile(r"[\x00-\x1f\x7f]")
+_ODD = re.compile(r"[\x00-\x1f\x7f]|(^|/)\.{0,2}(/|\Z)")  # a control character; an empty segment, or one of dots
 
 
 def run_name(generation: int) -> str:
@@ -93,4 +93,4 @@ def check_file(run: str, file: OutputFile) -> None:
 
 def _plain(name: str) -> bool:
     """Relative, without empty or dot segments or control characters: it can't leave the root."""
-    return not _ODD.search(name) and all(part not in ("", ".", "..") for part in name.split("/"))
+    return not _ODD.search(name)

@@ -173,6 +173,7 @@ class Protocol:
         self._hurry = False
         self._group: list[Note] = []
         self._append: Append | None = None
+        self._segment: Segment | None = None  # what `_append` says, as a later session will read it
         self._refused = False
         self._unpublished: deque[OutputFile] = deque(() if holds else unpublished)
         self._publishing = 0
@@ -193,6 +194,11 @@ class Protocol:
     def clean(self) -> bool:
         """All that was told is logged and visible."""
         return self.phase in (Phase.IDLE, Phase.LOOKING) and not (self._waiting or self._unpublished or self._publishing)
+
+    @property
+    def gathering(self) -> bool:
+        """What was told waits for more of its kind, until `due` at most."""
+        return self.phase is Phase.IDLE and self._waiting_since is not None
 
     def due(self, now: float) -> float:
         """How many seconds from now a Tick has something to do."""
@@ -278,13 +284,13 @@ class Protocol:
         self._append_group(out)
 
     def _on_appended(self, now: float) -> None:
-        assert self._append is not None
-        segment = decode(self.state.run, self._append.index, self._append.data)
+        segment = self._segment
+        assert segment is not None
         self.state.apply(segment)
         self._take_deltas()
         if not self._holds:
             self._unpublished.extend(f for r in segment.records if isinstance(r, Settled) for f in r.files if f.staged)
-        self._append = None
+        self._append = self._segment = None
         self._group = []
         self._tries.pop(Append, None)
         self._looked_s = now
@@ -374,7 +380,7 @@ class Protocol:
             merge_into(metrics, told.metrics, self._merge)
         segment = Segment(self.state.next, self._epoch, self._nonce, tuple(t.record for t in self._group), metrics)
         data = encode(segment)
-        decode(self.state.run, segment.index, data)  # what can't be read again is not written
+        self._segment = decode(self.state.run, segment.index, data)  # what can't be read again is not written
         self._append = Append(segment.index, data)
         self.phase = Phase.APPENDING
         out.append(self._append)

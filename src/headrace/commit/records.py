@@ -8,6 +8,7 @@ drivers can write the same bytes: a segment carries its driver's nonce.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
@@ -19,6 +20,7 @@ from headrace.core.receipts import LineageRun, OutputFile, Tally
 VERSION = 1
 _TALLY = tuple(f.name for f in fields(Tally))
 _KINDS = ("output", "quarantine", "lineage")
+_DIGEST = re.compile(r"([0-9a-f]{64})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +213,7 @@ def _file(run: str, f: dict[str, Any]) -> OutputFile:
     if kind not in _KINDS:
         raise _Bad(f"a file of kind {kind!r}")
     digest = _text(f, "digest")
-    if digest and (len(digest) != 64 or not all(c in "0123456789abcdef" for c in digest)):
+    if not _DIGEST.fullmatch(digest):
         raise _Bad(f"{digest[:80]!r} is no SHA-256")
     staged = _text(f, "staged") if "staged" in f else ""
     file = OutputFile(_text(f, "name"), _int(f, "rows"), _int(f, "bytes"), digest, staged, kind)

@@ -25,14 +25,24 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 COMPRESSED = (".gz", ".bz2", ".zst")
 
 _MAGIC = re.compile(r"[*?\[]")
+_UNTIDY = re.compile(r"(^|/)\.?(/|\Z)")  # what PurePosixPath would put in order
 
 
 def output_stem(name: str) -> str:
     """An object's name without what outputs drop: a compression suffix, then the extension."""
-    path = PurePosixPath(name)
-    if path.suffix.lower() in COMPRESSED:
-        path = path.with_suffix("")
-    return str(path.with_suffix("")) if path.suffix else str(path)
+    name = str(PurePosixPath(name)) if _UNTIDY.search(name) else name
+    suffix = _suffix(name)
+    if suffix.lower() in COMPRESSED:
+        name = name.removesuffix(suffix)
+        suffix = _suffix(name)
+    return name.removesuffix(suffix)
+
+
+def _suffix(name: str) -> str:
+    """PurePosixPath(name).suffix of a tidy name, in a tenth of the time."""
+    base = name[name.rfind("/") + 1 :]
+    at = base.rfind(".")
+    return base[at:] if 0 < at < len(base) - 1 else ""
 
 
 @dataclass(frozen=True)
@@ -223,9 +233,10 @@ class _Names:
             self._seen.clear()
             folder, slash, base = name.rpartition("/")
             self._head = f"{folder}{slash}{base.partition('.')[0]}."
-        suffix = PurePosixPath(name).suffix or ".x"
+        suffix = ""
         n = 2
         while (stem := output_stem(name)) in self._seen:
+            suffix = suffix or PurePosixPath(name).suffix or ".x"
             # a.jpg, a.png -> a, a.png; the same file listed twice -> a, a.jpg, a-2.jpg, ...
             name = f"{name}{suffix}" if n == 2 else f"{stem}-{n}{suffix}"
             n += 1

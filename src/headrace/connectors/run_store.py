@@ -18,6 +18,7 @@ import errno
 import hashlib
 import itertools
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -30,6 +31,7 @@ from typing import Any, TypeVar
 from headrace.commit.names import PRIVATE
 from headrace.connectors import retries, storage
 from headrace.connectors.redact import redact
+from headrace.connectors.whole_disk import LEAST_FILES, WholeDisk
 from headrace.core.errors import DataError, DestinationError, HeadraceError, TransientError
 from headrace.core.receipts import OutputFile
 
@@ -49,6 +51,7 @@ DIGEST = "headrace-digest"  # user metadata of staged objects
 DELETE_AT_ONCE = 1000
 
 _TEMPORARY = f"{PRIVATE}/tmp"  # how names of what is on its way begin: no folder, which nobody could remove in time
+_OUTSIDE = re.compile(r"\0|(^|/)\.{0,2}(/|\Z)")  # a segment that is empty, or of dots
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
@@ -81,7 +84,7 @@ def digest_of(path: str) -> str:
 
 def check_name(root: str, name: str) -> str:
     """The name, if it is one inside of the root by its text. Raises DestinationError."""
-    if name and not name.startswith("/") and "\0" not in name and all(p not in ("", ".", "..") for p in name.split("/")):
+    if not _OUTSIDE.search(name):
         return name
     raise DestinationError(f"{redact(name)!r} is no name inside of the destination", where=(("destination", redact(root)),))
 
@@ -111,6 +114,7 @@ class LocalRunStore:
         self._inside: set[str] = set()  # directories that were found to be inside
         self._durable: set[str] = set()  # directories whose own names are on disk
         self._count = itertools.count()
+        self._disk: WholeDisk | None = None
 
     # -- RunStore
 
@@ -170,6 +174,12 @@ class LocalRunStore:
 
     def sync(self, files: Sequence[OutputFile]) -> tuple[OutputFile, ...]:
         paths = [self._path(f.staged) for f in files]
+        if len(files) >= LEAST_FILES and self._disk is not None and self._disk.sync():
+            good = [os.path.exists(p) for p in paths]
+            with self._errors(self.root):
+                for folder in sorted({os.path.dirname(p) for p in paths}):
+                    self._sync_above(folder)
+            return tuple(f for f, ok in zip(files, good, strict=True) if not ok)
         folders = sorted({os.path.dirname(p) for p in paths})
         with self._errors(self.root), ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="headrace-sync") as pool:
             good = list(pool.map(_sync_file, paths)) if len(paths) > 1 else [_sync_file(p) for p in paths]
@@ -183,14 +193,14 @@ class LocalRunStore:
     def publish(self, files: Sequence[OutputFile], replace: Container[str] = ()) -> None:
         """replace: final names that may be taken by older files."""
         files = [f for f in files if f.staged]
-        folders: set[str] = set()
+        made: set[str] = set()
         for f in files:
-            final = self._path(f.name, make=True)
+            final = self._path(f.name, make=f.name.rpartition("/")[0] not in made)
+            made.add(f.name.rpartition("/")[0])
             with self._errors(final):
                 self._publish(f, self._path(f.staged), final, replace=f.name in replace)
-            folders.add(os.path.dirname(final))
         with self._errors(self.root):
-            for folder in sorted(folders):
+            for folder in sorted(f"{self.root}/{name}" if name else self.root for name in made):
                 _sync_folder(folder)
                 self._sync_above(folder)
             for f in files:
@@ -298,6 +308,20 @@ class LocalRunStore:
             return None
         except OSError as e:
             raise DestinationError(f"can't read there: {e.strerror}", where=(("file", path),)) from e
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """Meanwhile `sync` may do many files at once that are staged from now on. One at a time."""
+        disk = None
+        with contextlib.suppress(OSError):
+            disk = WholeDisk(self.root)
+        self._disk = disk
+        try:
+            yield
+        finally:
+            self._disk = None
+            if disk is not None:
+                disk.close()
 
     def uri(self, name: str) -> str:
         return self._path(name)

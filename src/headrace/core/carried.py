@@ -10,7 +10,9 @@ from dataclasses import dataclass
 class Carried:
     """names: of the output's columns, in order. sources: output column -> the input column that it is, row for row; of those a
     block may lack any. Columns that are not there are made on the way.
+
+    names: None where a function decides. A block lacks none then, and its origin tells which of the sources it has (`kept`).
     """
 
-    names: tuple[str, ...]
+    names: tuple[str, ...] | None
     sources: Mapping[str, str]

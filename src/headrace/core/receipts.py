@@ -27,6 +27,8 @@ class Tally:
     cut: int = 0
 
     def __add__(self, other: Tally) -> Tally:
+        if self is NO_ROWS:  # where every sum begins
+            return other
         return Tally(
             self.rows_in + other.rows_in,
             self.expanded + other.expanded,

@@ -32,6 +32,8 @@ class Origin:
     integers that never leaves its worker. listed: it left, as a hidden column of the block. With neither, rows come from among
     the segments.
     groups: of a block of several pieces of that last kind, how many of the segments belong to each piece.
+    kept: of that last kind: columns whose row i is that of row i of the segments all the same, because a function gave them
+    back as it got them; of any other column nothing is known.
     """
 
     segments: tuple[Segment, ...] = ()
@@ -39,6 +41,7 @@ class Origin:
     index: Any = field(default=None, compare=False)
     listed: bool = False
     groups: tuple[int, ...] = ()
+    kept: tuple[str, ...] = ()
 
     @property
     def known(self) -> bool:
@@ -64,7 +67,7 @@ class Origin:
 
     def inexact(self) -> Origin:
         """The same place, for rows that a function may have dropped, added or reordered."""
-        return Origin(self.segments, exact=False) if self.known or self.listed else self
+        return Origin(self.segments, exact=False) if self.known or self.listed or self.kept else self
 
     def slice(self, start: int, rows: int) -> Origin:
         """The origin of block rows [start, start + rows); unchanged when rows are not known one by one."""
@@ -72,7 +75,7 @@ class Origin:
             positions = self.index[start : start + rows]
             first = int(positions[0])
             return Origin(self._cut(first, int(positions[-1]) + 1 - first), exact=False, index=positions - first)
-        return Origin(self._cut(start, rows)) if self.exact else self
+        return Origin(self._cut(start, rows)) if self.exact else self.inexact() if self.kept else self
 
     def _cut(self, start: int, rows: int) -> tuple[Segment, ...]:
         """Positions [start, start + rows) of the concatenated segments."""

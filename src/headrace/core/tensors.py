@@ -112,6 +112,13 @@ def numpy_to_array(values: np.ndarray[Any, Any]) -> pa.Array:
     return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(flat.type, shape), storage)
 
 
+def texts_to_array(values: Sequence[str]) -> pa.Array:
+    """A column of strings. (`pa.array` imports pandas wherever it is installed, which takes 0.2 s.)"""
+    data = [value.encode() for value in values]
+    ends = np.cumsum([0, *map(len, data)], dtype=np.int32)
+    return pa.Array.from_buffers(pa.string(), len(data), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(data))])
+
+
 def _vector(values: np.ndarray[Any, Any]) -> pa.Array:
     kind = _ARROW_OF.get(values.dtype)
     if kind is not None:

@@ -22,6 +22,7 @@ from headrace.core.errors import DataError, PlanError
 from headrace.core.tensors import is_ragged, is_tensor
 from headrace.models.base import Adapter, check_choice, check_columns, refuse_untrusted
 from headrace.models.tensor_columns import is_text, text_columns
+from headrace.models.token_cuts import DEVICE, TokenCosts, cuts_by_length, token_costs
 from headrace.models.torch import same_weights
 from headrace.models.torch_device import DevicePath, Pending, is_accelerator, torch_device, torch_threads
 
@@ -40,7 +41,6 @@ Task = Literal[
     "summarization",
 ]
 
-BATCH_TOKENS = 16_384  # 32 texts of 512: enough to fill a large GPU with a model of BERT's size
 UNSET_LENGTH = 1 << 20  # tokenizers that know no limit say 1e30
 
 # task -> transformers' class that loads its model
@@ -76,8 +76,8 @@ class Transformers(Adapter):
     dtype: "bfloat16" or "float16" for the weights; None: as they were saved.
     max_length: in tokens, longer texts are cut; None: what the tokenizer says.
     pooling: "mean" over a text's tokens, "cls" (the first) or "none" (a ragged tensor: tokens, size).
-    batch_tokens: how many tokens, padding included, go through the model at once. The rows of a batch are sorted by length
-        and cut accordingly, and each cut is padded to its own longest text.
+    batch_tokens: how many tokens, padding included, go through the model at once; None: what suits the device. The rows of a
+        batch are sorted by length and cut accordingly, and each cut is padded to its own longest text.
     options: of the task: arguments of generate() such as {"max_new_tokens": 20}, of the library's pipeline for tokens and
         zero-shot. Generation is greedy unless they say otherwise.
     trust: the files may run code of whoever made them.
@@ -91,7 +91,7 @@ class Transformers(Adapter):
     dtype: Literal["float16", "bfloat16"] | None = field(default=None, kw_only=True)
     max_length: int | None = field(default=None, kw_only=True)
     pooling: Literal["mean", "cls", "none"] = field(default="mean", kw_only=True)
-    batch_tokens: int = field(default=BATCH_TOKENS, kw_only=True)
+    batch_tokens: int | None = field(default=None, kw_only=True)
     options: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     trust: bool = field(default=False, kw_only=True)
 
@@ -102,7 +102,7 @@ class Transformers(Adapter):
         check_choice("Transformers", "task", self.task, tuple(_CLASSES))
         check_choice("Transformers", "dtype", self.dtype, (None, "bfloat16", "float16"))
         check_choice("Transformers", "pooling", self.pooling, ("mean", "cls", "none"))
-        if self.batch_tokens < 1 or (self.max_length is not None and self.max_length < 1):
+        if any(given is not None and given < 1 for given in (self.batch_tokens, self.max_length)):
             raise PlanError("Transformers: batch_tokens and max_length are at least 1", hint="leave them out")
         if self.uri is None and self.tokenizer is None:
             raise PlanError(
@@ -235,6 +235,9 @@ class HeadModel:
         self._columns = place.inputs
         self._path = DevicePath(place.device)
         self._max_length = _max_length(spec, model, tokenizer)
+        self._costs = token_costs(place.device, place.threads, spec.batch_tokens)
+        if spec.task in _GENERATING:  # all weights are read for each new token, on any device: padding is cheap beside a call
+            self._costs = TokenCosts(spec.batch_tokens or DEVICE.most_tokens, DEVICE.most_tokens)
         self._resources = resources
         resources.callback(self._path.close)
         if spec.task in _GENERATING:
@@ -267,7 +270,7 @@ class HeadModel:
             return
         texts = text_columns(batch, self._columns)
         encoded = self._tokenizer(*texts, truncation=self._max_length is not None, max_length=self._max_length)
-        for rows in cuts_by_length([len(ids) for ids in encoded["input_ids"]], self._spec.batch_tokens):
+        for rows in cuts_by_length([len(ids) for ids in encoded["input_ids"]], self._costs):
             cut = {name: [values[i] for i in rows] for name, values in encoded.items()}
             yield rows, self._tokenizer.pad(cut, return_tensors="pt")
 
@@ -360,16 +363,18 @@ class PipelineModel:
         self._resources = resources
         make: Callable[..., Any] = transformers.pipeline
         self._run = make(spec.task, model=model, tokenizer=tokenizer, device=torch_device(place.device))
+        self._tokenizer = tokenizer
+        self._max_length = _max_length(spec, model, tokenizer)
+        self._costs = token_costs(place.device, place.threads, spec.batch_tokens)
 
     def __call__(self, batch: Any) -> Any:
         (texts,) = text_columns(batch, self._columns)
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        longest = self._spec.max_length or 512
-        size = max(1, min(len(texts), self._spec.batch_tokens // longest))
-        found = self._run([texts[i] for i in order], batch_size=size, **self._spec.options)
         answers: list[Any] = [None] * len(texts)
-        for i, answer in zip(order, found, strict=True):
-            answers[i] = answer
+        encoded = self._tokenizer(texts, truncation=self._max_length is not None, max_length=self._max_length)
+        for rows in cuts_by_length([len(ids) for ids in encoded["input_ids"]], self._costs):
+            found = self._run([texts[i] for i in rows], batch_size=len(rows), **self._spec.options)
+            for i, answer in zip(rows, found, strict=True):
+                answers[i] = answer
         if self._spec.task == "zero-shot-classification":
             best = np.array([a["scores"][0] for a in answers], dtype=np.float32)
             return {"label": [a["labels"][0] for a in answers], "score": best}
@@ -395,19 +400,6 @@ def _plain(value: Any) -> Any:
 
 
 # --- texts -----------------------------------------------------------------------------------------------------------
-
-
-def cuts_by_length(lengths: Sequence[int], most_tokens: int) -> Iterator[np.ndarray]:
-    """Places of rows, the longest first, in cuts of at most `most_tokens` tokens with padding (or a single row).
-
-    Deterministic: rows of one length stay in order.
-    """
-    order = np.argsort(-np.asarray(lengths), kind="stable")
-    start = 0
-    while start < len(order):
-        rows = max(1, most_tokens // max(1, lengths[order[start]]))
-        yield order[start : start + rows]
-        start += rows
 
 
 def _max_length(spec: Transformers, model: Any, tokenizer: Any) -> int | None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from headrace.core.events import (
@@ -166,7 +166,7 @@ class Run:
 
         What an undisturbed run has nothing to say of (retries, sessions, ...) is left out.
         """
-        out = plain(asdict(self))
+        out: dict[str, Any] = plain(self)
         for name, usual in _USUAL.items():
             if out[name] == usual:
                 del out[name]
@@ -464,10 +464,14 @@ def _share(busy_s: float, workers: int, wall_s: float) -> float:
 
 def plain(value: Any) -> Any:
     """A value as JSON has it; NaN and what is infinite as None."""
+    if value is None or type(value) in (bool, int, str):
+        return value
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(v) for v in value]
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if hasattr(value, "tolist"):  # NumPy scalars and arrays
         return plain(value.tolist())
     if isinstance(value, float):

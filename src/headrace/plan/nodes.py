@@ -38,7 +38,7 @@ class UserFunction:
     @property
     def name(self) -> str:
         target = self.target
-        if isinstance(target, ModelAdapter) and not self.is_class:
+        if not self.is_class and hasattr(target, "name") and isinstance(target, ModelAdapter):  # which takes 20 us
             return target.name
         return getattr(target, "__name__", None) or type(target).__name__
 

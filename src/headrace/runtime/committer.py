@@ -9,6 +9,7 @@ leaves nothing; a split settles once.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -20,6 +21,7 @@ from typing import Any
 from headrace.commit.listing import without_secrets
 from headrace.commit.names import check_file, lineage_name, log_name, quarantine_name
 from headrace.commit.protocol import (
+    GROUP_SPLITS,
     Append,
     Appended,
     Command,
@@ -43,7 +45,7 @@ from headrace.commit.protocol import (
 from headrace.commit.records import Finished, Record, Released, Settled
 from headrace.contracts.accumulator import Accumulator
 from headrace.core.errors import DestinationError, HeadraceError, InternalError, UserCodeError
-from headrace.core.receipts import OutputFile, Tally
+from headrace.core.receipts import LineageRun, OutputFile, Tally
 from headrace.core.splits import Split
 from headrace.runtime.ledger import Listing, OpenedRun, read_log, write_heartbeat
 from headrace.scheduler.messages import Settle, SplitsListed
@@ -63,14 +65,19 @@ def settled_record(run: str, done: Settle) -> Settled:
         check_file(run, file)
     return Settled(
         split=index,
-        id=done.split.id,
+        id=done.split.id if receipt is None else receipt.split_id,
         attempt=done.attempt,
         tally=done.tally,
         files=tuple(files),
         rows=receipt.rows if receipt is not None else 0,
         taken=done.taken,
-        lineage=tuple(replace(x, uri=without_secrets(x.uri)) for x in (receipt.lineage if receipt is not None else ())),
+        lineage=tuple(_told(x) for x in (receipt.lineage if receipt is not None else ())),
     )
+
+
+def _told(run: LineageRun) -> LineageRun:
+    uri = without_secrets(run.uri)
+    return run if uri == run.uri else replace(run, uri=uri)
 
 
 class SplitStates:
@@ -255,7 +262,9 @@ class Committer:
         self._thread: threading.Thread | None = None
         self._changed = threading.Condition()
         self._inbox: deque[Event] = deque()
+        self._gathering = False  # records wait for others to be logged with: more of them wake nobody
         self._ending = False
+        self._watching = contextlib.ExitStack()  # what the store holds while files are staged
         self._post: Callable[[HeadraceError], None] = _nobody
         if opened is not None:
             self._prepare(opened)
@@ -281,7 +290,10 @@ class Committer:
     def start(self, post: Callable[[HeadraceError], None]) -> None:
         """Begin. post: how to stop the driver with an error; called from the committer's thread."""
         self._post = post
-        if self._loop is not None:
+        if self._loop is not None and self._opened is not None:
+            watch = getattr(self._opened.store, "watch", None)
+            if watch is not None:
+                self._watching.enter_context(watch())
             self._thread = threading.Thread(target=self._work, name="headrace-committer", daemon=True)
             self._thread.start()
 
@@ -409,14 +421,16 @@ class Committer:
     def _note(self, record: Record, metrics: Mapping[str, Any] | None = None) -> None:
         with self._changed:
             self._inbox.append(Note(record, metrics or {}))
-            self._changed.notify_all()
+            if not self._gathering or len(self._inbox) >= GROUP_SPLITS:
+                self._changed.notify_all()
 
     def _work(self) -> None:
         loop, opened = self._loop, self._opened
         assert loop is not None
         assert opened is not None
         try:
-            self._serve(loop, opened)
+            with self._watching:
+                self._serve(loop, opened)
         except BaseException as error:  # a fault of ours: whoever waits in `flush` must hear of it
             with self._changed:
                 known = isinstance(error, HeadraceError)
@@ -438,7 +452,9 @@ class Committer:
             with self._changed:
                 if not (self._inbox or loop.busy or self._ending):
                     now = time.monotonic()
+                    self._gathering = loop.protocol.gathering
                     self._changed.wait(max(0.0, min(loop.protocol.due(now), beat_s + HEARTBEAT_S - now)))
+                    self._gathering = False
                 if self._ending:
                     return
                 now = time.monotonic()

@@ -24,7 +24,9 @@ from headrace.plan.nodes import FilterRows, FlatMap, MapBatches, MapRows, Predic
 from headrace.worker.program import Program
 
 PROBE_S = 0.03  # enough for about 40 samples of the interpreter lock, too short to be felt
-PROBE_MAX_S = 0.25  # a probe whose last run took this long is not repeated on more rows
+PROBE_AIM_S = 0.04  # what the next sample may take if it takes as long for each row as the one before
+PROBE_SMALL_AIM_S = 0.12  # the same where there is little input: it tells sooner that there is little to do
+PROBE_GROWTH = 64  # the next sample has so many times the rows at most
 LATE_S = 0.001  # asking for a free interpreter takes about 0.1 ms; one that is held gives way after 5 ms
 HELD_SHARE = 0.35  # above this, two threads do the work of less than 1.5
 WORTH_S = 0.6  # starting processes costs about 0.25 s: worth it when half of this much locked time is saved
@@ -34,13 +36,17 @@ SPLIT_S = 0.0005
 TINY_BYTES = 64 << 10  # inputs smaller than this are read and written faster than Python turns to the next
 LOOK_AHEAD = 4096  # inputs listed to see how much there is; with more, processes have paid for themselves
 
+SMALL_S = 0.05  # of work in all: more workers than one cost about half of that, and save no more
+SMALL_BYTES = 4 << 20  # of input, read and written in about that time
+
 WAITS_SHARE = 0.5  # of a model's time without CPU: it waits for an endpoint, a device, a sleep
 WAITS_LEAST = 0.1  # of the sample's time: less is not worth workers of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """held: share of the time in which the interpreter lock was held. rows, wall_s, bytes: of the sample that was run.
+    """held: share of the time in which the interpreter lock was held. rows, wall_s, bytes: of the sample that was run; without
+    the time in which other programs had its core, as far as the system tells.
 
     cpu_s: CPU time of its thread. models_s: time inside models.
     """
@@ -61,11 +67,12 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """engine, and why in words. models_wait: see Probe; False where no probe was needed."""
+    """engine, and why in words. models_wait: see Probe; False where no probe was needed. small: one CPU worker is enough."""
 
     engine: str
     why: str
     models_wait: bool = False
+    small: bool = False
 
 
 def choose_engine(
@@ -92,11 +99,15 @@ def choose_engine(
     tiny = work.overhead_s >= WORTH_S and work.bytes < TINY_BYTES * work.fragments
     if tiny and sys.platform == "linux" and cores > 1 and _ships(program):
         return Choice("processes", f"{work.fragments} tiny inputs: reading and writing them holds the interpreter lock")
-    probe = _probe(program, ops) if named else None
+    probe = _probe(program, ops, work) if named else None
     locked_s, total_s = work.overhead_s, work.overhead_s
     why, waits = "no function of yours runs on the CPUs", False
+    if work.small and (not named or (probe is not None and work.is_quick(probe))):
+        return Choice(
+            "threads", f"{work.rows or work.splits} {'rows' if work.rows else 'inputs'}: one worker is enough", small=True
+        )
     if probe is not None:
-        functions_s = probe.wall_s * max(work.bytes / max(1, probe.bytes), work.rows / max(1, probe.rows))
+        functions_s = work.functions_s(probe)
         locked_s += probe.held * functions_s
         total_s += functions_s
         why = f"{', '.join(named)} held the interpreter lock {probe.held:.0%} of {probe.wall_s * 1e3:.0f} ms"
@@ -134,16 +145,34 @@ def _killable(asked: Engine, program: Program, timeout: float) -> Choice:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """How much there is, or at least is: the listing is looked at for LOOK_AHEAD inputs."""
+    """How much there is, or at least is: the listing is looked at for LOOK_AHEAD inputs. all: it is no more than that.
+
+    rows: 0 when unknown. remote: each split waits for a network.
+    """
 
     splits: int
     fragments: int
     bytes: int
     rows: int
+    all: bool
+    remote: bool
 
     @property
     def overhead_s(self) -> float:
         return self.splits * SPLIT_S + self.fragments * FRAGMENT_S
+
+    @property
+    def small(self) -> bool:
+        """Is reading and writing it quickly done?"""
+        quick = self.bytes <= SMALL_BYTES and self.overhead_s <= SMALL_S
+        return self.all and quick and (self.splits <= 1 or not self.remote)
+
+    def functions_s(self, probe: Probe) -> float:
+        """What the functions take for all of it, by a sample."""
+        return probe.wall_s * max(self.bytes / max(1, probe.bytes), self.rows / max(1, probe.rows))
+
+    def is_quick(self, probe: Probe) -> bool:
+        return self.overhead_s + self.functions_s(probe) <= SMALL_S
 
 
 def _work(program: Program) -> Work:
@@ -157,7 +186,7 @@ def _work(program: Program) -> Work:
         rows += split.rows or 0
         if fragments >= most:
             break
-    return Work(splits, fragments, size, rows)
+    return Work(splits, fragments, size, rows, fragments < most, program.source.remote)
 
 
 def _cpu_ops(program: Program) -> int:
@@ -166,19 +195,24 @@ def _cpu_ops(program: Program) -> int:
     return min(stops, default=len(program.ops))
 
 
-def _probe(program: Program, ops: int) -> Probe | None:
-    """Run growing samples until one takes PROBE_S. None when there is no input, or the functions raise: the run will say."""
+def _probe(program: Program, ops: int, work: Work) -> Probe | None:
+    """Run growing samples until one takes PROBE_S, or tells that there is little to do. None when there is no input, or the
+    functions raise: the run will say.
+    """
     split, block = _first_block(program)
     if split is None or block is None:
         return None
     trial = _Trial(program, ops, split)
+    aim_s = PROBE_SMALL_AIM_S if work.small else PROBE_AIM_S
     try:
-        rows, found = 1, trial.run(block.slice(0, 1))  # imports libraries, constructs models: not counted
+        rows, least = 1, 1  # the first run imports libraries and constructs models: it is not counted
+        found = trial.run(block.slice(0, 1), watched=False)
         while found is not None:
+            growth = min(max(least, int(aim_s / max(found.wall_s, 1e-6))), PROBE_GROWTH)
+            rows, least = min(rows * growth, block.num_rows), 2
             found = trial.run(block.slice(0, rows))
-            if found is None or found.wall_s >= PROBE_S or rows >= block.num_rows:
+            if found is None or found.wall_s >= PROBE_S or rows == block.num_rows or (work.small and work.is_quick(found)):
                 return found
-            rows *= 2 if found.wall_s * 8 > PROBE_MAX_S else 8
         return None
     finally:
         trial.close()
@@ -215,14 +249,15 @@ class _Trial:
         self._models = [i for i, op in enumerate(program.ops[:ops]) if isinstance(op, Predict)]
         self._runs = 0
 
-    def run(self, sample: Any) -> Probe | None:
+    def run(self, sample: Any, *, watched: bool = True) -> Probe | None:
+        """watched: held is told."""
         from headrace.core.steps import Advance, StepFailed
 
         self._source.block = sample
         self._runs += 1
         index = self._split.index
         step = Advance(0, 0, 0, self._runs, index, 1, split=self._split, end=True, credit_bytes=1 << 62, credit_s=1e9)
-        answer, held, wall_s = _watch(lambda: self._body.run(step))
+        answer, held, wall_s = _watch(lambda: self._body.run(step), watched)
         if isinstance(answer, StepFailed):
             return None
         models_s = sum(t.wall_s for t in answer.timing.ops if t.op in self._models)
@@ -232,8 +267,8 @@ class _Trial:
         self._body.close()
 
 
-def _watch(call: Callable[[], Any]) -> tuple[Any, float, float]:
-    """(the call's answer, share of samples in which the interpreter was held, seconds)."""
+def _watch(call: Callable[[], Any], watched: bool) -> tuple[Any, float, float]:
+    """(the call's answer, share of samples in which the interpreter was held, seconds without those without a core)."""
     done = threading.Event()
     asked = [0, 0]
 
@@ -245,15 +280,26 @@ def _watch(call: Callable[[], Any]) -> tuple[Any, float, float]:
             asked[1] += time.perf_counter() - before > 0.0002 + LATE_S
 
     watcher = threading.Thread(target=sample, name="headrace-probe", daemon=True)
-    watcher.start()
-    started = time.perf_counter()
+    if watched:
+        watcher.start()
+    started = time.perf_counter() - _queued_s()
     try:
         answer = call()
     finally:
-        wall_s = time.perf_counter() - started
+        wall_s = time.perf_counter() - _queued_s() - started
         done.set()
-        watcher.join()
+        if watched:
+            watcher.join()
     return answer, asked[1] / max(1, asked[0]), wall_s
+
+
+def _queued_s() -> float:
+    """How long this thread has waited for a core since it began, though it had something to do; 0.0 where nothing tells."""
+    try:
+        with open("/proc/thread-self/schedstat", "rb") as file:
+            return int(file.read().split()[1]) * 1e-9
+    except (OSError, ValueError, IndexError):
+        return 0.0
 
 
 class _Sample:

@@ -47,7 +47,7 @@ APPLY_BYTES = 32 << 20  # a model step gathers blocks up to this much, or the st
 WANTED_BYTES = 256 << 20  # up to this much when its model has said how many rows it wants
 APPLY_BLOCKS = 64
 LIST_AHEAD = 512  # splits known beforehand: share done and time left are exact where there are no more; about 5 kB each
-WARM_STEPS = 2  # of each worker at a stage, before its blocks are joined
+WARM_STEPS = 2  # of each worker at a stage, which end after one block: the sooner the run's model and its consumer begin
 FRONT_BLOCKS = 4  # past the budget, blocks of the oldest split that may wait before its front makes more
 MOST_READING = 256  # open splits that are looked at when the route of the next one is chosen
 OPEN_PER_WORKER = 4  # open splits per worker, beyond 16: a bound for splits that wait for others, as behind a limit
@@ -526,7 +526,8 @@ class Dispatcher:
             worker.sources += 1
         self._next_step += 1
         self.advanced[stage.id] += 1
-        join_bytes = self._join_bytes(stage, split)
+        warm = self.advanced[stage.id] > WARM_STEPS * self.pools[stage.pool].awake
+        join_bytes = self._join_bytes(stage, split) if warm else 0
         step = Advance(
             self._next_step,
             worker.id,
@@ -537,7 +538,7 @@ class Dispatcher:
             split.split if named else None,
             cursor.fed,
             end,
-            max(self.limits.credit_bytes, join_bytes),
+            max(self.limits.credit_bytes, join_bytes) if warm else 1,
             self.limits.slice_s,
             join_bytes,
             self._limit_left(stage, split),
@@ -552,13 +553,11 @@ class Dispatcher:
         self._submit(worker, stage, step, (), cursor)
 
     def _join_bytes(self, stage: Stage, split: SplitState) -> int:
-        """The first blocks of a run leave by themselves: the sooner its model and its consumer begin. So do those that several
-        workers share, which come as cut.
-        """
+        """Only blocks for a model are joined: those that several workers share come as cut."""
         following = split.following[stage.id]
         if following is None or following == DELIVER_STAGE or not self.stages[following].model:
             return 0
-        return self.limits.join_bytes if self.advanced[stage.id] > WARM_STEPS * self.pools[stage.pool].awake else 0
+        return self.limits.join_bytes
 
     def _limit_left(self, stage: Stage, split: SplitState) -> int | None:
         """How many of the split's rows may still pass; for one that had its turn in an earlier attempt, as many as then."""

@@ -53,8 +53,9 @@ class ThreadsSubstrate:
     def start(self, program: Any, workers: Sequence[WorkerSpec]) -> None:
         self._program = program
         busy = sum(1 for w in workers if w.pool == CPU_POOL) or len(workers) or 1
-        self._limits = NativeLimits(max(1, self._cores // busy))
-        self._limits.apply()
+        if busy > 1:
+            self._limits = NativeLimits(max(1, self._cores // busy))
+            self._limits.apply()
         for spec in workers:
             self.add_worker(spec)
 

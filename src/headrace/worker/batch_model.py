@@ -2,7 +2,8 @@
 
 Batches may span the inputs; the answers are scattered back, so that input i gets exactly its own rows. Out of memory
 cuts the batch up and tries again: rows are independent, so their answers do not change. Where bad rows are set aside (a
-tolerant watch), any other failure halves it, down to the rows that fail alone.
+tolerant watch), any other failure halves it, down to the rows that fail alone. Texts and lists go by length: rows of like
+lengths into one batch.
 
 A model that has `submit(batch) -> handle` and `collect(handle) -> answer` is kept one batch ahead: the next batch is submitted
 before the answer to the one before is collected. It must answer as `__call__` does, and either may raise.
@@ -14,8 +15,11 @@ submitted while a batch that failed is tried again; answers come in the order of
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import math
 import time
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -30,6 +34,7 @@ from headrace.plan.nodes import BatchFormat, Predict
 from headrace.worker import batch_sizes
 from headrace.worker.bad_rows import Lost, RowError, blames_rows, failure_of
 from headrace.worker.batching import Piece, join
+from headrace.worker.by_length import SLOW_ROW_S, WINDOW_BATCHES, Window, have_lengths, window_rows
 from headrace.worker.formats import Given, NumpyReader, to_format
 from headrace.worker.memory import free_memory, memory_of
 from headrace.worker.model_answers import Answer, ModelRunner, blame, join_columns, name_outputs
@@ -67,6 +72,8 @@ class BatchRunner(ModelRunner):
         self._tuners: dict[str, BatchTuner] = {}  # by what they are remembered under
         self._schema: pa.Schema | None = None  # of the last rows
         self._tuner = BatchTuner(self._fixed)  # for rows of that schema
+        self._have_lengths = False  # rows of that schema
+        self._row_s = 0.0  # a row, in the quickest batch of that schema so far
 
     @property
     def wanted_rows(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -76,13 +83,21 @@ class BatchRunner(ModelRunner):
     def step_rows(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         if self._deterministic:
             return 0
-        return self._tuner.wanted * (STEP_BATCHES if self._ahead else 1)
+        wanted = self._tuner.wanted * (STEP_BATCHES if self._ahead else 1)
+        return max(wanted, window_rows(self._tuner.wanted, self._row_s)) if self._by_length else wanted
+
+    @property
+    def _by_length(self) -> bool:
+        """Are rows sorted? Not where the user has said what a batch is, nor where models share what they read."""
+        return self._fixed is None and self._op.group is None and self._have_lengths and self._row_s >= SLOW_ROW_S
 
     def close(self) -> None:
         """Remember what was found."""
         for key, tuner in self._tuners.items():
             if tuner.measured_s >= batch_sizes.LEAST_S:
                 batch_sizes.remember(key, tuner.best)
+            elif tuner.measured_s:
+                batch_sizes.remember_short(key, tuner.best)
         self._tuners.clear()
 
     def run(
@@ -100,6 +115,9 @@ class BatchRunner(ModelRunner):
         if pieces:
             self._choose_tuner(pieces[0].batch.schema)
         parts = _Parts(pieces, part_bytes, self._op.name)
+        if self._by_length:
+            yield from self._run_by_length(pieces, parts, watch)
+            return
         with contextlib.closing(self._outcomes(self._spans(pieces, groups), watch)) as outcomes:
             for span, done in outcomes:
                 if len(span) == 1:
@@ -108,6 +126,21 @@ class BatchRunner(ModelRunner):
                 start = 0
                 for i, part in span:
                     yield from parts.add(i, done.slice(start, part.batch.num_rows))
+                    start += part.batch.num_rows
+
+    def _run_by_length(self, pieces: Sequence[Piece], parts: _Parts, watch: Watch) -> Iterator[Answer]:
+        """As `run`, with rows of like lengths in one batch."""
+        under_way: deque[tuple[Window, _Span]] = deque()  # the window of each batch that was begun
+        with contextlib.closing(self._outcomes(self._alike(pieces, under_way), watch)) as outcomes:
+            for _, done in outcomes:
+                window, span = under_way.popleft()
+                if not window.add(done.made, done.lost):
+                    continue
+                join_parts = functools.partial(join_columns, op=self._op.name, origin=span[0][1].origin)
+                whole = _Outcome(window.rows, *window.answer(join_parts))
+                start = 0
+                for i, part in span:
+                    yield from parts.add(i, whole.slice(start, part.batch.num_rows))
                     start += part.batch.num_rows
 
     def _share(self, batches: Sequence[pa.RecordBatch]) -> None:
@@ -121,10 +154,12 @@ class BatchRunner(ModelRunner):
         if self._fixed is not None or (self._schema is not None and schema.equals(self._schema)):
             return
         self._schema = schema
+        self._have_lengths, self._row_s = have_lengths(schema), 0.0
         key = batch_sizes.key_of(self._op.model, self._device, schema)
         tuner = self._tuners.get(key)
         if tuner is None:
-            tuner = BatchTuner(start=batch_sizes.recall(key), room_bytes=self._memory.room_bytes)
+            start, first = batch_sizes.recall(key), batch_sizes.recall_short(key)
+            tuner = BatchTuner(start=start, first=first, room_bytes=self._memory.room_bytes)
             self._tuners[key] = tuner
         self._tuner = tuner
 
@@ -151,6 +186,28 @@ class BatchRunner(ModelRunner):
                     if start + n < piece.batch.num_rows:
                         queue.append((i, start + n))
                 yield span
+
+    def _alike(self, pieces: Sequence[Piece], under_way: deque[tuple[Window, _Span]]) -> Iterator[_Span]:
+        """The rows in batches of like lengths, window after window."""
+        queue = deque((i, piece) for i, piece in enumerate(pieces) if piece.batch.num_rows)
+        while queue:
+            span: _Span = []
+            room = WINDOW_BATCHES * self._tuner.wanted
+            while queue and room:
+                i, piece = queue.popleft()
+                rows = piece.batch.num_rows
+                if rows > room:
+                    queue.appendleft((i, piece.slice(room, rows - room)))
+                    piece = piece.slice(0, room)
+                span.append((i, piece))
+                room -= piece.batch.num_rows
+            joined = join([piece for _, piece in span])
+            window = Window(joined)
+            row_bytes = joined.batch.nbytes / window.rows
+            while window.left:
+                batch = window.next(self._size(window.left, row_bytes))
+                under_way.append((window, span))
+                yield [(0, batch)]
 
     def _size(self, left: int, row_bytes: float) -> int:
         rows = self._tuner.fit(row_bytes)
@@ -225,6 +282,7 @@ class BatchRunner(ModelRunner):
         # With a batch ahead the peak is that of two, which is what this size takes.
         self._tuner.peaks.add(rows, self._memory.peak_bytes(input_bytes + made.nbytes))
         self._tuner.record(rows, seconds, input_bytes)
+        self._row_s = min(seconds / rows, self._row_s or math.inf)
 
     # ---------------------------------------------------------------- what fails
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from headrace.core.errors import HeadraceError
 from headrace.core.guards import guard_name
+from headrace.core.refs import Origin
 from headrace.plan import nodes
 from headrace.worker.bad_rows import Lost, RowError
 from headrace.worker.batching import Batcher, Piece
@@ -42,10 +43,19 @@ class MapBatchesOp(BatchOperator):
         self._batcher = Batcher(op.batch_rows) if op.batch_rows is not None else None
         self._reader = NumpyReader()
         self._declared = Declared(op.types)
+        self._casts = bool(op.types)
 
     def push(self, piece: Piece) -> Iterator[Piece]:
-        for batch in _cut(piece, nodes.AUTO_BATCH_ROWS) if self._batcher is None else self._batcher.push(piece):
+        if self._batcher is not None:
+            for batch in self._batcher.push(piece):
+                yield from self._call(batch)
+            return
+        if piece.batch.num_rows > nodes.AUTO_BATCH_ROWS and self._format == "numpy":
+            piece = Piece(piece.batch, piece.origin, piece.batch)
+            self._reader.ahead(piece.whole)
+        for batch in _cut(piece, nodes.AUTO_BATCH_ROWS):
             yield from self._call(batch)
+        self._reader.ahead(None)
 
     def finish(self) -> Iterator[Piece]:
         for batch in () if self._batcher is None else self._batcher.finish():
@@ -57,11 +67,10 @@ class MapBatchesOp(BatchOperator):
             yield from self._call_held(piece, suspected)
             return
         self.watch.enter(self.index, self.name, piece.origin)
-        origin = piece.origin.inexact()  # the function may drop, add or reorder rows
         made = 0
-        for batch in self._results(piece):
+        for batch, kept in self._results(piece):
             made += batch.num_rows
-            yield Piece(batch, origin)
+            yield Piece(batch, self._origin(piece, kept))
         self.counts.change(piece.batch.num_rows, made)
 
     def _call_held(self, piece: Piece, suspected: bool) -> Iterator[Piece]:
@@ -73,13 +82,24 @@ class MapBatchesOp(BatchOperator):
         self.lose(piece, lost)
         yield from rejoined(made) if suspected else made
 
-    def _results(self, piece: Piece) -> Iterator[pa.RecordBatch]:
-        """The batches that the function makes of one; a generator's one by one, as it yields them."""
+    def _origin(self, piece: Piece, kept: tuple[str, ...]) -> Origin:
+        """The function may have dropped, added or reordered rows, but for columns that it gave back."""
+        if kept and piece.origin.exact:
+            return Origin(piece.origin.segments, exact=False, kept=kept)
+        return piece.origin.inexact()
+
+    def _results(self, piece: Piece) -> Iterator[tuple[pa.RecordBatch, tuple[str, ...]]]:
+        """The batches that the function makes of one, a generator's one by one, as it yields them; and which columns it gave
+        back as they were.
+        """
         batch, given = self._prepare(piece)
+        kept: tuple[str, ...] = ()
         try:
             result, shared = call(self._fn, (batch, *self._args), self._kwargs)
             many = hasattr(result, "__next__")
             made = None if many else batch_of(result, given, shared, self._declared)
+            if not (many or self._casts):
+                kept = given.unchanged(result)
         except RowError as exc:
             raise self._blame(exc, piece) from None
         while many:
@@ -90,11 +110,13 @@ class MapBatchesOp(BatchOperator):
                 made = batch_of(item, given, shared, self._declared)
             except RowError as exc:
                 raise self._blame(exc, piece) from None
-            yield made
+            yield made, ()
         if made is not None:
-            yield made
+            yield made, kept
 
     def _prepare(self, piece: Piece) -> tuple[Any, Given]:
+        if self._format == "numpy":
+            return self._reader.read(piece.batch, piece.whole, piece.at)
         return to_format(piece.batch, self._format, self._reader)
 
     def _work(self, piece: Piece, given: tuple[Any, Given]) -> list[pa.RecordBatch]:

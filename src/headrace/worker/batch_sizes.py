@@ -1,4 +1,5 @@
-"""Batch sizes that were found for models, remembered for later workers and runs.
+"""Batch sizes that were found for models, remembered for later workers and runs. What a short search found is remembered in
+this process alone, and is where the next one goes on.
 
 A size is only where a search begins: nothing that is here or is missing changes an answer. So trouble with the file (not there,
 not to be read or written, not what it should be) is passed over, and a race between two processes may lose an entry.
@@ -28,9 +29,11 @@ FILE = "batch-sizes.json"
 VERSION = 1
 MOST_ENTRIES = 1000
 LEAST_S = 2.0  # of batches measured: a shorter search says too little to be kept
+SHORT_MOST = 1024  # rows, of a short search: models of one name may differ in what a row costs
 
 _LOCK = threading.Lock()
 _known: dict[str, dict[str, int]] = {}  # path -> the sizes
+_short: dict[str, int] = {}  # of short searches
 
 
 def key_of(model: UserFunction, device: str, schema: pa.Schema) -> str:
@@ -45,6 +48,19 @@ def recall(key: str) -> int | None:
     """The size that was found for this, by a worker of this process or an earlier run."""
     with _LOCK:
         return _sizes(_path()).get(key)
+
+
+def recall_short(key: str) -> int | None:
+    """Where the last search in this process was that was too short to end."""
+    with _LOCK:
+        return _short.get(key)
+
+
+def remember_short(key: str, rows: int) -> None:
+    with _LOCK:
+        if len(_short) >= MOST_ENTRIES:
+            _short.clear()
+        _short[key] = min(rows, SHORT_MOST)
 
 
 def remember(key: str, rows: int) -> None:

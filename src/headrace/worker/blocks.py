@@ -51,7 +51,8 @@ def pack(pieces: Sequence[Piece]) -> Packed:
         return Packed(batch, Origin(origin.segments, exact=False, listed=True), cuts, origin.index)
     groups = tuple(len(o.segments) for o in origins) if cuts else ()
     segments = tuple(s for o in origins for s in o.segments)
-    return Packed(batch, Origin(segments, exact=False, groups=groups), cuts)
+    kept = origins[0].kept if all(o.kept == origins[0].kept for o in origins) else ()
+    return Packed(batch, Origin(segments, exact=False, groups=groups, kept=kept), cuts)
 
 
 def put_part(store: BlockStore, batch: pa.RecordBatch, positions: Any = None) -> PartRef:
@@ -118,7 +119,7 @@ def slices(piece: Piece, cuts: Sequence[int]) -> Iterator[Piece]:
         if piece.origin.groups:
             segments = piece.origin.segments[at : at + piece.origin.groups[i]]
             at += piece.origin.groups[i]
-            part = Piece(part.batch, Origin(segments, exact=False))
+            part = Piece(part.batch, Origin(segments, exact=False, kept=piece.origin.kept))
         yield part
         start += rows
 
@@ -150,7 +151,8 @@ class BlockOutput:
     def _travels(self, piece: Piece) -> bool:
         """May it share a block with those that are held?"""
         held = self._held[0]
-        return piece.batch.schema.equals(held.batch.schema) and piece.origin.known == held.origin.known
+        alike = piece.origin.known == held.origin.known and piece.origin.kept == held.origin.kept
+        return alike and piece.batch.schema.equals(held.batch.schema)
 
     def pause(self, emit: Callable[[BlockRef], None]) -> None:
         """An input block is done with. Emit what is held, so that a shared split stays shared, unless it is to be joined."""

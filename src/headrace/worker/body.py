@@ -26,7 +26,7 @@ from headrace.plan.nodes import Predict
 from headrace.worker.bad_rows import BadRows
 from headrace.worker.batching import Piece
 from headrace.worker.blocks import BlockOutput
-from headrace.worker.cursor import Clock, Cursor, read_error
+from headrace.worker.cursor import Clock, Cursor, Progress, read_error
 from headrace.worker.model_step import ModelStep
 from headrace.worker.operators import Counts, Host, make
 from headrace.worker.program import Program
@@ -45,6 +45,8 @@ class WorkerBody:
         self._spec = spec
         self._store = store
         self._stages = {stage.id: stage for stage in program.stages}
+        sink = program.sink
+        self._carrying = sink if program.carried is not None and isinstance(sink, CarryingSink) else None
         self._cursors: dict[int, Cursor] = {}
         self._functions = Functions(
             spec.device, threads=fair_threads(spec.pool), deterministic=program.deterministic, crumb=store.crumb
@@ -84,11 +86,14 @@ class WorkerBody:
         begun = self._begun.pop(step.id, None)
         if begun is not None:  # steps that overlap share the time, so that it adds up to the time in which there were any
             start, clock = max(begun.began_s, self._last_begun_s), begun.clock
+        done = progress = None
         try:
             if begun is not None:
                 done = begun.result()
+            elif isinstance(step, Advance):
+                progress = self._advance(stage, step, clock)
             else:
-                done = self._advance(stage, step, clock) if isinstance(step, Advance) else self._apply(stage, step, clock)
+                done = self._apply(stage, step, clock)
         except HeadraceError as error:
             return self._failed(stage, step, error)
         except KeyboardInterrupt:
@@ -104,6 +109,9 @@ class WorkerBody:
             if self._store.crumb is not None and not self._begun:
                 self._store.crumb.clear()
         timing = Timing(start, time.perf_counter() - start, time.thread_time() - cpu, clock.times())
+        if progress is not None:
+            return _told(step, progress, timing)
+        assert done is not None
         return replace(done, timing=timing)
 
     def discard(self, cursor: int) -> None:
@@ -124,26 +132,14 @@ class WorkerBody:
 
     # --- cursors -----------------------------------------------------------------------------------------------------
 
-    def _advance(self, stage: Stage, step: Advance, clock: Clock) -> StepDone:
+    def _advance(self, stage: Stage, step: Advance, clock: Clock) -> Progress:
         cursor = self._cursors.get(step.cursor)
         if cursor is None:
             cursor = self._cursors[step.cursor] = self._open(stage, step)
         progress = cursor.advance(step, clock)
         if progress.finished:
             del self._cursors[step.cursor]
-        return StepDone(
-            step=step.id,
-            worker=step.worker,
-            outputs=tuple(progress.outputs),
-            finished=progress.finished,
-            more=progress.more,
-            receipt=progress.receipt,
-            tally=progress.tally,
-            metrics=progress.metrics,
-            taken=progress.taken,
-            aside=progress.aside,
-            unreadable=progress.unreadable,
-        )
+        return progress
 
     def _apply(self, stage: Stage, step: Apply, clock: Clock) -> StepDone:
         return ModelStep(self._program, self._host, self._store, stage, step, clock, self._bad_rows).run()
@@ -179,8 +175,8 @@ class WorkerBody:
         if sink is None:
             raise InternalError(f"stage {stage.name} ends in a sink, but the program has none")
         split, carried = _split_of(step, stage), self._program.carried
-        if carried is not None and isinstance(sink, CarryingSink):
-            writer = sink.open_carrying(split, step.attempt, carried, self._program.source)
+        if carried is not None and self._carrying is not None:
+            writer = self._carrying.open_carrying(split, step.attempt, carried, self._program.source)
             return SinkOutput(writer, None, writer)
         return SinkOutput(sink.open(split, step.attempt), self._program.out_schema)
 
@@ -232,6 +228,24 @@ class _Begun:
         if self.error is not None:
             raise self.error
         return self.work.run()
+
+
+def _told(step: Advance | Apply, progress: Progress, timing: Timing) -> StepDone:
+    """The answer to an Advance."""
+    return StepDone(
+        step=step.id,
+        worker=step.worker,
+        outputs=tuple(progress.outputs),
+        finished=progress.finished,
+        more=progress.more,
+        receipt=progress.receipt,
+        tally=progress.tally,
+        metrics=progress.metrics,
+        taken=progress.taken,
+        timing=timing,
+        aside=progress.aside,
+        unreadable=progress.unreadable,
+    )
 
 
 def _split_of(step: Advance, stage: Stage) -> Split:

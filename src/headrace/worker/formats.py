@@ -17,6 +17,7 @@ a column that was not asked for; no optional library is imported unless its form
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -42,6 +43,9 @@ _How = tuple[Any, int, Callable[[pa.Array], np.ndarray], bool]
 ROW_CHUNK = 1024  # rows turned into Python objects at a time
 ROW_CHUNK_BYTES = 16 << 20
 SHARED_BYTES = 64 << 20  # of columns that are held for other models
+# Making an object of a text takes 50 ns with the interpreter lock; numbering it 15 ns without, finding it another 10 with.
+REPEATED_ROWS = 2048
+REPEATED_SHARE = 0.9  # distinct texts in so many rows: some 10,000 in all then, where they come in any order
 
 
 class Given:
@@ -51,26 +55,38 @@ class Given:
     batch: what it was all made of.
     """
 
-    __slots__ = ("_addresses", "_batch", "_columns", "_sources", "_values", "schema")
+    __slots__ = ("_addresses", "_batch", "_immutable", "_places", "_values", "schema")
 
     def __init__(
         self,
         schema: pa.Schema,
         values: Sequence[np.ndarray] = (),
-        sources: Sequence[pa.Array | None] = (),
+        immutable: Sequence[bool] = (),
         batch: pa.RecordBatch | None = None,
     ) -> None:
+        """values: the batch's columns, in their order. immutable: may a value be answered by its column?"""
         self.schema = schema
         self._batch = batch
         self._addresses: frozenset[int] | None = None
         self._values = values  # kept, so that no other array can have the id of one of them
-        self._sources = sources
-        self._columns: dict[int, pa.Array | None] | None = None
+        self._immutable = immutable
+        self._places: dict[int, int] | None = None
 
     def column_of(self, value: Any) -> pa.Array | None:
-        if self._columns is None:
-            self._columns = dict(zip(map(id, self._values), self._sources, strict=True))
-        return self._columns.get(id(value))
+        if self._places is None:
+            self._places = {id(v): i for i, v in enumerate(self._values)}
+        place = self._places.get(id(value))
+        if place is None or self._batch is None:
+            return None
+        column = self._batch.column(place)
+        return column if self._immutable[place] or _holds_the_same(value, column) else None
+
+    def unchanged(self, result: Any) -> tuple[str, ...]:
+        """The columns that came back as they were given, by the same name."""
+        if not isinstance(result, dict) or not self._values:
+            return ()
+        given = zip(self.schema.names, self._values, self._immutable, strict=True)
+        return tuple(name for name, value, immutable in given if immutable and result.get(name) is value)
 
     def holds(self, addresses: Sequence[int]) -> bool:
         """Whether the input's own buffers begin at these addresses, all of them."""
@@ -85,6 +101,14 @@ class Given:
         return None if index < 0 else self.schema.field(index).type
 
 
+def _holds_the_same(values: np.ndarray, column: pa.Array) -> bool:
+    """Objects that may have been changed in place. (Making a column of them would import pandas, which takes 0.1 s.)"""
+    try:
+        return values.tolist() == column.to_pylist()
+    except Exception:  # of arrays, or of what the user's code put there
+        return False
+
+
 class NumpyReader:
     """Turns batches of one operator into arrays; remembers how for the last schema seen. shared: what others have converted."""
 
@@ -93,31 +117,73 @@ class NumpyReader:
         self._schema: pa.Schema | None = None
         self._names: list[str] = []
         self._how: list[_How] = []
+        self._immutable: list[bool] = []
+        self._whole: pa.RecordBatch | None = None
+        self._ready: list[np.ndarray | None] = []
 
-    def read(self, batch: pa.RecordBatch) -> tuple[dict[str, np.ndarray], Given]:
-        schema = batch.schema
+    def ahead(self, whole: pa.RecordBatch | None) -> None:
+        """The batches to come are slices of these rows: their columns are looked at once. None: no more of them."""
+        self._whole = whole
+        self._ready = []
+        if whole is not None:
+            self._learn(whole.schema)
+            self._ready = [_whole_column(column, how) for column, how in zip(whole.columns, self._how, strict=True)]
+
+    def read(
+        self, batch: pa.RecordBatch, whole: pa.RecordBatch | None = None, at: int = 0
+    ) -> tuple[dict[str, np.ndarray], Given]:
+        """whole: what the batch is a slice of, from row `at` on; only if it is what was announced does that matter."""
+        self._learn(batch.schema)
+        rows = batch.num_rows
+        ready = self._ready if whole is not None and whole is self._whole else ()
+        values: list[np.ndarray] = []
+        for i, how in enumerate(self._how):
+            known = ready[i] if ready else None
+            values.append(self._converted(batch.column(i), how) if known is None else known[at : at + rows])
+        return dict(zip(self._names, values, strict=True)), Given(batch.schema, values, self._immutable, batch)
+
+    def _learn(self, schema: pa.Schema) -> None:
         if self._schema is None or not schema.equals(self._schema):
             self._schema = schema
             self._names = schema.names
             self._how = [_how(field) for field in schema]
-        rows = batch.num_rows
-        look = np.frombuffer
-        columns: list[pa.Array | None] = batch.columns
-        values: list[np.ndarray] = []
-        for i, (dtype, width, convert, immutable) in enumerate(self._how):
-            column: pa.Array = columns[i]  # pyright: ignore[reportAssignmentType]
-            if dtype is not None and rows and not column.null_count:
-                value = look(column.buffers()[1], dtype, rows, column.offset * width)
-            elif self._shared is not None:
-                found = self._shared.find(column)
-                value = convert(column) if found is None else found
-            else:
-                value = convert(column)
-            value.setflags(write=False)
-            values.append(value)
-            if not immutable:
-                columns[i] = None
-        return dict(zip(self._names, values, strict=True)), Given(schema, values, columns, batch)
+            self._immutable = [how[3] for how in self._how]
+
+    def _converted(self, column: pa.Array, how: _How) -> np.ndarray:
+        dtype, width, convert, _ = how
+        if dtype is not None and len(column) and not column.null_count:
+            value = np.frombuffer(column.buffers()[1], dtype, len(column), column.offset * width)
+        else:
+            found = None if self._shared is None else self._shared.find(column)
+            value = convert(column) if found is None else found
+        value.setflags(write=False)
+        return value
+
+
+def _whole_column(column: pa.Array, how: _How) -> np.ndarray | None:
+    """A column whose slices are slices of this array, which takes little memory of its own. None: it is better converted
+    slice by slice.
+    """
+    dtype, width, _, _ = how
+    if dtype is not None and len(column) and not column.null_count:
+        value = np.frombuffer(column.buffers()[1], dtype, len(column), column.offset * width)
+    elif _is_text(column.type) and len(column) >= REPEATED_ROWS:
+        if len(column.slice(0, REPEATED_ROWS).unique()) > REPEATED_SHARE * REPEATED_ROWS:
+            return None
+        value = _few_texts(column)
+    else:
+        return None
+    value.setflags(write=False)
+    return value
+
+
+def _few_texts(column: pa.Array) -> np.ndarray:
+    """Strings or bytes as an object array, in which equal ones are one object."""
+    encoded: Any = column.dictionary_encode()
+    codes = encoded.indices.fill_null(-1) if encoded.null_count else encoded.indices
+    texts = np.empty(len(encoded.dictionary) + 1, dtype=object)  # the last one is None
+    texts[:-1] = encoded.dictionary.to_pylist()
+    return texts.take(vector_to_numpy(codes))
 
 
 class SharedArrays:
@@ -212,7 +278,7 @@ def _is_text(type: pa.DataType) -> bool:
     return t.is_string(type) or t.is_large_string(type) or t.is_binary(type) or t.is_large_binary(type)
 
 
-_PANDAS_PAYS = 1 << 20  # texts; pyarrow's to_numpy first imports pandas (0.2 s), and then takes half the time
+_PANDAS_PAYS = 8 << 20  # texts; pyarrow's to_numpy first imports pandas (0.2 s), and then takes 70 ns each where this takes 95
 _texts_read = 0
 
 
@@ -222,9 +288,7 @@ def _texts(column: pa.Array) -> np.ndarray:
     _texts_read += len(column)
     if "pandas" in sys.modules or _texts_read > _PANDAS_PAYS:
         return _plain(column)
-    out = np.empty(len(column), dtype=object)
-    out[:] = column.to_pylist()
-    return out
+    return np.fromiter(column.to_pylist(), dtype=object, count=len(column))
 
 
 def _only_lists(type: pa.DataType) -> bool:
@@ -236,10 +300,7 @@ def _only_lists(type: pa.DataType) -> bool:
 
 def _objects(column: pa.Array) -> np.ndarray:
     """Structs and maps as Python values. (to_numpy makes floats of the integers in them where a value is missing.)"""
-    out = np.empty(len(column), dtype=object)
-    for i, value in enumerate(column.to_pylist()):  # one by one: lists of one length would be taken for a matrix
-        out[i] = value
-    return out
+    return np.fromiter(column.to_pylist(), dtype=object, count=len(column))
 
 
 def _plain(column: pa.Array) -> np.ndarray:
@@ -247,6 +308,14 @@ def _plain(column: pa.Array) -> np.ndarray:
 
 
 def _lists(column: pa.Array) -> np.ndarray:
+    """Lists as read-only arrays: those of numbers as views of the column's memory."""
+    dtype = numpy_dtype(column.type.value_type)
+    if dtype is not None and dtype.kind in "iuf" and not column.values.null_count:
+        flat, offsets = vector_to_numpy(column.values), vector_to_numpy(column.offsets).tolist()
+        flat.setflags(write=False)
+        there = itertools.repeat(True) if not column.null_count else vector_to_numpy(column.is_valid()).tolist()
+        rows = (flat[a:b] if here else None for (a, b), here in zip(itertools.pairwise(offsets), there, strict=False))
+        return np.fromiter(rows, dtype=object, count=len(column))
     out = column.to_numpy(zero_copy_only=False)
     for row in out:
         if row is not None:

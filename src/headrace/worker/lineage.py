@@ -7,16 +7,19 @@ Invariant: the runs of a split name every output row, in order; at most about MO
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from headrace.core.lineage import LineageColumns, columns
+from headrace.core.receipts import LineageRun
 from headrace.core.refs import Origin
 
 MOST_RUNS = 100_000  # of a split: some 5 MB while they are collected
 WAITING_ROWS = 1 << 16  # rows listed one by one that wait to become runs
 TAIL_RUNS = 1 << 12  # runs that wait to become arrays
+FEW_RUNS = 8  # not worth arrays
 
 _Array = Any  # of NumPy
 _Run = tuple[int, int, int, int, int, bool]  # as LineageRun, with the number of the uri
@@ -56,10 +59,13 @@ class Lineage:
         if len(self._tail) >= TAIL_RUNS:
             self._store()
 
-    def runs(self) -> LineageColumns:
+    def runs(self) -> Sequence[LineageRun]:
         """All that were added."""
         if self._waiting:
             self._list()
+        if not self._done and len(self._tail) <= FEW_RUNS:
+            uris = tuple(self._uris)
+            return [LineageRun(row, rows, uris[uri], source, among, ok) for row, rows, uri, source, among, ok in self._tail]
         self._store()
         return LineageColumns(tuple(self._uris), *self._joined())
 

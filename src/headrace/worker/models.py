@@ -10,7 +10,6 @@ from headrace.worker.batch_model import BatchRunner
 from headrace.worker.isolated import IsolatedRunner
 from headrace.worker.model_answers import ModelRunner
 from headrace.worker.operators import Host
-from headrace.worker.stream_model import StreamRunner
 
 
 def model_runner(op: Predict, index: int, host: Host) -> ModelRunner:
@@ -24,7 +23,11 @@ def model_runner(op: Predict, index: int, host: Host) -> ModelRunner:
 
 def _make(op: Predict, index: int, host: Host) -> ModelRunner:
     model = host.functions.get(index, op.model, op.name, op.inputs)
-    return StreamRunner(model, op, index) if _is_stream(model) else BatchRunner(model, op, index, host)
+    if not _is_stream(model):
+        return BatchRunner(model, op, index, host)
+    from headrace.worker.stream_model import StreamRunner  # and asyncio, which takes 15 ms
+
+    return StreamRunner(model, op, index)
 
 
 def _is_stream(model: Any) -> bool:

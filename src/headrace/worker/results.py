@@ -166,7 +166,7 @@ def _is_plain(value: Any) -> bool:
 
 def column_of(value: Any, hint: pa.DataType | None = None) -> pa.Array:
     """A column of one value a row. hint: the type to keep if it is of the same kind. Raises Refused."""
-    if isinstance(value, np.ma.MaskedArray):
+    if is_instance(value, "numpy.ma", "MaskedArray"):
         return _masked(value, hint)
     if isinstance(value, np.ndarray):
         if not _is_plain(value):

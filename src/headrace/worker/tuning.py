@@ -2,12 +2,13 @@
 
 Pure: nothing here calls a model or looks at a clock; `batch_model` says what happened, and asks for the next size.
 
-How the size is found. Two sizes are compared at a time, the best so far and a trial. The trial is twice the best (four times,
-where doubling nearly doubled the speed) and wins when it is clearly faster. What is not clear after two batches is decided by
-batches of both in turn, so that a slow spell of the machine hits both, and by the faster half of each, so that one slow batch
-decides nothing. Once a trial has lost, the best stays, and its neighbours are tried again ever more rarely. What lies beyond
-the neighbours is looked at too, as soon as that costs little beside what has been done: speed may stand still, or sink, over a
-few doublings and then rise again (caches, libraries that use threads from some size on).
+How the size is found. Batches of less than SHORT_S are mostly what a call costs: the next one is eight times as large, as
+long as that at least doubles the speed. From there on two sizes are compared at a time, the best so far and a trial. The trial
+is twice the best (four times, where doubling nearly doubled the speed) and wins when it is clearly faster. What is not clear
+after two batches is decided by batches of both in turn, so that a slow spell of the machine hits both, and by the faster half
+of each, so that one slow batch decides nothing. Once a trial has lost, the best stays, and its neighbours are tried again ever
+more rarely. What lies beyond the neighbours is looked at too, as soon as that costs little beside what has been done: speed
+may stand still, or sink, over a few doublings and then rise again (caches, libraries that use threads from some size on).
 
 Invariants: a fixed size only ever shrinks, when memory runs out; a batch is never larger than nine tenths of one for which
 memory ran out; sizes have no influence on answers, because models are row-wise.
@@ -25,6 +26,8 @@ MAX_INPUT_BYTES = 256 << 20
 FIXED_ROWS = 256  # deterministic runs: the size must not depend on timing
 ROW_BYTES = 64  # a row is as much work as so many bytes of input, beside its own bytes: texts differ in length, numbers don't
 
+SHORT_S = 0.002  # of a batch, the first ones: eight times as many rows take 16 ms at most
+SHORT_FACTOR, SHORT_GAIN = 8, 2.0
 CLEAR_GAIN = 1.10  # beyond the noise of two batches, while it climbs
 CLEAR_LOSS = 0.80
 GAIN = 1.015  # of doubling: less says that calls cost less than 3% of the time (from time = a + b * rows)
@@ -68,14 +71,19 @@ class PeakMemory:
 class BatchTuner:
     """How many rows a model gets at a time. See the module for the method.
 
-    fixed: the size that was asked for. start: one that was good before. room_bytes: how much a batch may use, None for
-    unknown; asked before a larger size is tried.
+    fixed: the size that was asked for. start: one that was good before. first: where to begin, if there is none. room_bytes:
+    how much a batch may use, None for unknown; asked before a larger size is tried.
     """
 
     def __init__(
-        self, fixed: int | None = None, *, start: int | None = None, room_bytes: Callable[[], int | None] | None = None
+        self,
+        fixed: int | None = None,
+        *,
+        start: int | None = None,
+        first: int | None = None,
+        room_bytes: Callable[[], int | None] | None = None,
     ) -> None:
-        self.best = fixed or start or FIRST_ROWS
+        self.best = fixed or start or first or FIRST_ROWS
         self.peaks = PeakMemory()
         self.measured_s = 0.0  # time that the samples took
         self._fixed = fixed is not None
@@ -85,6 +93,8 @@ class BatchTuner:
         self._samples: dict[int, list[tuple[float, float]]] = {}  # size -> (work per second, seconds)
         self._row_bytes = 1.0
         self._climbing = not (fixed or start)
+        self._rushing = self._climbing  # batches are short so far; then the trial is the best
+        self._rushed = (first or 0, 0.0)  # the size before, and its work per second
         self._up = True  # the side of the next trial
         self._seen: dict[int, float] = {}  # sizes that were the best once -> work per second
         self._steep = False  # doubling nearly doubled the speed
@@ -143,6 +153,8 @@ class BatchTuner:
         if trial is not None and not self._count(trial) and 1.15 * self.best < rows < 0.9 * trial:
             trial = self._trial = rows  # there are no more rows at hand: then so many are tried
         rate = (rows * ROW_BYTES + input_bytes) / max(seconds, 1e-9)
+        if self._rushing and self._rush(rows, rate, seconds):
+            return
         if trial is not None and _near(rows, trial):
             self._leapt_s += seconds if self._leaping else 0.0
             self._samples.setdefault(trial, []).append((rate, seconds))
@@ -165,10 +177,39 @@ class BatchTuner:
         if rows <= self.best:
             self.best = half
         self._end_trial(self._wait)
-        self._climbing = self._steep = False
+        self._climbing = self._steep = self._rushing = False
         self._up = True
         self._samples.clear()
         self._seen.clear()
+        return True
+
+    # ---------------------------------------------------------------- short batches
+
+    def _rush(self, rows: int, rate: float, seconds: float) -> bool:
+        """Go on to a much larger size, or back from one that was too large; False: the batch is one like any other."""
+        before, rate_before = self._rushed
+        if rows < 0.9 * self.best:
+            if rows <= 1.15 * before:
+                return False  # a rest, which says nothing
+            self.best = self._trial = rows  # there are no more rows at hand
+        if not rate_before and seconds >= SHORT_S and self._batches == 1:
+            return False  # the first batch of all pays for warm-up
+        self._rushing = False
+        if rate < rate_before:
+            return self._begin_at(before)
+        larger = min(SHORT_FACTOR * self.best, self._limit, self._fitting(self._row_bytes))
+        worth = seconds < SHORT_S and rate >= SHORT_GAIN * rate_before
+        if not worth or larger < 1.15 * self.best or not self._has_room(larger):
+            return False
+        self._rushing = True
+        self._rushed = self.best, rate
+        self._seen[self.best] = rate
+        return self._begin_at(larger)
+
+    def _begin_at(self, rows: int) -> bool:
+        """Measure this size against nothing."""
+        self.best = self._trial = rows
+        self._samples.clear()
         return True
 
     # ---------------------------------------------------------------- comparing

@@ -56,7 +56,7 @@ def library(folder: str) -> Any:
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_embeddings_are_the_library_s(normalize: bool, folder: str, texts: Any) -> None:
-    adapter = SentenceTransformers(folder, normalize=normalize, chunk=4)
+    adapter = SentenceTransformers(folder, normalize=normalize, batch_tokens=40)
     assert isinstance(adapter, ModelAdapter)
     made = embedded(texts, adapter)
     wanted = library(folder).encode(TEXTS, normalize_embeddings=normalize, show_progress_bar=False)
@@ -73,6 +73,39 @@ def test_a_live_model_prompts_and_fewer_dimensions(folder: str, texts: Any) -> N
     np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_texts_padded_on_either_side(side: str, folder: str, texts: Any) -> None:
+    model = library(folder)
+    model.tokenizer.padding_side = side
+    made = embedded(texts, SentenceTransformers(model, batch_tokens=30))
+    wanted = np.stack([model.encode(text, show_progress_bar=False) for text in TEXTS])
+    np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_are_those_that_the_library_takes(folder: str, texts: Any) -> None:
+    model = library(folder)
+    model.prompts = {"query": "very ", "none": ""}
+    wanted = model.encode(TEXTS, prompt_name="query", show_progress_bar=False)
+    np.testing.assert_allclose(embedded(texts, SentenceTransformers(model, prompt_name="query")), wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(hr.HeadraceError, match="knows no prompt 'passage'"):
+        embedded(texts, SentenceTransformers(model, prompt_name="passage"))
+    model.default_prompt_name, model.truncate_dim = "query", 7
+    np.testing.assert_allclose(embedded(texts, SentenceTransformers(model)), wanted[:, :7], rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_padding_is_the_library_s_alone(texts: Any) -> None:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer import modules
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(tiny.WORDS)}, unk_token=tiny.WORDS[1]))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = SentenceTransformer(modules=[modules.StaticEmbedding(words, embedding_dim=6)], device="cpu")
+    wanted = model.encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
+    made = embedded(texts, SentenceTransformers(model, normalize=True))
+    np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_what_can_not_work_is_refused(folder: str, texts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(adapter: Any, input: Any = "text") -> Any:
         with pytest.raises(hr.PlanError) as caught:
@@ -83,7 +116,7 @@ def test_what_can_not_work_is_refused(folder: str, texts: Any, tmp_path: Path, m
     assert "can't use the column 'id'" in str(refused(SentenceTransformers(folder), "id"))
     assert "takes one column" in str(refused(SentenceTransformers(folder), ["text", "id"]))
     assert "no modules.json" in str(refused(SentenceTransformers(tmp_path)))
-    for wrong in ({"chunk": 0}, {"dimensions": 0}, {"prompt": "a", "prompt_name": "b"}):
+    for wrong in ({"batch_tokens": 0}, {"dimensions": 0}, {"prompt": "a", "prompt_name": "b"}):
         with pytest.raises(hr.PlanError):
             SentenceTransformers(folder, **wrong)
     import headrace.core.extras as extras

@@ -16,7 +16,8 @@ from tests.integration.models import tiny
 
 import headrace as hr
 from headrace.contracts.model import ModelAdapter
-from headrace.models.transformers import Transformers, cuts_by_length
+from headrace.models.token_cuts import TokenCosts, cuts_by_length
+from headrace.models.transformers import Transformers
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -46,9 +47,12 @@ def column(made: pa.Table, name: str) -> np.ndarray:
 
 def test_cuts_are_by_length_and_hold_every_row_once() -> None:
     lengths = [3, 9, 1, 9, 4, 30, 2]
-    cuts = list(cuts_by_length(lengths, 18))
+    cuts = list(cuts_by_length(lengths, TokenCosts(18, 100)))
     assert [c.tolist() for c in cuts] == [[5], [1, 3], [4, 0, 6, 2]]
     assert sorted(np.concatenate(cuts)) == list(range(7))
+    assert [c.tolist() for c in cuts_by_length(lengths, TokenCosts(100, 2))] == [[5], [1, 3], [4, 0], [6, 2]]
+    assert [len(c) for c in cuts_by_length([0, 0], TokenCosts(1, 0))] == [2]
+    assert list(cuts_by_length([], TokenCosts(1, 0))) == []
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 40, 16_384])

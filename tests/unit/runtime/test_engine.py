@@ -14,7 +14,8 @@ import headrace as hr
 from headrace.api.planning import prepare
 from headrace.core.errors import PlanError
 from headrace.core.options import Engine, RunOptions
-from headrace.runtime.engine import Probe
+from headrace.core.resources import Machine
+from headrace.runtime.engine import Probe, Work
 
 
 def probe(*, wall_s: float, cpu_s: float, models_s: float) -> Probe:
@@ -44,6 +45,53 @@ def test_a_sleeping_model_has_workers_of_its_own_and_the_same_answers(tmp_path: 
     run = ds.write_parquet(str(tmp_path / "out"), progress="quiet")
     assert "waiting" in {pool.name for pool in run.pools}
     assert ds.to_arrow()["y"].to_pylist() == list(range(1, 301))
+
+
+def add_one(x: np.ndarray) -> np.ndarray:
+    return x + 1
+
+
+def held_workers(rows: int, fn: Any, **options: Any) -> tuple[int, int]:
+    """CPU workers that are planned for so many rows, and calls of the function before the run."""
+    calls: list[int] = []
+
+    def counted(x: np.ndarray) -> np.ndarray:
+        calls.append(len(x))
+        return fn(x)
+
+    prepared = prepare(hr.range(rows).predict(counted, input="id", output="y")._plan, RunOptions(**options))
+    assert prepared.engine == "threads"
+    return len(prepared.workers), len(calls)
+
+
+def test_little_work_gets_one_worker_and_a_short_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: Machine(cores=4, memory_bytes=1 << 30, devices=()))
+    monkeypatch.setattr("headrace.runtime.engine.SMALL_S", 60.0)  # whatever else the machine does
+    workers, calls = held_workers(500, add_one)
+    assert workers == 1
+    assert calls <= 6
+    assert held_workers(500, add_one, cpus=3)[0] == 3, "what was asked for"
+
+
+def test_work_that_takes_long_gets_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: Machine(cores=4, memory_bytes=1 << 30, devices=()))
+    monkeypatch.setattr("headrace.runtime.engine.SMALL_S", 0.0)
+    assert held_workers(500, add_one)[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("known", "small"),
+    [
+        (Work(1, 1, 1000, 10, all=True, remote=True), True),
+        (Work(2, 2, 1000, 10, all=True, remote=True), False),  # they wait for the network at once
+        (Work(2, 2, 1000, 10, all=True, remote=False), True),
+        (Work(2, 2, 1000, 10, all=False, remote=False), False),
+        (Work(1, 1, 1 << 30, 10, all=True, remote=False), False),
+        (Work(200, 200, 1000, 10, all=True, remote=False), False),
+    ],
+)
+def test_what_is_read_and_written_quickly(known: Work, small: bool) -> None:
+    assert known.small is small
 
 
 def never_run(row: dict[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def test_an_idle_device_comes_before_another_ones_queue() -> None:
 
 
 def test_blocks_for_a_model_are_joined_once_the_pipeline_is_warm() -> None:
-    """The first ones leave by themselves, so that the model begins; a writer gets them as they were cut."""
+    """The first ones leave by themselves, one a step, so that the model begins; a writer gets them as they were cut."""
     read_write = (READ_MODEL_WRITE[0], stage(1, Order.SPLIT, End.SINK))
     for stages, expected in ((READ_MODEL_WRITE, [0, 0, 200, 200]), (read_write, [0, 0, 0, 0])):
         desk = Desk(stages, {CPU_POOL: 1, DEVICE: 1}, limits=Limits(credit_bytes=100, block_bytes=100, join_bytes=200))
@@ -72,7 +72,7 @@ def test_blocks_for_a_model_are_joined_once_the_pipeline_is_warm() -> None:
                 reads.append(step)
             desk.answer(step, blocks=int(step.stage < len(stages) - 1), more=step.stage == 0)
         assert [step.join_bytes for step in reads] == expected
-        assert [step.credit_bytes for step in reads] == [max(100, joined) for joined in expected]
+        assert [step.credit_bytes for step in reads] == [1, 1, *(max(100, joined) for joined in expected[2:])]
 
 
 def test_a_model_step_gathers_blocks_of_several_splits_up_to_its_batch() -> None:

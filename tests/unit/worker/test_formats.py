@@ -154,6 +154,16 @@ def test_dicts_in_a_column_may_be_changed():
     assert batch_of(values, given, False).column("o").to_pylist() == [{"k": 5}]
 
 
+def test_dicts_that_nobody_changed_keep_their_column():
+    batch = pa.record_batch({"o": pa.array([{"k": 1}, None], pa.struct([("k", pa.int8())]))})
+    values, given = NumpyReader().read(batch)
+    column = given.column_of(values["o"])
+    assert column is not None
+    assert column.equals(batch.column("o"))
+    values["o"][0]["k"] = 5
+    assert given.column_of(values["o"]) is None
+
+
 def test_results_of_all_kinds():
     made = back(
         ints=[1, 2],

@@ -294,3 +294,50 @@ def test_leaps_are_never_into_batches_that_take_long() -> None:
         sizes.add(n)
         tuner.record(n, 4e-3 * n, 8 * n)
     assert max(sizes) <= 32
+
+
+# --- short batches ---------------------------------------------------------------------------------------------------
+
+
+def sizes_of(tuner: BatchTuner, cost: Cost, rows: int, most: int = 1 << 30) -> list[int]:
+    """Of the batches that so many rows make; no more than `most` are at hand at a time."""
+    sizes: list[int] = []
+    while rows:
+        n = min(tuner.fit(8), rows, most)
+        tuner.record(n, cost(n), 8 * n)
+        sizes.append(n)
+        rows -= n
+    return sizes
+
+
+def test_a_model_whose_calls_cost_all_is_called_a_few_times() -> None:
+    assert sizes_of(BatchTuner(), lambda n: 1e-3, 2000) == [8, 64, 512, 1416]
+
+
+def test_a_slow_first_call_is_taken_for_warm_up() -> None:
+    costs = itertools.chain([0.5], itertools.repeat(1e-3))
+    assert sizes_of(BatchTuner(), lambda n: next(costs), 600) == [8, 8, 64, 512, 8]
+
+
+def test_a_larger_size_that_was_slower_is_left_at_once() -> None:
+    sizes = sizes_of(BatchTuner(), lambda n: 1e-4 * n if n <= 8 else 2e-4 * n, 200)
+    assert sizes[:2] == [8, 64]
+    assert max(sizes[2:]) <= 16
+
+
+def test_long_batches_never_grow_by_leaps() -> None:
+    sizes = sizes_of(BatchTuner(), lambda n: 3e-3 + 1e-6 * n, 5000)
+    assert all(b <= 4 * a for a, b in itertools.pairwise(sizes))
+
+
+def test_fewer_rows_at_hand_than_wanted_are_measured() -> None:
+    sizes = sizes_of(BatchTuner(), lambda n: 1e-3, 5000, most=100)
+    assert sizes[:3] == [8, 64, 100]
+
+
+def test_a_short_search_goes_on_where_the_last_one_was() -> None:
+    tuner = BatchTuner(first=512)
+    assert not tuner.settled
+    assert sizes_of(tuner, lambda n: 1e-3, 5000)[:2] == [512, 4096]
+    drive(tuner, COSTS["best at 8"], 1e9, most=5000)
+    assert tuner.best <= 16

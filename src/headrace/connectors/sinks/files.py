@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 from urllib.parse import unquote, urlparse
 
+import numpy as np
 import pyarrow as pa
 
 from headrace.commit.names import (
@@ -67,6 +68,7 @@ from headrace.core.options import Outputs
 from headrace.core.receipts import FileKind, LineageRun, OutputFile, Receipt
 from headrace.core.schemas import Conflict, bring, unify
 from headrace.core.splits import Split
+from headrace.core.tensors import numpy_to_array, texts_to_array
 
 _DRIFT_HINT = "return one type for every row, None where there is no value; declare it (schema=) to have it checked row by row"
 LINEAGE_IN_RECEIPT = 64  # runs; more are a file: the log is read whole by every session
@@ -136,9 +138,10 @@ class FileSink(ABC):
         self._scratch = ""  # local directory for files on their way to S3
         self._schema: pa.Schema | None = None
         self._opened: LocalRunStore | S3RunStore | None = None
+        self._types: tuple[pa.Schema, tuple[tuple[str, str], ...]] | None = None  # of the last file
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}
+        return {**self.__dict__, "_opened": None, "_types": None}
 
     # -- in the driver
 
@@ -260,6 +263,13 @@ class FileSink(ABC):
         if self._opened is None:
             self._opened = open_store(self.path, scratch=self._scratch)
         return self._opened
+
+    def _types_of(self, schema: pa.Schema) -> tuple[tuple[str, str], ...]:
+        """(column, type as text); files after one another are mostly of one schema."""
+        last = self._types
+        if last is None or not last[0].equals(schema):
+            self._types = last = (schema, tuple((f.name, str(f.type)) for f in schema))
+        return last[1]
 
     def _staged_name(self, base: str) -> str:
         # A folder a worker: creating files in one folder from several processes at once is slow on most file systems.
@@ -501,12 +511,12 @@ class FileSplitWriter:
         if len(lineage) > LINEAGE_IN_RECEIPT:
             self._files.append(self._stage_lineage(LineageColumns.of(lineage)))
             lineage = ()
-        types = () if self._schema is None or not self._rows else tuple((f.name, str(f.type)) for f in self._schema)
+        types = () if self._schema is None or not self._rows else self._sink._types_of(self._schema)
         return Receipt(self._split.index, self._split.id, self._attempt, tuple(self._files), self._rows, tuple(lineage), types)
 
     def _stage_lineage(self, lineage: LineageColumns) -> OutputFile:
-        uris = pa.DictionaryArray.from_arrays(pa.array(lineage.uri, pa.int32()), pa.array(lineage.uris, pa.string()))
-        columns = [uris if f.name == "uri" else pa.array(getattr(lineage, f.name), f.type) for f in _LINEAGE_SCHEMA]
+        uris = pa.DictionaryArray.from_arrays(numpy_to_array(lineage.uri.astype(np.int32)), texts_to_array(lineage.uris))
+        columns = [uris if f.name == "uri" else numpy_to_array(getattr(lineage, f.name)) for f in _LINEAGE_SCHEMA]
         table = pa.Table.from_arrays(columns, schema=_LINEAGE_SCHEMA)
         staged = self._sink._staged_name(f"{self._split.index:06d}-{self._attempt}-lineage.parquet")
         return self._sink._stage_table(

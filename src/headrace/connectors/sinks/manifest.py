@@ -7,7 +7,7 @@ Invariants: reading executes nothing and trusts nothing: what is not as it shoul
 from __future__ import annotations
 
 import codecs
-import importlib.metadata
+import functools
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -247,7 +247,10 @@ class _Text:
         return len(self._text) > len(kept)
 
 
+@functools.cache
 def _release() -> str:
+    import importlib.metadata
+
     try:
         return importlib.metadata.version("headrace")
     except importlib.metadata.PackageNotFoundError:

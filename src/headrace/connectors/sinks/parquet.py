@@ -1,4 +1,4 @@
-"""Parquet output: encodings chosen per column from the first batch, memory bounded by one row group.
+"""Parquet output: encodings chosen per column from the first rows, memory bounded by one row group.
 
 Figures behind the choices (one core of a 2-core machine): dictionary on floats 0.13 GB/s, off 0.28 and smaller; JPEG
 bytes don't compress at all, so trying costs time for nothing.
@@ -6,12 +6,14 @@ bytes don't compress at all, so trying costs time for nothing.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import pyarrow as pa
 
+from headrace.connectors.blocks import concat
 from headrace.connectors.sinks.files import Encoder, FileSink, Written, written
 from headrace.contracts.sink import CarryingWriter
 from headrace.contracts.source import Source
@@ -27,7 +29,7 @@ Compression = Literal["auto", "zstd", "snappy", "none"]
 GROUP_BYTES = 32 << 20
 GROUP_ROWS = 1 << 20
 PAGE_BYTES = 1 << 20
-SAMPLE_ROWS = 2048
+SAMPLE_ROWS = 16_384  # of fewer, a few thousand distinct values look like no repetition at all
 TINY_BYTES = 256 << 10  # below this zstd's set-up (0.1 ms a file) costs more than it saves
 WIDE_BYTES = 1024  # values from here on are documents or images, never worth a dictionary
 DICTIONARY_SHARE = 0.3  # distinct values in the sample, below which a dictionary is smaller than plain values
@@ -59,12 +61,13 @@ class ParquetSink(FileSink):
         return copyable_columns(source, columns, self.compression) if isinstance(source, ParquetSource) else frozenset()
 
     def open_carrying(self, split: Split, attempt: int, carried: Carried, source: Source) -> CarryingWriter:
-        from headrace.connectors.sinks.parquet_copy import CarryingSplitWriter
+        from headrace.connectors.sinks.parquet_copy import CarryingSplitWriter, GivenBackWriter
         from headrace.connectors.sources.parquet import ParquetSource
 
         if not isinstance(source, ParquetSource):
             raise InternalError(f"columns can't be carried from {source.name}")
-        return CarryingSplitWriter(self, split, attempt, carried, source)
+        writer = CarryingSplitWriter if carried.names is not None else GivenBackWriter
+        return writer(self, split, attempt, carried, source)
 
     def _written_schema(self, path: str) -> pa.Schema:
         from headrace.connectors.sources.parquet import ParquetSource
@@ -72,7 +75,7 @@ class ParquetSink(FileSink):
         return ParquetSource(path).schema()
 
     def _encoder(self, path: str, schema: pa.Schema, sample: pa.RecordBatch | None) -> Encoder:
-        return ParquetEncoder(path, schema, self.encodings(schema, sample))
+        return ParquetEncoder(path, schema, functools.partial(self.encodings, schema))
 
     def _read_again(self, path: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         import pyarrow.parquet as pq
@@ -80,28 +83,33 @@ class ParquetSink(FileSink):
         with pq.ParquetFile(path) as file:
             yield from file.iter_batches()
 
-    def encodings(self, schema: pa.Schema, sample: pa.RecordBatch | None) -> dict[str, Any]:
-        """Arguments for the writer. Those of tiny files depend on the schema alone, and are kept for the next one."""
-        tiny = sample is not None and sample.nbytes < TINY_BYTES
+    def encodings(self, schema: pa.Schema, rows: Sequence[pa.RecordBatch]) -> dict[str, Any]:
+        """Arguments for the writer. rows: of the file's first row group. Those of tiny files depend on the schema alone and are
+        kept for the next one.
+        """
+        tiny = bool(rows) and sum(batch.nbytes for batch in rows) < TINY_BYTES
         if tiny and self._tiny is not None and self._tiny[0].equals(schema):
             return self._tiny[1]
-        made = _encodings(schema, sample, self.compression)
+        made = _encodings(schema, _head(rows), self.compression, tiny)
         if tiny:
             self._tiny = schema, made
         return made
 
 
 class ParquetEncoder:
-    """A file of at most TINY_BYTES is encoded in memory and written at once; a larger one as its row groups fill."""
+    """A file of at most TINY_BYTES is encoded in memory and written at once; a larger one as its row groups fill.
 
-    def __init__(self, path: str, schema: pa.Schema, arguments: dict[str, Any]) -> None:
+    settings: the writer's arguments for a file of such rows.
+    """
+
+    def __init__(self, path: str, schema: pa.Schema, settings: Callable[[Sequence[pa.RecordBatch]], dict[str, Any]]) -> None:
         self._schema = schema
         self._path = path
         self._held: list[pa.RecordBatch] = []
         self._rows = 0
         self._bytes = 0
         self._memory: pa.BufferOutputStream | None = None
-        self._arguments = arguments
+        self._settings = settings
         self._writer: Any = None
 
     def write(self, batch: pa.RecordBatch) -> None:
@@ -131,21 +139,32 @@ class ParquetEncoder:
         if self._writer is None:
             import pyarrow.parquet as pq
 
-            self._writer = pq.ParquetWriter(self._memory or self._path, self._schema, **self._arguments)
+            self._writer = pq.ParquetWriter(self._memory or self._path, self._schema, **self._settings(self._held))
         if self._held:
             table = pa.Table.from_batches(self._held, self._schema)
             self._held, self._rows, self._bytes = [], 0, 0
             self._writer.write_table(table, row_group_size=GROUP_ROWS)
 
 
-def _encodings(schema: pa.Schema, sample: pa.RecordBatch | None, compression: Compression) -> dict[str, Any]:
-    """Arguments for the writer."""
-    tiny = sample is None or sample.nbytes < TINY_BYTES
+def _head(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch | None:
+    """The first rows, SAMPLE_ROWS at most. None: there are none."""
+    taken: list[pa.RecordBatch] = []
+    left = SAMPLE_ROWS
+    for batch in batches:
+        taken.append(batch.slice(0, left))
+        left -= taken[-1].num_rows
+        if left <= 0:
+            break
+    return concat(taken) if taken else None
+
+
+def _encodings(schema: pa.Schema, head: pa.RecordBatch | None, compression: Compression, tiny: bool) -> dict[str, Any]:
+    """Arguments for the writer. head: some of the rows; None where there is no row."""
+    tiny = tiny or head is None
     codec = ("snappy" if tiny else "zstd") if compression == "auto" else compression
     level = {"compression_level": 1} if codec == "zstd" else {}
-    if sample is None:
+    if head is None:
         return {"compression": codec, "use_dictionary": False}
-    head = sample.slice(0, SAMPLE_ROWS)
     dictionary: list[str] = []
     stubborn: set[str] = set()
     widest = 1.0

@@ -47,7 +47,7 @@ from headrace.core.options import BlockLimits
 from headrace.core.receipts import LineageRun, Receipt
 from headrace.core.refs import Origin
 from headrace.core.splits import Fragment, Split
-from headrace.core.tensors import numpy_to_array
+from headrace.core.tensors import numpy_to_array, texts_to_array
 
 HELD_BYTES = 64 << 20  # of new columns that wait for their row group to be whole
 # Footers are parsed in Python, some 6 MB/s: not those that would take a few percent of the time that their file takes.
@@ -85,7 +85,8 @@ def copyable_columns(source: ParquetSource, columns: Sequence[str], compression:
 def _works() -> bool:
     """Is what pyarrow writes here understood in full?"""
     try:
-        source = encoded(pa.table({"x": pa.array(["a", None])}), {})
+        column = pa.concat_arrays([texts_to_array(["a"]), pa.nulls(1, pa.string())])
+        source = encoded(pa.Table.from_arrays([column], names=["x"]), {})
         return all(Chunk.of(fields).values == 2 for fields in source.footer.groups[0].chunks)
     except (Refused, pa.ArrowException, OSError):
         return False
@@ -319,9 +320,9 @@ class _SplicingEncoder(ParquetEncoder):
     """An encoder that takes row groups of other files beside the rows that it is given."""
 
     def __init__(self, path: str, schema: pa.Schema, sink: ParquetSink) -> None:
-        super().__init__(path, schema, {})
+        super().__init__(path, schema, functools.partial(sink.encodings, schema))
         self._sink = sink
-        self._settings: dict[bool, dict[str, Any]] = {}  # of the writer: for whole rows, and for new columns alone
+        self._chosen: dict[bool, dict[str, Any]] = {}  # of the writer: for whole rows, and for new columns alone
         self._out = open(path, "wb")  # noqa: SIM115 - closed by close()
         self._splicer = Splicer(self._out, template_of(schema))
 
@@ -330,7 +331,7 @@ class _SplicingEncoder(ParquetEncoder):
         self._flush()
         columns = dict(carried)
         if made[0].num_columns:
-            columns |= self._encoded(pa.Table.from_batches(made).combine_chunks(), made[0], whole=False)
+            columns |= self._encoded(pa.Table.from_batches(made).combine_chunks(), made, whole=False)
         try:
             self._splicer.append(rows, columns)
         except Refused:
@@ -349,17 +350,17 @@ class _SplicingEncoder(ParquetEncoder):
         if not self._held:
             return
         table = pa.Table.from_batches(self._held, self._schema)
-        columns = self._encoded(table, self._held[0], whole=True)
+        columns = self._encoded(table, self._held, whole=True)
         self._held, self._rows, self._bytes = [], 0, 0
         try:
             self._splicer.append(table.num_rows, columns)
         except Refused as e:
             raise InternalError(f"what was encoded here is not understood: {e}") from e
 
-    def _encoded(self, table: pa.Table, sample: pa.RecordBatch, *, whole: bool) -> dict[str, tuple[Source, int, str]]:
-        if whole not in self._settings:  # by the first rows of the file, as always
-            self._settings[whole] = self._sink.encodings(table.schema, sample)
-        source = encoded(table, self._settings[whole])
+    def _encoded(self, table: pa.Table, rows: Sequence[pa.RecordBatch], *, whole: bool) -> dict[str, tuple[Source, int, str]]:
+        if whole not in self._chosen:  # by the first rows of the file, as always
+            self._chosen[whole] = self._sink.encodings(table.schema, rows)
+        source = encoded(table, self._chosen[whole])
         return {name: (source, 0, name) for name in table.schema.names}
 
 
@@ -431,12 +432,12 @@ class CarryingSplitWriter(FileSplitWriter):
         """The output's schema where the rows that come have this one."""
         there, given = set(schema.names), self._source.schema()
         fields: list[pa.Field] = []
-        for name in self._carried.names:
+        for name in self._carried.names or ():
             if name in self._carried.sources:
                 fields.append(given.field(self._carried.sources[name]).with_name(name))
             elif name in there:
                 fields.append(schema.field(name))
-        known = set(self._carried.names)
+        known = set(self._carried.names or ())
         return pa.schema([*fields, *(f for f in schema if f.name not in known)])
 
     def _begin(self, schema: pa.Schema, sample: pa.RecordBatch | None) -> None:
@@ -499,7 +500,12 @@ class CarryingSplitWriter(FileSplitWriter):
             return
         there = set(rows.batch.schema.names)
         self._unread = [source for name, source in self._carried.sources.items() if name not in there]
-        made = rows.batch.select([name for name in rows.batch.schema.names if name not in self._carried.sources])
+        self._wait(group, rows, [name for name in rows.batch.schema.names if name not in self._carried.sources])
+
+    def _wait(self, group: _Group, rows: _Rows, new: list[str]) -> None:
+        """The next rows of a group that is whole so far. new: columns that are not carried."""
+        self._next = int(rows.rows[-1]) + 1
+        made = rows.batch.select(new)
         self._waiting.append(_Rows(rows.uri, rows.rows, made))
         self._waiting_bytes += made.nbytes
         if self._next == group.stop:
@@ -576,3 +582,59 @@ class CarryingSplitWriter(FileSplitWriter):
                 self._next = int(now.rows[-1]) + 1
                 out += self._decoded(group, now)
         return pa.concat_batches(out)
+
+
+class GivenBackWriter(CarryingSplitWriter):
+    """Of rows that a function made, which gives some of its columns back as it got them: the first rows tell which. Where it
+    does not do so with later ones, nothing is copied from there on.
+    """
+
+    def __init__(self, sink: ParquetSink, split: Split, attempt: int, carried: Carried, source: ParquetSource) -> None:
+        super().__init__(sink, split, attempt, carried, source)
+        self._possible = carried.sources
+        self._kept: tuple[str, ...] = ()
+        self._new: list[str] = []
+
+    def write_rows(self, batch: pa.RecordBatch, origin: Origin) -> None:
+        if not batch.num_rows:
+            return
+        if self._schema is None:
+            sources = self._given_back(batch.schema, origin.kept)
+            self._carried = Carried(tuple(batch.schema.names), sources)
+            self._copies = self._copies and bool(sources)
+            self._kept, self._new = origin.kept, [name for name in batch.schema.names if name not in sources]
+        elif (group := self._continued(batch, origin)) is not None:
+            (segment,) = origin.segments
+            self._wait(group, _Rows(segment.uri, range(segment.row, segment.row + segment.rows), batch), self._new)
+            return
+        if self._copies and self._carried.sources.keys() <= set(origin.kept):
+            super().write_rows(batch, Origin(origin.segments))  # what is copied of them is exactly that
+            return
+        self._settle()
+        self._copies = False
+        self.write(batch)
+
+    def _given_back(self, schema: pa.Schema, kept: Sequence[str]) -> dict[str, str]:
+        """Columns to take from the input: a function's columns may have nulls, and are of one type with those that may, too."""
+        given = self._source.schema()
+        sources = {name: self._possible[name] for name in kept if name in self._possible}
+        return {n: source for n, source in sources.items() if given.field(source).with_name(n).equals(schema.field(n))}
+
+    def _continued(self, batch: pa.RecordBatch, origin: Origin) -> _Group | None:
+        """The group at work, where the rows are just the next ones of it. (A function's batches are small: most end here.)"""
+        group = self._group
+        if group is None or not self._waiting or origin.kept != self._kept or len(origin.segments) != 1:
+            return None
+        (segment,) = origin.segments
+        next_one = segment.row == self._next and segment.row + segment.rows <= group.stop
+        same = segment.uri == self._fragments[self._fragment].uri and batch.schema.equals(self._schema)
+        return group if next_one and same and self._copies and group.whole else None
+
+    def _full(self, schema: pa.Schema) -> pa.Schema:
+        if self._schema is None:
+            return schema.remove_metadata()
+        begun, there = self._schema, set(schema.names)
+        carried = (begun.field(name) for name in self._carried.sources if name not in there)
+        fields = {f.name: f for f in (*schema, *carried)}
+        order = [name for name in begun.names if name in fields]
+        return pa.schema([fields[name] for name in (*order, *(n for n in fields if n not in begun.names))])

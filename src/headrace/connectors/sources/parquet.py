@@ -211,7 +211,8 @@ class ParquetSource(FileSource):
     ) -> tuple[Iterator[pa.RecordBatch], float]:
         """(the row group's batches, estimated bytes of a row)."""
         metadata = file.metadata.row_group(g)
-        present = [n for n in schema.names if n in file.schema_arrow.names]
+        there = frozenset(file.schema_arrow.names)
+        present = [n for n in schema.names if n in there]
         if reader.whole and metadata.num_rows < PROBE_FROM_ROWS and metadata.total_byte_size <= TINY_BYTES:
             row_bytes = metadata.total_byte_size / metadata.num_rows
         else:

@@ -10,7 +10,6 @@ Nothing is imported for this: a value can only be of a package that is loaded. F
 # pyright: basic
 from __future__ import annotations
 
-import ast
 import dataclasses
 import enum
 import functools
@@ -26,7 +25,7 @@ from typing import Any
 
 from headrace.core.extras import is_instance
 from headrace.core.redact import is_secret_name, looks_secret, redact
-from headrace.plan.fingerprint.code import Codes, functions_of, is_own, is_own_file, scratch_attributes
+from headrace.plan.fingerprint.code import Codes, functions_of, is_own, is_own_file
 
 HIDDEN = "(hidden)"
 NOT_COMPARED = "(not compared)"
@@ -279,7 +278,7 @@ class Describer:
         scratch: frozenset[str] = frozenset()
         for base in kind.__mro__ if own else ():
             if is_own(base.__module__) and base is not object:
-                scratch |= scratch_attributes(_CODES.of_class(base).node)
+                scratch |= _CODES.of_class(base).changed
         state = self._state(value, own, scratch, depth)
         if state is not None and state != {}:
             out["state"] = state
@@ -411,11 +410,7 @@ class Describer:
 
     def _class_values(self, cls: type, code: Any, depth: int) -> dict[str, Any]:
         """Values in the class's body that are computed when it is defined."""
-        changed = code.scratch | {
-            n.attr
-            for n in ast.walk(code.node or ast.Module([], []))
-            if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
-        }
+        changed = code.scratch | code.assigned
         out: dict[str, Any] = {}
         for name, value in sorted(vars(cls).items()):
             skipped = name.startswith(("__", "_abc_")) or name in changed or name == "headrace_version"

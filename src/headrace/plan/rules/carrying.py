@@ -2,34 +2,37 @@
 it is there; what none reads, either, need not pass through the pipeline at all.
 
 Only through plans whose rows are those of the input, one for one: rows that fail may still be missing, and the sink sees which.
+A function of batches as the last step may do anything, but what it gives back as it got it is known while it runs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from headrace.contracts.sink import CarryingSink
 from headrace.contracts.source import LeavingSource
 from headrace.core.carried import Carried
 from headrace.plan.columns import ALL, Columns, makes, needs
-from headrace.plan.nodes import Apply, Evaluate, Op, Plan, Predict, Project, Read
+from headrace.plan.nodes import Apply, Evaluate, MapBatches, Op, Plan, Predict, Project, Read
 
 
 def carry_stored(plan: Plan, at_end: Columns, notes: list[str], *, leave: bool) -> tuple[Plan, Carried | None]:
     """The plan, and what its sink takes over; None for nothing. leave: columns that nobody reads may be left unread."""
     if plan.write is None or at_end is not ALL or not isinstance(plan.write.sink, CarryingSink):
         return plan, None
-    steps = _traced(plan)
+    steps = _traced(_names(plan), plan.ops)
     if steps is None:
-        return plan, None
+        return plan, _given_back(plan, plan.write.sink, notes)
     came = {source for source in steps[-1].values() if source is not None}
     taken = plan.write.sink.carries(plan.read.source, [name for name in steps[0] if name in came])
     sources = {name: source for name, source in steps[-1].items() if source is not None and source in taken}
     if not sources:
         return plan, None
-    carried = Carried(tuple(steps[-1]), sources)
-    text = f"{len(sources)} of {len(carried.names)} columns are copied encoded, where a row group stays whole"
-    read = needs(plan.ops, frozenset(name for name in carried.names if name not in sources))[0]
+    names = tuple(steps[-1])
+    carried = Carried(names, sources)
+    text = f"{len(sources)} of {len(names)} columns are copied encoded, where a row group stays whole"
+    read = needs(plan.ops, frozenset(name for name in names if name not in sources))[0]
     source = plan.read.source
     left = frozenset(carried.sources.values()) - read if isinstance(read, frozenset) else frozenset[str]()
     if not leave or not left or not isinstance(source, LeavingSource):
@@ -40,13 +43,33 @@ def carry_stored(plan: Plan, at_end: Columns, notes: list[str], *, leave: bool) 
     return replace(plan, read=Read(source.leave(left)), ops=ops), carried
 
 
-def _traced(plan: Plan) -> list[dict[str, str | None]] | None:
+def _given_back(plan: Plan, sink: CarryingSink, notes: list[str]) -> Carried | None:
+    """What the sink takes over where a function of batches is the last to touch the rows, and gives columns back."""
+    last = max((place for place, op in enumerate(plan.ops) if not isinstance(op, Evaluate)), default=-1)
+    op = plan.ops[last] if last >= 0 else None
+    if not isinstance(op, MapBatches) or op.types or op.batch_format != "numpy":
+        return None
+    names = _names(plan)
+    steps = _traced(names, plan.ops[:last])
+    if steps is None:
+        return None
+    came = {source for source in steps[-1].values() if source is not None}
+    taken = sink.carries(plan.read.source, [name for name in names if name in came])
+    sources = {name: source for name, source in steps[-1].items() if source is not None and source in taken}
+    if not sources:
+        return None
+    notes.append(
+        f"what {op.name} gives back unchanged of {len(sources)} columns is copied encoded, where a row group stays whole"
+    )
+    return Carried(None, sources)
+
+
+def _traced(names: Sequence[str], ops: Sequence[Op]) -> list[dict[str, str | None]] | None:
     """The columns before each operator and at the end, in order, each with the input column that it is, None for one that was
     made. None: an operator may change rows, or names its columns only while it runs.
     """
-    names = [name for name in _names(plan) if name]
     steps: list[dict[str, str | None]] = [dict(zip(names, names, strict=True))]
-    for op in plan.ops:
+    for op in ops:
         made = makes(op)
         if not isinstance(op, Project | Apply | Predict | Evaluate) or made is None:
             return None
@@ -62,7 +85,8 @@ def _traced(plan: Plan) -> list[dict[str, str | None]] | None:
 
 
 def _names(plan: Plan) -> list[str]:
-    return list(plan.read.source.schema().names)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+    names: list[str] = list(plan.read.source.schema().names)  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+    return [name for name in names if name]
 
 
 def _lenient(op: Op, now: dict[str, str | None], left: frozenset[str]) -> Op:
