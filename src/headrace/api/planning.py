@@ -142,8 +142,8 @@ def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL, *, after_cra
         placed = place_on_cluster(optimised, physical, pool_of, options)
         budget = options.memory_bytes or placed.budget_bytes
         return Prepared(plan, physical, program, placed.workers, "ray", budget, (*notes, *placed.notes), options, placed.shapes)
-    if choice.small and options.cpus is None:
-        cores = 1
+    if options.cpus is None and (choice.small or choice.engine == "inline"):
+        cores = 1  # more would take turns, and hand blocks to each other
     workers = _workers(physical, cores, machine, _local_shares(optimised, pool_of))
     budget = options.memory_bytes or block_budget_bytes(machine)
     return Prepared(plan, physical, program, workers, choice.engine, budget, notes, options)

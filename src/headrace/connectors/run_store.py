@@ -251,7 +251,7 @@ class LocalRunStore:
         """Learn whether there are hard links, and else locks."""
         other = self._path(f"{_TEMPORARY}-{secrets.token_hex(8)}", make=True)
         with self._errors(other):
-            temporary = self._written((b"",))
+            temporary = self._written((b"",), sync=False)
             try:
                 self._link(temporary, other)
             finally:
@@ -353,22 +353,21 @@ class LocalRunStore:
 
     def _sync_above(self, folder: str) -> None:
         """Make the folder's own name durable, and those of the folders that it lies in, up to the root's."""
-        if folder in self._durable:
-            return
-        at = folder
-        while True:
+        at, above = folder, list[str]()
+        while at not in self._durable:
             _sync_folder(os.path.dirname(at))
-            self._durable.add(at)
+            above.append(at)
             if at == self.root or at in ("/", ""):
-                return
+                break
             at = os.path.dirname(at)
+        self._durable.update(above)
 
-    def _written(self, pieces: Iterable[bytes]) -> str:
-        """A temporary file with these bytes, durable."""
+    def _written(self, pieces: Iterable[bytes], *, sync: bool = True) -> str:
+        """A temporary file with these bytes; durable, too, where `sync`."""
         name = f"{_TEMPORARY}-{os.getpid()}-{threading.get_ident()}-{next(self._count)}-{secrets.token_hex(4)}"
         path = self._path(name, make=True)
         try:
-            _write(path, pieces, sync=True)
+            _write(path, pieces, sync=sync)
         except BaseException:
             _unlink(path)
             raise
