@@ -30,7 +30,7 @@ class Tiny:
         self.calls += 1
         with open(self.notes, "a") as notes:
             notes.write(f"{len(ids)}\n")
-        if len(ids) > (self.room if self.calls < 40 else min(self.room, self.later)) or np.isin(ids, self.never).any():
+        if len(ids) > (self.room if self.calls < 10 else min(self.room, self.later)) or np.isin(ids, self.never).any():
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return ids * 3
 
