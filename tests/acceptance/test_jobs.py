@@ -99,6 +99,22 @@ def test_a_job_whose_process_dies_is_tried_again_alone(tmp_path: Path) -> None:
         assert ids(tmp_path / f"out{i}") == list(range(30))
 
 
+def always_die(row: dict[str, int]) -> dict[str, int]:
+    os._exit(3)
+
+
+@pytest.mark.parametrize("action", ["write_parquet", "run"])
+def test_a_job_that_always_kills_its_process_is_told(tmp_path: Path, action: str) -> None:
+    source = make_input(tmp_path / "in", 5)
+    deadly = hr.read_parquet(source).map(always_die)
+    first = hr.Job(deadly.run) if action == "run" else hr.Job(deadly.write_parquet, str(tmp_path / "out0"))
+    jobs = [first, *(hr.Job(hr.read_parquet(source).write_parquet, str(tmp_path / f"out{i}")) for i in range(1, 5))]
+    with pytest.raises(hr.JobsFailed, match="1 of 5") as caught:
+        hr.run_jobs(jobs, progress="quiet")
+    assert isinstance(caught.value.results[0].error, hr.WorkerDied)
+    assert ids(tmp_path / "out4") == list(range(5))
+
+
 def test_large_jobs_and_jobs_with_a_device_get_the_whole_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Doubler:
         def __call__(self, x: object) -> object:
@@ -158,6 +174,32 @@ def test_what_is_no_job_is_refused_before_any_begins(tmp_path: Path, make: Calla
 
 def test_no_jobs_are_no_trouble() -> None:
     assert hr.run_jobs([], progress="quiet") == []
+
+
+SAYS = """
+import sys
+import headrace as hr
+
+class Settings:
+    factor = 3
+
+def times(row):
+    print("seen", row["id"])
+    return {"id": row["id"] * Settings.factor}
+
+jobs = [hr.Job(hr.range(3).map(times).write_parquet, f"{sys.argv[1]}/out{i}") for i in range(8)]
+hr.run_jobs(jobs, progress="quiet")
+assert all(job.run(progress="quiet").already_done for job in jobs)
+"""
+
+
+def test_what_jobs_print_arrives_and_the_verb_itself_knows_their_runs(tmp_path: Path) -> None:
+    script = tmp_path / "program.py"
+    script.write_text(SAYS)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([sys.executable, str(script), str(tmp_path)], env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("seen 2") == 8
 
 
 PROGRAM = """

@@ -34,7 +34,9 @@ class WholeDisk:
             return False
         import ctypes
 
-        return ctypes.CDLL(None).syncfs(self._fd) == 0
+        # A descriptor is told of an error once, which may be that of a file to come: from then on each file is asked itself.
+        self._fit = ctypes.CDLL(None).syncfs(self._fd) == 0
+        return self._fit
 
     def close(self) -> None:
         os.close(self._fd)

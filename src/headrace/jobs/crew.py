@@ -1,7 +1,8 @@
 """The processes that small jobs share, and the driver's side of their sockets.
 
-Each has the next job at hand before it has ended one, so that it never waits. Invariants: a job is given to one process at a
-time; one whose process dies comes back as not ended; the processes end with the crew, and with the driver, however that dies.
+Each has the next job at hand before it has ended one, so that it need not wait. Invariants: a job is given to one process at a
+time; the one that a process was at when it died comes back as not ended, those that it had not begun go to others; processes
+that can't even start are given up, not started for ever; all end with the crew, and with the driver, however that dies.
 """
 
 from __future__ import annotations
@@ -17,37 +18,46 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from types import TracebackType
 from typing import Any, Self
 
 from headrace.core.resources import CPU_POOL, WorkerSpec
 from headrace.jobs.job import Job
 from headrace.observe.run import Run
 from headrace.substrates.processes import wire
-from headrace.substrates.processes.spawn import worker_environment
+from headrace.substrates.processes.spawn import start_process
 
 AHEAD = 2  # jobs that a process has, with the one that it is at
+MOST_BYTES = 1 << 30  # of a pickled job: larger ones stay where they are
+LEAVE_S = 1.0  # for processes to end by themselves when all is done
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """job: its number. ended: False: it was too large to share the machine, or its process died. wall_s: of this attempt."""
+    """job: its number. ended: False: it is too large to share the machine, or `died`: its process did. wall_s: of this
+    attempt.
+    """
 
     job: int
     ended: bool
     run: Run | None = None
     error: Exception | None = None
     wall_s: float = 0.0
+    died: bool = False
 
 
 @dataclass(slots=True)
 class _Member:
+    """lifeline: our end; the kernel kills the process when it closes. ended: a descriptor that is ready when it has."""
+
     process: subprocess.Popen[bytes]
     socket: socket.socket
     outgoing: wire.Outgoing
-    lifeline: int  # our end: the kernel kills the process when it closes
+    lifeline: int
+    ended: int
     reader: wire.FrameReader = field(default_factory=wire.FrameReader)
-    has: deque[int] = field(default_factory=deque[int])
+    up: bool = False
+    has: deque[tuple[int, Job]] = field(default_factory=deque[tuple[int, Job]])
 
 
 class Crew:
@@ -56,8 +66,10 @@ class Crew:
     def __init__(self, size: int, memory_bytes: int) -> None:
         self._size = size
         self._memory_bytes = memory_bytes
-        self._members: dict[int, _Member] = {}
+        self._members: dict[int, _Member] = {}  # by both of their descriptors
         self._poll = select.epoll()
+        self._waiting: deque[tuple[int, Job]] = deque()
+        self._vain = 0  # processes that did not come up
 
     @staticmethod
     def possible() -> bool:
@@ -68,118 +80,135 @@ class Crew:
             for _ in range(self._size):
                 self._start()
         except BaseException:
-            self.close()
+            self._close()
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """After an error processes end where they stand: what they were at goes on the next time."""
+        if kind is None:
+            for member in self._all():
+                with contextlib.suppress(OSError):
+                    member.socket.shutdown(socket.SHUT_WR)
+            for member in self._all():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    member.process.wait(LEAVE_S)
+        self._close()
 
     def run(self, jobs: Sequence[tuple[int, Job]]) -> Iterator[Outcome]:
         """Outcomes as they come, one of each job."""
-        waiting = deque(jobs)
-        while self._members and (waiting or any(m.has for m in self._members.values())):
-            for member in list(self._members.values()):
-                yield from self._hand_out(member, waiting)
+        self._waiting.extend(jobs)
+        while self._waiting or any(m.has for m in self._all()):
+            yield from self._hand_out()
+            if not self._members:
+                break
             for fd, event in self._poll.poll():
                 member = self._members.get(fd)
                 if member is None:
                     continue
+                if fd == member.ended:
+                    yield from self._lost(member)
+                    continue
                 if event & select.EPOLLOUT:
                     self._flush(member)
-                if event & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
-                    yield from self._hear(member, waiting)
-        yield from (Outcome(i, ended=False) for i, _ in waiting)
+                if event & ~select.EPOLLOUT:
+                    yield from self._hear(member)
+        yield from (Outcome(number, ended=False) for number, _ in self._waiting)
+        self._waiting.clear()
 
-    def close(self) -> None:
-        """End the processes where they stand: what they were at goes on the next time."""
-        for member in list(self._members.values()):
+    def _all(self) -> list[_Member]:
+        return list({id(m): m for m in self._members.values()}.values())
+
+    def _close(self) -> None:
+        for member in self._all():
             self._remove(member)
         self._poll.close()
 
     # -- one process
 
     def _start(self) -> None:
-        with contextlib.ExitStack() as failing:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-            failing.callback(ours.close)
-            ours.setblocking(False)
-            lifeline_read, lifeline_write = os.pipe()
-            failing.callback(os.close, lifeline_write)
-            try:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "headrace.jobs.member", str(theirs.fileno()), str(lifeline_read)],
-                    stdin=subprocess.DEVNULL,
-                    cwd=Path(__file__).parents[2],  # that this headrace was imported from
-                    env=worker_environment(os.environ, WorkerSpec(0, CPU_POOL, "cpu"), 1),
-                    pass_fds=(theirs.fileno(), lifeline_read),
-                )
-            finally:
-                theirs.close()
-                os.close(lifeline_read)
-            failing.pop_all()
-        member = _Member(process, ours, wire.Outgoing(ours), lifeline_write)
-        self._members[ours.fileno()] = member
-        self._poll.register(ours.fileno(), select.EPOLLIN)
+        process, ours, lifeline = start_process("headrace.jobs.member", WorkerSpec(0, CPU_POOL, "cpu"), 1)
+        member = _Member(process, ours, wire.Outgoing(ours), lifeline, os.pidfd_open(process.pid))
+        for fd in (ours.fileno(), member.ended):
+            self._members[fd] = member
+            self._poll.register(fd, select.EPOLLIN)
         # What code of a notebook says is known to this process alone.
         typed = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
-        self._send(member, (os.getcwd(), list(sys.path), self._memory_bytes, typed))
+        main = getattr(sys.modules.get("__main__"), "__file__", None)
+        script = None if main is None else os.path.abspath(main)
+        self._send(member, (os.getpid(), os.getcwd(), list(sys.path), self._memory_bytes, typed, script))
 
-    def _hand_out(self, member: _Member, waiting: deque[tuple[int, Job]]) -> Iterator[Outcome]:
+    def _hand_out(self) -> Iterator[Outcome]:
+        """One job for each process first; a second one while there are enough for all."""
+        for depth in range(1, AHEAD + 1):
+            for member in self._all():
+                while self._waiting and len(member.has) < depth and (depth == 1 or len(self._waiting) >= self._size):
+                    yield from self._give(member, self._waiting.popleft())
+
+    def _give(self, member: _Member, job: tuple[int, Job]) -> Iterator[Outcome]:
         import cloudpickle
 
-        while waiting and len(member.has) < AHEAD:
-            number, job = waiting.popleft()
-            try:
-                payload = cloudpickle.dumps(job)
-            except Exception:  # it can be run here
-                yield Outcome(number, ended=False)
-                continue
-            member.has.append(number)
-            self._send(member, (number, payload))
+        try:
+            payload: bytes = cloudpickle.dumps(job[1])
+        except Exception:  # it can be run here
+            payload = b""
+        if not 0 < len(payload) <= MOST_BYTES:
+            yield Outcome(job[0], ended=False)
+            return
+        member.has.append(job)
+        self._send(member, (job[0], payload))
 
     def _send(self, member: _Member, message: tuple[Any, ...]) -> None:
         try:
             sent = member.outgoing.send(wire.frame(message))
         except OSError:
-            return  # it died, and its socket tells
+            return  # it died, as we shall hear
         if not sent:
             self._poll.modify(member.socket.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
     def _flush(self, member: _Member) -> None:
-        try:
-            done = member.outgoing.flush()
-        except OSError:
-            return
-        if done:
-            self._poll.modify(member.socket.fileno(), select.EPOLLIN)
+        with contextlib.suppress(OSError):
+            if member.outgoing.flush():
+                self._poll.modify(member.socket.fileno(), select.EPOLLIN)
 
-    def _hear(self, member: _Member, waiting: deque[tuple[int, Job]]) -> Iterator[Outcome]:
+    def _hear(self, member: _Member) -> Iterator[Outcome]:
         try:
             data = member.socket.recv(1 << 18)
         except BlockingIOError:
             return
         except OSError:
             data = b""
-        if not data:
-            yield from self._lost(member, waiting)
+        if not data:  # its end is told by another descriptor
+            self._poll.modify(member.socket.fileno(), 0)
             return
         for (outcome,) in member.reader.feed(data):
-            member.has.remove(outcome.job)
+            if outcome is None:
+                member.up = True
+                continue
+            member.has = deque(pair for pair in member.has if pair[0] != outcome.job)
             yield outcome
 
-    def _lost(self, member: _Member, waiting: deque[tuple[int, Job]]) -> Iterator[Outcome]:
-        """What it was at is not ended; what it had not begun is not ended, too: whoever runs it alone need not know which."""
+    def _lost(self, member: _Member) -> Iterator[Outcome]:
+        while True:  # what it said before
+            heard = list(self._hear(member))
+            yield from heard
+            if not heard:
+                break
         self._remove(member)
-        yield from (Outcome(number, ended=False) for number in member.has)
-        if waiting:
+        if member.up and member.has:
+            yield Outcome(member.has.popleft()[0], ended=False, died=True)
+        self._waiting.extendleft(reversed(member.has))
+        self._vain = 0 if member.up else self._vain + 1
+        if self._waiting and self._vain < self._size:
             self._start()
 
     def _remove(self, member: _Member) -> None:
-        del self._members[member.socket.fileno()]
-        self._poll.unregister(member.socket.fileno())
+        for fd in (member.socket.fileno(), member.ended):
+            del self._members[fd]
+            self._poll.unregister(fd)
         member.socket.close()
         os.close(member.lifeline)
+        os.close(member.ended)
         with contextlib.suppress(ProcessLookupError):
             member.process.send_signal(signal.SIGKILL)
         member.process.wait()

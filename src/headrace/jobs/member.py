@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import gc
 import linecache
+import logging
 import os
 import pickle
-import signal
 import socket
 import struct
 import sys
@@ -19,7 +19,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from headrace.substrates.malloc import keep_large_allocations
-from headrace.substrates.processes.main import die_with_driver
+from headrace.substrates.processes.main import die_with_driver, leave_signals_to_the_driver, watch_driver
 from headrace.substrates.processes.wire import frame
 
 if TYPE_CHECKING:
@@ -31,24 +31,33 @@ _HEADER = struct.Struct("<I")
 
 
 def main(control_fd: int, lifeline_fd: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to answer: it ends this process
+    leave_signals_to_the_driver()
     for fd in (control_fd, lifeline_fd):
         os.set_inheritable(fd, False)
     die_with_driver(lifeline_fd)
     keep_large_allocations()
-    with socket.socket(fileno=control_fd) as control:
-        begin = _receive(control)
-        if begin is None:
-            return
-        cwd, sys.path[:], memory_bytes, typed = begin
-        with contextlib.suppress(OSError):
-            os.chdir(cwd)
-        linecache.cache.update(typed)
-        _warm()
-        while (message := _receive(control)) is not None:
-            number, payload = message
-            control.sendall(_framed(_run(number, payload, memory_bytes)))
-            del message, payload
+    control = socket.socket(fileno=control_fd)
+    begin = _receive(control)
+    if begin is None:
+        os._exit(0)
+    driver_pid, cwd, sys.path[:], memory_bytes, typed, script = begin
+    watch_driver(driver_pid, control_fd)
+    with contextlib.suppress(OSError):
+        os.chdir(cwd)
+    linecache.cache.update(typed)
+    if script is not None:
+        sys.modules["__main__"].__file__ = script  # where the source of by-value classes is looked for
+    _warm()
+    control.sendall(frame((None,)))
+    while (message := _receive(control)) is not None:
+        number, payload = message
+        outcome = _run(number, payload, memory_bytes)
+        _flush()
+        control.sendall(_framed(outcome))
+        del message, payload, outcome
+    logging.shutdown()
+    _flush()
+    os._exit(0)  # without waiting for threads of user code
 
 
 def _warm() -> None:
@@ -59,6 +68,12 @@ def _warm() -> None:
 
     gc.collect()
     gc.freeze()
+
+
+def _flush() -> None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # user code may have closed or taken them away
+        sys.stdout.flush()
+        sys.stderr.flush()
 
 
 def _run(number: int, payload: bytes, memory_bytes: int) -> Outcome:
@@ -95,6 +110,8 @@ def _framed(outcome: Outcome) -> bytes:
         pickle.loads(memoryview(data)[_HEADER.size :])
         return data
     except Exception:
+        if outcome.error is None:
+            return frame((Outcome(outcome.job, ended=False),))
         error = UserCodeError(f"{type(outcome.error).__name__}: {outcome.error}")
         return frame((Outcome(outcome.job, True, None, error, outcome.wall_s),))
 

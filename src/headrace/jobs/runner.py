@@ -7,9 +7,12 @@ ordinary run, with its own log in its own destination.
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from headrace.api.planning import parse_options
 from headrace.core.errors import PlanError
 from headrace.core.options import Progress
 from headrace.jobs.crew import Crew, Outcome
@@ -26,36 +29,39 @@ OWN_MACHINE = ("engine", "address", "cpus", "devices", "timeout", "execution")  
 def run_jobs(jobs: Iterable[Job], *, progress: Progress = "auto") -> list[JobResult]:
     """Run all jobs, and return what became of them, in order.
 
-    Small jobs (little input, no device) run at the same time, one per core; larger ones after them, each with the whole
-    machine. Every job is a run of its own, exactly once: kill the program, make the same call again, and what was finished is
-    passed over, what was begun goes on. A job that fails, or whose process dies, does not touch the others; one that died is
-    tried again by itself, as any run after a crash.
+    Small jobs (little input, no device) run at the same time, one per core, where there are as many; all others after them,
+    each with the whole machine. Every job is a run of its own, exactly once: kill the program, make the same call again, and
+    what was finished is passed over, what was begun goes on. A job that fails, or whose process dies, does not touch the
+    others; one that died is tried again by itself, in worker processes, as any run after a crash.
 
     Raises JobsFailed, after all have ended, if any failed; PlanError, before any begins, when two have the same destination.
     """
     todo = list(jobs)
-    _check(todo)
+    _check(todo, progress)
     machine = detect_machine()
     shared = [i for i, job in enumerate(todo) if _may_share(job, bool(machine.devices))]
-    size = min(machine.cores, len(shared))
     results: dict[int, JobResult] = {}
+    died: set[int] = set()  # their processes: their code must not run in this one
     with Teller(len(todo), progress) as teller:
-        if size > 1 and Crew.possible():
-            memory = max(LEAST_MEMORY_BYTES, block_budget_bytes(machine) // size)
-            with Crew(size, memory) as crew:
+        if len(shared) >= machine.cores > 1 and Crew.possible():
+            memory = max(LEAST_MEMORY_BYTES, block_budget_bytes(machine) // machine.cores)
+            with Crew(machine.cores, memory) as crew:
                 for outcome in crew.run([(i, todo[i]) for i in shared]):
                     if outcome.ended:
                         results[outcome.job] = teller.told(_result(todo[outcome.job], outcome))
+                    elif outcome.died:
+                        died.add(outcome.job)
         for i, job in enumerate(todo):
             if i not in results:
-                results[i] = teller.told(_alone(job))
+                results[i] = teller.told(_alone(job, {"engine": "processes"} if i in died else {}))
     found = [results[i] for i in range(len(todo))]
     if not all(r.ok for r in found):
         raise JobsFailed.of(found)
     return found
 
 
-def _check(jobs: Sequence[Job]) -> None:
+def _check(jobs: Sequence[Job], progress: Progress) -> None:
+    parse_options({"progress": progress})
     seen: set[str] = set()
     for job in jobs:
         if not isinstance(job, Job):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -63,7 +69,7 @@ def _check(jobs: Sequence[Job]) -> None:
         place = job.destination
         if place is None:
             continue
-        place = place.rstrip("/")
+        place = place.rstrip("/") if "://" in place else os.path.abspath(place)
         if place in seen:
             raise PlanError("two jobs have the same destination", where=(("destination", place),), hint="give each its own")
         seen.add(place)
@@ -84,10 +90,10 @@ def _result(job: Job, outcome: Outcome) -> JobResult:
     return JobResult(job, outcome.run, outcome.error, outcome.wall_s)
 
 
-def _alone(job: Job) -> JobResult:
+def _alone(job: Job, more: Mapping[str, Any]) -> JobResult:
     began = time.perf_counter()
     try:
-        run, error = job.run(progress="quiet"), None
+        run, error = job.run(progress="quiet", **more), None
     except Exception as e:
         run, error = None, e
     return JobResult(job, run, error, time.perf_counter() - began)

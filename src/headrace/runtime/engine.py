@@ -165,7 +165,8 @@ class Work:
     def small(self) -> bool:
         """Is reading and writing it quickly done?"""
         quick = self.bytes <= SMALL_BYTES and self.overhead_s <= SMALL_S
-        return self.all and quick and (self.splits <= 1 or not self.remote)
+        known = bool(self.bytes or self.rows) or not self.splits
+        return self.all and known and quick and (self.splits <= 1 or not self.remote)
 
     def functions_s(self, probe: Probe) -> float:
         """What the functions take for all of it, by a sample."""

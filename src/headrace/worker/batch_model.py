@@ -34,7 +34,7 @@ from headrace.plan.nodes import BatchFormat, Predict
 from headrace.worker import batch_sizes
 from headrace.worker.bad_rows import Lost, RowError, blames_rows, failure_of
 from headrace.worker.batching import Piece, join
-from headrace.worker.by_length import SLOW_ROW_S, WINDOW_BATCHES, Window, have_lengths, window_rows
+from headrace.worker.by_length import SLOW_ROW_S, Window, have_lengths, window_rows
 from headrace.worker.formats import Given, NumpyReader, to_format
 from headrace.worker.memory import free_memory, memory_of
 from headrace.worker.model_answers import Answer, ModelRunner, blame, join_columns, name_outputs
@@ -74,6 +74,7 @@ class BatchRunner(ModelRunner):
         self._tuner = BatchTuner(self._fixed)  # for rows of that schema
         self._have_lengths = False  # rows of that schema
         self._row_s = 0.0  # a row, in the quickest batch of that schema so far
+        self._answered = self._answer_bytes = 0  # rows of that schema, and their answers
 
     @property
     def wanted_rows(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -84,7 +85,11 @@ class BatchRunner(ModelRunner):
         if self._deterministic:
             return 0
         wanted = self._tuner.wanted * (STEP_BATCHES if self._ahead else 1)
-        return max(wanted, window_rows(self._tuner.wanted, self._row_s)) if self._by_length else wanted
+        return max(wanted, self._window_rows) if self._by_length else wanted
+
+    @property
+    def _window_rows(self) -> int:
+        return window_rows(self._tuner.wanted, self._row_s, self._answer_bytes / max(1, self._answered))
 
     @property
     def _by_length(self) -> bool:
@@ -155,6 +160,7 @@ class BatchRunner(ModelRunner):
             return
         self._schema = schema
         self._have_lengths, self._row_s = have_lengths(schema), 0.0
+        self._answered = self._answer_bytes = 0
         key = batch_sizes.key_of(self._op.model, self._device, schema)
         tuner = self._tuners.get(key)
         if tuner is None:
@@ -190,9 +196,12 @@ class BatchRunner(ModelRunner):
     def _alike(self, pieces: Sequence[Piece], under_way: deque[tuple[Window, _Span]]) -> Iterator[_Span]:
         """The rows in batches of like lengths, window after window."""
         queue = deque((i, piece) for i, piece in enumerate(pieces) if piece.batch.num_rows)
+        left = sum(piece.batch.num_rows for _, piece in queue)
         while queue:
             span: _Span = []
-            room = WINDOW_BATCHES * self._tuner.wanted
+            most = self._window_rows
+            room = left if left <= most else most - most % self._tuner.wanted  # whole batches
+            left -= room
             while queue and room:
                 i, piece = queue.popleft()
                 rows = piece.batch.num_rows
@@ -278,11 +287,13 @@ class BatchRunner(ModelRunner):
         """A batch was answered."""
         if self._fixed is not None:
             return
-        rows, input_bytes = piece.batch.num_rows, piece.batch.nbytes
+        rows, input_bytes, answer_bytes = piece.batch.num_rows, piece.batch.nbytes, made.nbytes
         # With a batch ahead the peak is that of two, which is what this size takes.
-        self._tuner.peaks.add(rows, self._memory.peak_bytes(input_bytes + made.nbytes))
+        self._tuner.peaks.add(rows, self._memory.peak_bytes(input_bytes + answer_bytes))
         self._tuner.record(rows, seconds, input_bytes)
         self._row_s = min(seconds / rows, self._row_s or math.inf)
+        self._answered += rows
+        self._answer_bytes += answer_bytes
 
     # ---------------------------------------------------------------- what fails
 

@@ -15,13 +15,15 @@ from headrace.worker.bad_rows import Lost
 from headrace.worker.batching import Piece
 
 WINDOW_BATCHES = 8  # in a window: MiniLM's texts in batches of 8 take 33% less time then; with 128 batches 35%
-WINDOW_S = 2.0  # that rows gathered for a window take at most, as it seems: in the end all wait for the last window
+WINDOW_S = 2.0  # that a window takes at most, as it seems: its answers come at its end, and in the end all wait for the last
+ANSWER_BYTES = 32 << 20  # that a window holds at most, as it seems: in order they are copied, and nobody else counts them
 SLOW_ROW_S = 50e-6  # that a row takes, before rows are sorted at all: sorting takes 1 µs
 
 
-def window_rows(wanted: int, row_s: float) -> int:
-    """Rows worth gathering for batches of `wanted` rows. row_s: seconds that a row takes."""
-    return max(wanted, min(WINDOW_BATCHES * wanted, int(WINDOW_S / max(row_s, 1e-9))))
+def window_rows(wanted: int, row_s: float, answer_row_bytes: float) -> int:
+    """Rows worth gathering for batches of `wanted` rows: at least those of one batch. row_s: seconds that a row takes."""
+    in_time = int(WINDOW_S / max(row_s, 1e-9))
+    return max(wanted, min(WINDOW_BATCHES * wanted, in_time, int(ANSWER_BYTES / max(answer_row_bytes, 1e-9))))
 
 
 def have_lengths(schema: pa.Schema) -> bool:
@@ -57,7 +59,7 @@ class Window:
         return not self.left and len(self._made) == len(self._batches)
 
     def answer(self, join: Callable[[Sequence[pa.RecordBatch]], pa.RecordBatch]) -> tuple[pa.RecordBatch | None, list[Lost]]:
-        """(the answers to the rows that did not fail, those that failed): by their place in the window."""
+        """(the answers to the rows that did not fail, those that failed): by their place in the window. Called once."""
         if len(self._batches) == 1:
             made, lost = self._made[0]
             return made, list(lost)
@@ -66,11 +68,14 @@ class Window:
         for at, (_, lost) in zip(self._batches, self._made, strict=True):
             kept.append(np.delete(at, [i for i, _ in lost]))
             failed += [(int(at[i]), failure) for i, failure in lost]
+        failed.sort(key=lambda one: one[0])
         answers = [made for made, _ in self._made if made is not None]
         if not answers:
-            return None, sorted(failed, key=lambda one: one[0])
-        back = np.argsort(np.concatenate(kept), kind="stable")
-        return join(answers).take(numpy_to_array(back)), sorted(failed, key=lambda one: one[0])
+            return None, failed
+        joined = join(answers)
+        answers.clear()
+        self._made.clear()  # there are two copies at a time, not three
+        return joined.take(numpy_to_array(np.argsort(np.concatenate(kept), kind="stable"))), failed
 
 
 def _lengths(batch: pa.RecordBatch) -> np.ndarray:

@@ -33,7 +33,7 @@ _READY = "ready"  # a message of this process to itself: a step that was begun n
 
 def main(control_fd: int, lifeline_fd: int, report_fd: int) -> None:
     """Serve the driver until it says STOP."""
-    _leave_signals_to_the_driver()
+    leave_signals_to_the_driver()
     for fd in (control_fd, lifeline_fd, report_fd):
         os.set_inheritable(fd, False)
     die_with_driver(lifeline_fd)
@@ -44,7 +44,7 @@ def main(control_fd: int, lifeline_fd: int, report_fd: int) -> None:
     if hello is None:
         os._exit(0)
     _, spec, driver_pid, cwd, sys_path, payload = hello
-    _watch(driver_pid, control_fd)
+    watch_driver(driver_pid, control_fd)
     _serve(channel, spec, cwd, sys_path, payload)
 
 
@@ -222,7 +222,7 @@ class _Channel:
                 os.eventfd_write(self._wake_fd, 1)
 
 
-def _leave_signals_to_the_driver() -> None:
+def leave_signals_to_the_driver() -> None:
     """Ctrl-C reaches the whole terminal, SIGTERM may reach all processes of a job: the driver drains, workers leave with it.
 
     SIGTERM gets a handler, which programs that user code starts don't inherit, because they must be stopped somehow; they
@@ -255,7 +255,7 @@ def _let_forks_end() -> None:
     os.register_at_fork(before=before, after_in_parent=unblock, after_in_child=in_child)
 
 
-def _watch(driver_pid: int, control_fd: int) -> None:
+def watch_driver(driver_pid: int, control_fd: int) -> None:
     """Leave at once when the driver's process ends or closes the channel, even in the middle of a step."""
     try:
         driver = os.pidfd_open(driver_pid)

@@ -432,7 +432,7 @@ def _start(spec: WorkerSpec, threads: int) -> _Worker:
         undo.callback(os.close, crumb)
         report = create_report(spec.id)
         undo.callback(os.close, report)
-        process, sock, lifeline = start_process(spec, threads, report)
+        process, sock, lifeline = start_process("headrace.substrates.processes.main", spec, threads, report)
         undo.pop_all()
     return _Worker(spec, process, sock, lifeline, crumb, report)
 

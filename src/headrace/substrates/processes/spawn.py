@@ -31,11 +31,11 @@ _THREAD_VARIABLES = (
 )
 
 
-def start_process(spec: WorkerSpec, threads: int, report: int) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
+def start_process(module: str, spec: WorkerSpec, threads: int, *fds: int) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
     """(process, the driver's non-blocking end of its control socket, the lifeline's end to keep open).
 
-    The interpreter starts in the directory that this headrace was imported from, so that `-m` finds the same one; the
-    worker then moves to the driver's directory. report: see `stacks`. Raises OSError when the system has no room for it.
+    Runs `python -m <module> <control fd> <lifeline fd> <fds>`, in the directory that this headrace was imported from, so that
+    `-m` finds the same one; it then moves to the driver's directory. Raises OSError when the system has no room for it.
     """
     lifeline_read, lifeline_write = os.pipe()
     try:
@@ -49,18 +49,11 @@ def start_process(spec: WorkerSpec, threads: int, report: int) -> tuple[subproce
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
     try:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "headrace.substrates.processes.main",
-                str(theirs.fileno()),
-                str(lifeline_read),
-                str(report),
-            ],
+            [sys.executable, "-m", module, *map(str, (theirs.fileno(), lifeline_read, *fds))],
             stdin=subprocess.DEVNULL,
             cwd=Path(__file__).parents[3],
             env=worker_environment(os.environ, spec, threads),
-            pass_fds=(theirs.fileno(), lifeline_read, report),
+            pass_fds=(theirs.fileno(), lifeline_read, *fds),
         )
     except BaseException:
         ours.close()
