@@ -122,15 +122,21 @@ class Embedder:
         self._path = DevicePath(place.device)
         self._costs = token_costs(place.device, place.threads, spec.batch_tokens)
         self._prompt = _prompt(spec, model)
+        self._cuts = hasattr(model, "preprocess")  # until it turns out that it gives no mask by row
         self._dimensions = model.truncate_dim if spec.dimensions is None else spec.dimensions
         self._resources = resources
         resources.callback(self._path.close)
 
     def __call__(self, batch: Any) -> np.ndarray:
         (texts,) = text_columns(batch, self._columns)
-        features = self._model.preprocess(texts, prompt=self._prompt) if hasattr(self._model, "preprocess") else {}
+        if not texts:
+            return self._encoded(["text"])[:0]  # of the right size
+        if not self._cuts:
+            return self._encoded(texts)
+        features = self._model.preprocess(texts, prompt=self._prompt)
         mask = features.get("attention_mask")
         if mask is None or mask.shape[:1] != (len(texts),):
+            self._cuts = False
             return self._encoded(texts)
         cuts = list(cuts_by_length(mask.sum(1).tolist(), self._costs))
         pending = [self._start(_cut(features, mask, rows)) for rows in cuts]
@@ -168,14 +174,15 @@ class Embedder:
 
 
 def _prompt(spec: SentenceTransformers, model: Any) -> str | None:
-    """As encode() chooses it. Raises PlanError for a name that the model does not know."""
+    """As encode() chooses it. Raises PlanError for a name asked for that the model does not know."""
     if spec.prompt is not None:
         return spec.prompt
-    name = spec.prompt_name or model.default_prompt_name
-    if name is not None and name not in model.prompts:
+    if spec.prompt_name is None:
+        return model.prompts.get(model.default_prompt_name)
+    if spec.prompt_name not in model.prompts:
         known = ", ".join(model.prompts) or "none"
-        raise PlanError(f"{spec.name} knows no prompt {name!r}", hint=f"its prompts: {known}")
-    return None if name is None else model.prompts[name]
+        raise PlanError(f"{spec.name} knows no prompt {spec.prompt_name!r}", hint=f"its prompts: {known}")
+    return model.prompts[spec.prompt_name]
 
 
 def _cut(features: Mapping[str, Any], mask: Any, rows: np.ndarray) -> dict[str, Any]:
