@@ -35,8 +35,9 @@ class WholeDisk:
         import ctypes
 
         # A descriptor is told of an error once, which may be that of a file to come: from then on each file is asked itself.
-        self._fit = ctypes.CDLL(None).syncfs(self._fd) == 0
-        return self._fit
+        done: bool = ctypes.CDLL(None).syncfs(self._fd) == 0
+        self._fit = done
+        return done
 
     def close(self) -> None:
         os.close(self._fd)
