@@ -269,13 +269,10 @@ class HeadModel:
             yield np.arange(len(images)), self._tokenizer(images=list(images), return_tensors="pt")
             return
         texts = text_columns(batch, self._columns)
-        none = not texts[0]
-        if none:  # the answer to any text tells what the answer to none looks like
-            texts = [["text"] for _ in texts]
         encoded = self._tokenizer(*texts, truncation=self._max_length is not None, max_length=self._max_length)
         for rows in cuts_by_length([len(ids) for ids in encoded["input_ids"]], self._costs):
             cut = {name: [values[i] for i in rows] for name, values in encoded.items()}
-            yield (rows[:0] if none else rows), self._tokenizer.pad(cut, return_tensors="pt")
+            yield rows, self._tokenizer.pad(cut, return_tensors="pt")
 
     def _start(self, rows: np.ndarray, inputs: Mapping[str, torch.Tensor]) -> _Cut:
         import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from tests.integration.models import tiny
 
 import headrace as hr
-from headrace.contracts.model import ModelAdapter
+from headrace.contracts.model import ModelAdapter, Place
 from headrace.models.sentence_transformers import SentenceTransformers
 
 torch = pytest.importorskip("torch")
@@ -91,19 +92,61 @@ def test_prompts_are_those_that_the_library_takes(folder: str, texts: Any) -> No
         embedded(texts, SentenceTransformers(model, prompt_name="passage"))
     model.default_prompt_name, model.truncate_dim = "query", 7
     np.testing.assert_allclose(embedded(texts, SentenceTransformers(model)), wanted[:, :7], rtol=1e-4, atol=1e-5)
+    model.default_prompt_name = "passage"
+    plain = model.encode(TEXTS, show_progress_bar=False)
+    np.testing.assert_allclose(embedded(texts, SentenceTransformers(model)), plain, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_without_padding_is_the_library_s_alone(texts: Any) -> None:
+def loaded(model: Any, **options: Any) -> Any:
+    return SentenceTransformers(model, **options).load(Place(inputs=("text",)))
+
+
+def static() -> Any:
+    """A model that pads nothing."""
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer import modules
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(tiny.WORDS)}, unk_token=tiny.WORDS[1]))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    model = SentenceTransformer(modules=[modules.StaticEmbedding(words, embedding_dim=6)], device="cpu")
+    return SentenceTransformer(modules=[modules.StaticEmbedding(words, embedding_dim=6)], device="cpu")
+
+
+def test_no_texts_make_no_rows_of_the_right_size(folder: str) -> None:
+    for model, dimensions, size in ((library(folder), None, 16), (library(folder), 5, 5), (static(), None, 6)):
+        with contextlib.closing(loaded(model, dimensions=dimensions)) as embedder:
+            made = embedder(pa.array([], pa.string()))
+            assert (made.shape, made.dtype) == ((0, size), np.float32)
+            assert embedder(pa.array(TEXTS)).shape == (len(TEXTS), size)
+
+
+def test_a_model_without_padding_is_the_library_s_alone(texts: Any) -> None:
+    model = static()
     wanted = model.encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
     made = embedded(texts, SentenceTransformers(model, normalize=True))
     np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_texts_are_tokenised_twice_by_the_first_batch_at_most(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def counted(model: Any) -> Any:
+        preprocess = model.preprocess
+
+        def count(texts: list[str], **options: Any) -> Any:
+            seen.append(len(texts))
+            return preprocess(texts, **options)
+
+        monkeypatch.setattr(model, "preprocess", count)
+        return model
+
+    for model, expected in ((counted(static()), [5, 5, 5, 5]), (counted(library(folder)), [5, 5, 5])):
+        with contextlib.closing(loaded(model)) as embedder:
+            embedder._model = model  # the copy counts nothing
+            for _ in range(3):
+                embedder(pa.array(TEXTS[:5]))
+        assert seen == expected
+        seen.clear()
 
 
 def test_what_can_not_work_is_refused(folder: str, texts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

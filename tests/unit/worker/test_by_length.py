@@ -84,6 +84,49 @@ def test_rows_that_fail_are_set_aside_alone() -> None:
         assert steps.batch(block)["p"].to_pylist() == done
 
 
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each window, while batches stay at 8 rows."""
+    seen: list[int] = []
+
+    class Seen(Window):
+        def __init__(self, piece: Piece) -> None:
+            super().__init__(piece)
+            seen.append(self.rows)
+
+    monkeypatch.setattr(batch_model, "Window", Seen)
+    monkeypatch.setattr(batch_model.BatchTuner, "record", lambda *_: None)
+    return seen
+
+
+@pytest.mark.parametrize("kind", [Lengths, Ahead])
+def test_windows_hold_few_answers(kind: type[Lengths], windows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_length, "ANSWER_BYTES", 20 * 8)
+    steps = bench(kind())
+    done = steps.apply(texts(LENGTHS).batch)
+    assert windows == [64] + [16] * 14 + [12]  # nothing is known of answers at first
+    assert column([steps.batch(b) for b in done.outputs], "p") == LENGTHS
+    assert done.wanted_rows == (32 if kind is Ahead else 20)
+
+
+def test_windows_take_no_longer_than_steps_may_gather(windows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_length, "WINDOW_S", 0.0)
+    steps = bench(Lengths())
+    done = steps.apply(texts(LENGTHS).batch)
+    assert windows == [8] * 37 + [4]
+    assert done.wanted_rows == 8
+    assert column([steps.batch(b) for b in done.outputs], "p") == LENGTHS
+
+
+def test_answers_of_other_columns_say_nothing_of_a_window(windows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(by_length, "ANSWER_BYTES", 20 * 8)
+    steps = bench(Lengths())
+    steps.apply(texts(LENGTHS[:64]).batch)
+    steps.apply(texts(LENGTHS[:64]).batch.cast(pa.schema({"x": pa.large_string()})))
+    steps.apply(texts(LENGTHS[:64]).batch.cast(pa.schema({"x": pa.large_string()})))
+    assert windows == [64, 64, 16, 16, 16, 16]
+
+
 def test_windows_put_every_row_where_it_was() -> None:
     pieces = texts([3, 1]), texts([2, 9, 2], "b")
     window = Window(Piece(pa.concat_batches([p.batch for p in pieces]), join_origins([p.origin for p in pieces])))
@@ -118,7 +161,9 @@ def test_nulls_and_lists_have_lengths_and_numbers_none() -> None:
 
 
 def test_windows_are_a_few_batches_and_no_longer_than_they_may_take() -> None:
-    assert window_rows(8, 1e-3) == 8 * by_length.WINDOW_BATCHES
-    assert window_rows(8, 0.1) == 20
-    assert window_rows(8, 1.0) == 8
-    assert all(a <= b for a, b in itertools.pairwise(window_rows(n, 0.01) for n in range(1, 300)))
+    assert window_rows(8, 1e-3, 0.0) == 8 * by_length.WINDOW_BATCHES
+    assert window_rows(8, 0.1, 0.0) == 20
+    assert window_rows(8, 1.0, 0.0) == 8
+    assert window_rows(8, 1e-3, by_length.ANSWER_BYTES / 20.5) == 20
+    assert window_rows(8, 1e-3, by_length.ANSWER_BYTES) == 8
+    assert all(a <= b for a, b in itertools.pairwise(window_rows(n, 0.01, 8.0) for n in range(1, 300)))
