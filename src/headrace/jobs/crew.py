@@ -46,7 +46,7 @@ class Outcome:
     died: bool = False
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Member:
     """lifeline: our end; the kernel kills the process when it closes. ended: a descriptor that is ready when it has."""
 
@@ -66,7 +66,8 @@ class Crew:
     def __init__(self, size: int, memory_bytes: int) -> None:
         self._size = size
         self._memory_bytes = memory_bytes
-        self._members: dict[int, _Member] = {}  # by both of their descriptors
+        self._members: list[_Member] = []
+        self._by_fd: dict[int, _Member] = {}  # its socket's, and the one that tells its end
         self._poll = select.epoll()
         self._waiting: deque[tuple[int, Job]] = deque()
         self._vain = 0  # processes that did not come up
@@ -87,10 +88,10 @@ class Crew:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """After an error processes end where they stand: what they were at goes on the next time."""
         if kind is None:
-            for member in self._all():
+            for member in self._members:
                 with contextlib.suppress(OSError):
                     member.socket.shutdown(socket.SHUT_WR)
-            for member in self._all():
+            for member in self._members:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     member.process.wait(LEAVE_S)
         self._close()
@@ -98,12 +99,12 @@ class Crew:
     def run(self, jobs: Sequence[tuple[int, Job]]) -> Iterator[Outcome]:
         """Outcomes as they come, one of each job."""
         self._waiting.extend(jobs)
-        while self._waiting or any(m.has for m in self._all()):
+        while self._waiting or any(m.has for m in self._members):
             yield from self._hand_out()
             if not self._members:
                 break
             for fd, event in self._poll.poll():
-                member = self._members.get(fd)
+                member = self._by_fd.get(fd)
                 if member is None:
                     continue
                 if fd == member.ended:
@@ -116,11 +117,8 @@ class Crew:
         yield from (Outcome(number, ended=False) for number, _ in self._waiting)
         self._waiting.clear()
 
-    def _all(self) -> list[_Member]:
-        return list({id(m): m for m in self._members.values()}.values())
-
     def _close(self) -> None:
-        for member in self._all():
+        for member in list(self._members):
             self._remove(member)
         self._poll.close()
 
@@ -129,8 +127,9 @@ class Crew:
     def _start(self) -> None:
         process, ours, lifeline = start_process("headrace.jobs.member", WorkerSpec(0, CPU_POOL, "cpu"), 1)
         member = _Member(process, ours, wire.Outgoing(ours), lifeline, os.pidfd_open(process.pid))
+        self._members.append(member)
         for fd in (ours.fileno(), member.ended):
-            self._members[fd] = member
+            self._by_fd[fd] = member
             self._poll.register(fd, select.EPOLLIN)
         # What code of a notebook says is known to this process alone.
         typed = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
@@ -141,7 +140,7 @@ class Crew:
     def _hand_out(self) -> Iterator[Outcome]:
         """One job for each process first; a second one while there are enough for all."""
         for depth in range(1, AHEAD + 1):
-            for member in self._all():
+            for member in self._members:
                 while self._waiting and len(member.has) < depth and (depth == 1 or len(self._waiting) >= self._size):
                     yield from self._give(member, self._waiting.popleft())
 
@@ -203,8 +202,9 @@ class Crew:
             self._start()
 
     def _remove(self, member: _Member) -> None:
+        self._members.remove(member)
         for fd in (member.socket.fileno(), member.ended):
-            del self._members[fd]
+            del self._by_fd[fd]
             self._poll.unregister(fd)
         member.socket.close()
         os.close(member.lifeline)

@@ -13,21 +13,21 @@ import logging
 import os
 import pickle
 import socket
-import struct
 import sys
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from headrace.substrates.malloc import keep_large_allocations
-from headrace.substrates.processes.main import die_with_driver, leave_signals_to_the_driver, watch_driver
-from headrace.substrates.processes.wire import frame
+from headrace.substrates.processes.main import die_with_driver, flush_prints, leave_signals_to_the_driver, watch_driver
+from headrace.substrates.processes.wire import FrameReader, frame
 
 if TYPE_CHECKING:
     from headrace.jobs.crew import Outcome
     from headrace.jobs.job import Job
 
 SMALL_BYTES = 64 << 20  # of input: more is worth the whole machine
-_HEADER = struct.Struct("<I")
+RECV_BYTES = 256 << 10
 
 
 def main(control_fd: int, lifeline_fd: int) -> None:
@@ -37,7 +37,8 @@ def main(control_fd: int, lifeline_fd: int) -> None:
     die_with_driver(lifeline_fd)
     keep_large_allocations()
     control = socket.socket(fileno=control_fd)
-    begin = _receive(control)
+    messages = _messages(control)
+    begin = next(messages, None)
     if begin is None:
         os._exit(0)
     driver_pid, cwd, sys.path[:], memory_bytes, typed, script = begin
@@ -49,14 +50,13 @@ def main(control_fd: int, lifeline_fd: int) -> None:
         sys.modules["__main__"].__file__ = script  # where the source of by-value classes is looked for
     _warm()
     control.sendall(frame((None,)))
-    while (message := _receive(control)) is not None:
-        number, payload = message
+    for number, payload in messages:
         outcome = _run(number, payload, memory_bytes)
-        _flush()
+        flush_prints()
         control.sendall(_framed(outcome))
-        del message, payload, outcome
+        del payload, outcome
     logging.shutdown()
-    _flush()
+    flush_prints()
     os._exit(0)  # without waiting for threads of user code
 
 
@@ -68,12 +68,6 @@ def _warm() -> None:
 
     gc.collect()
     gc.freeze()
-
-
-def _flush() -> None:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # user code may have closed or taken them away
-        sys.stdout.flush()
-        sys.stderr.flush()
 
 
 def _run(number: int, payload: bytes, memory_bytes: int) -> Outcome:
@@ -107,7 +101,7 @@ def _framed(outcome: Outcome) -> bytes:
 
     try:
         data = frame((outcome,))
-        pickle.loads(memoryview(data)[_HEADER.size :])
+        FrameReader().feed(data)  # it must be readable, too
         return data
     except Exception:
         if outcome.error is None:
@@ -116,22 +110,11 @@ def _framed(outcome: Outcome) -> bytes:
         return frame((Outcome(outcome.job, True, None, error, outcome.wall_s),))
 
 
-def _receive(control: socket.socket) -> Any:
-    """The next message; None when the driver has closed its end."""
-    head = _exactly(control, _HEADER.size)
-    body = None if head is None else _exactly(control, _HEADER.unpack(head)[0])
-    return None if body is None else pickle.loads(body)
-
-
-def _exactly(control: socket.socket, size: int) -> bytearray | None:
-    out = bytearray(size)
-    view, at = memoryview(out), 0
-    while at < size:
-        n = control.recv_into(view[at:])
-        if n == 0:
-            return None
-        at += n
-    return out
+def _messages(control: socket.socket) -> Iterator[Any]:
+    """Until the driver has closed its end."""
+    reader = FrameReader()
+    while data := control.recv(RECV_BYTES):
+        yield from reader.feed(data)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ ordinary run, with its own log in its own destination.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from headrace.api.planning import parse_options
+from headrace.connectors.sinks.files import normalise
 from headrace.core.errors import PlanError
 from headrace.core.options import Progress
-from headrace.jobs.crew import Crew, Outcome
+from headrace.jobs.crew import Crew
 from headrace.jobs.job import Job, JobResult, JobsFailed
 from headrace.jobs.member import is_small
 from headrace.jobs.telling import Teller
@@ -48,7 +48,8 @@ def run_jobs(jobs: Iterable[Job], *, progress: Progress = "auto") -> list[JobRes
             with Crew(machine.cores, memory) as crew:
                 for outcome in crew.run([(i, todo[i]) for i in shared]):
                     if outcome.ended:
-                        results[outcome.job] = teller.told(_result(todo[outcome.job], outcome))
+                        result = JobResult(todo[outcome.job], outcome.run, outcome.error, outcome.wall_s)
+                        results[outcome.job] = teller.told(result)
                     elif outcome.died:
                         died.add(outcome.job)
         for i, job in enumerate(todo):
@@ -69,7 +70,7 @@ def _check(jobs: Sequence[Job], progress: Progress) -> None:
         place = job.destination
         if place is None:
             continue
-        place = place.rstrip("/") if "://" in place else os.path.abspath(place)
+        place = normalise(place)
         if place in seen:
             raise PlanError("two jobs have the same destination", where=(("destination", place),), hint="give each its own")
         seen.add(place)
@@ -84,10 +85,6 @@ def _may_share(job: Job, has_devices: bool) -> bool:
         return False
     models = [op for op in plan.ops if isinstance(op, Predict)]
     return not any(m.device != "cpu" and (has_devices or m.device != "auto") for m in models)
-
-
-def _result(job: Job, outcome: Outcome) -> JobResult:
-    return JobResult(job, outcome.run, outcome.error, outcome.wall_s)
 
 
 def _alone(job: Job, more: Mapping[str, Any]) -> JobResult:

@@ -9,9 +9,9 @@ from typing import Self, TextIO
 
 from headrace.core.options import Progress
 from headrace.jobs.job import JobResult, first_line
+from headrace.observe import words
+from headrace.observe.progress import CLEAR, LOG_EVERY_S, REDRAW_S, room, settled
 
-REDRAW_S = 0.125
-LOG_EVERY_S = 10.0
 MOST_TOLD = 20  # failed jobs that have a line each
 
 
@@ -20,9 +20,8 @@ class Teller:
 
     def __init__(self, total: int, progress: Progress, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        if progress == "auto":
-            progress = "line" if self._stream.isatty() else "log"
-        self._progress: Progress = progress
+        self._progress = settled(progress, self._stream)
+        self._clear = CLEAR if self._progress == "line" else ""
         self._total = total
         self._done = self._failed = self._rows = 0
         self._began = self._drawn = time.perf_counter()
@@ -31,32 +30,32 @@ class Teller:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._progress != "quiet":
-            self._write(("\r\x1b[K" if self._progress == "line" else "") + self._text() + "\n")
+        self._write(f"{self._clear}headrace: {self._text()}\n")
 
     def told(self, result: JobResult) -> JobResult:
         self._done += 1
         self._failed += not result.ok
         self._rows += 0 if result.run is None else result.run.rows
-        if self._progress == "quiet":
-            return result
-        clear = "\r\x1b[K" if self._progress == "line" else ""
         if result.error is not None and self._failed <= MOST_TOLD:
             more = "" if self._failed < MOST_TOLD else "; further ones are only counted"
-            self._write(f"{clear}headrace: {result.job.name} failed: {first_line(result.error)}{more}\n")
+            failure = words.one_line(f"{result.job.name} failed: {first_line(result.error)}")
+            self._write(f"{self._clear}headrace: {failure}{more}\n")
         now = time.perf_counter()
-        if now - self._drawn >= (REDRAW_S if clear else LOG_EVERY_S):
+        if now - self._drawn >= (REDRAW_S if self._clear else LOG_EVERY_S):
             self._drawn = now
-            self._write(clear + self._text() + ("" if clear else "\n"))
+            line = f"headrace: {self._text()}"
+            self._write(CLEAR + words.cut(line, room(self._stream)) if self._clear else f"{line}\n")
         return result
 
     def _text(self) -> str:
         seconds = time.perf_counter() - self._began
-        failed = f", {self._failed} failed" if self._failed else ""
-        done = f"{self._done:,} of {self._total:,} jobs{failed}, {self._rows:,} rows"
-        return f"headrace: {done}, {self._done / max(seconds, 1e-9):,.1f} jobs/s, {seconds:,.1f} s"
+        failed = f", {words.count(self._failed)} failed" if self._failed else ""
+        done = f"{words.count(self._done)} of {words.count(self._total)} jobs{failed}, {words.count(self._rows)} rows"
+        return f"{done}, {words.rate(self._done / max(seconds, 1e-9))} jobs/s, {words.duration(seconds)}"
 
     def _write(self, text: str) -> None:
+        if self._progress == "quiet":
+            return
         with contextlib.suppress(OSError, ValueError):  # a terminal that is gone must not end the jobs
             self._stream.write(text)
             self._stream.flush()

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from headrace.contracts.observer import Observer
 from headrace.core.events import Noted, RunEvent, RunStarted, SplitRetried, WorkerReplaced
@@ -30,7 +30,7 @@ from headrace.observe.live import Live, Picture
 REDRAW_S = 0.125
 FIRST_DRAW_S = 0.2  # a run that is over sooner shows its last line only, without a flicker
 LOG_EVERY_S = 10.0
-_CLEAR = "\r\x1b[K"
+CLEAR = "\r\x1b[K"
 MOST_TOLD = 100
 _NAME_CELLS = 32
 
@@ -38,11 +38,26 @@ _NAME_CELLS = 32
 def make_observers(progress: Progress, stream: TextIO | None = None) -> list[Observer]:
     """The observers that `progress` asks for. "auto": a line when the stream (stderr) is a terminal, else log lines."""
     stream = stream or sys.stderr
-    if progress == "auto":
-        progress = "line" if _is_terminal(stream) else "log"
+    progress = settled(progress, stream)
     if progress == "quiet":
         return []
     return [ProgressLine(stream) if progress == "line" else LogLines(stream)]
+
+
+def settled(progress: Progress, stream: Any) -> Literal["line", "log", "quiet"]:
+    """What "auto" is on this stream."""
+    if progress == "auto":
+        return "line" if _is_terminal(stream) else "log"
+    return progress
+
+
+def room(stream: Any) -> int:
+    """Columns to draw in: one less than there are, or some terminals wrap."""
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        columns = 0
+    return (columns or 100) - 1
 
 
 class _Drawn:
@@ -143,7 +158,7 @@ class ProgressLine(_Drawn):
         line = words.cut(live_line(self.picture(), self._room()), self._room())
         with self._drawing:
             if not self._text_open:
-                self._write(_CLEAR + line)
+                self._write(CLEAR + line)
                 self._shown = True
 
     def _end(self) -> None:
@@ -152,7 +167,7 @@ class ProgressLine(_Drawn):
                 setattr(sys, name, watched.stream)
         self._watched.clear()
         with self._drawing:
-            start = "\n" if self._text_open else _CLEAR if self._shown else ""
+            start = "\n" if self._text_open else CLEAR if self._shown else ""
             picture = self.picture()
             self._write(start + words.cut(last_line(picture), self._room()) + "\n")
             self._shown = self._text_open = False
@@ -163,7 +178,7 @@ class ProgressLine(_Drawn):
         """Write somebody's text to the terminal, the line out of its way."""
         with self._drawing:
             if self._shown:
-                self._write(_CLEAR)
+                self._write(CLEAR)
                 self._shown = False
             written = stream.write(text)
             if text:
@@ -174,17 +189,12 @@ class ProgressLine(_Drawn):
 
     def _say(self, line: str) -> None:
         with self._drawing:
-            start = "\n" if self._text_open else _CLEAR if self._shown else ""
+            start = "\n" if self._text_open else CLEAR if self._shown else ""
             self._write(f"{start}headrace: {line}\n")
             self._shown = self._text_open = False
 
     def _room(self) -> int:
-        """Columns to draw in: one less than there are, or some terminals wrap."""
-        try:
-            columns = os.get_terminal_size(self._stream.fileno()).columns
-        except (OSError, ValueError):
-            columns = 0
-        return (columns or 100) - 1
+        return room(self._stream)
 
 
 class LogLines(_Drawn):

@@ -76,10 +76,14 @@ def _serve(channel: _Channel, spec: Any, cwd: str, sys_path: list[str], payload:
             body.close()
             break
         del message  # it must not keep inputs alive while the worker is idle
+    flush_prints()
+    os._exit(0)  # without waiting for threads of user code; the body has been closed
+
+
+def flush_prints() -> None:
     with contextlib.suppress(OSError, ValueError, AttributeError):  # user code may have closed or taken them away
         sys.stdout.flush()
         sys.stderr.flush()
-    os._exit(0)  # without waiting for threads of user code; the body has been closed
 
 
 def _make_body(payload: bytes, spec: Any, store: ArenaStore) -> Any:
