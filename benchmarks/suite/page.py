@@ -169,7 +169,7 @@ def _title(name: str, one: Mapping[str, Any]) -> str:
 
 
 def _why(one: Mapping[str, Any]) -> str:
-    return f"failed: {one['failed'].splitlines()[0][:300]}" if "failed" in one else one["cannot"]
+    return f"failed: {one['failed'][:300]}" if "failed" in one else one["cannot"]
 
 
 def wall(point: Point, name: str) -> float | None:

@@ -59,7 +59,7 @@ def table(entry: Mapping[str, Any]) -> str:
         )
     for name, one in entry["contestants"].items():
         if "summary" not in one:
-            lines.append(f"{name:22}  {'failed: ' + one['failed'].splitlines()[0] if 'failed' in one else one['cannot']}")
+            lines.append(f"{name:22}  {'failed: ' + one['failed'] if 'failed' in one else one['cannot']}")
     return "\n".join(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from random import Random
 
@@ -175,60 +176,41 @@ def run_resumed(seed: int) -> None:
     assert published == wanted
 
 
-def _named(run: str, seed: int) -> str:
-    module = "from tests.simulation.test_random import *"
-    return f"seed {seed}; alone: PYTHONPATH=src:. python -c '{module}; {run}({seed})'"
+def _run_all(run: Callable[[int], None], seeds: range) -> None:
+    for seed in seeds:
+        try:
+            run(seed)
+        except Exception as error:
+            module = "from tests.simulation.test_random import *"
+            alone = f"PYTHONPATH=src:. python -c '{module}; {run.__name__}({seed})'"
+            raise AssertionError(f"seed {seed}; alone: {alone}") from error
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_runs(chunk: int) -> None:
-    for seed in range(chunk * SEEDS, (chunk + 1) * SEEDS):
-        try:
-            run_seed(seed)
-        except Exception as error:
-            raise AssertionError(_named("run_seed", seed)) from error
+    _run_all(run_seed, range(chunk * SEEDS, (chunk + 1) * SEEDS))
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_troubles(chunk: int) -> None:
-    for seed in range(chunk * TROUBLES, (chunk + 1) * TROUBLES):
-        try:
-            run_troubled(seed)
-        except Exception as error:
-            raise AssertionError(_named("run_troubled", seed)) from error
+    _run_all(run_troubled, range(chunk * TROUBLES, (chunk + 1) * TROUBLES))
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_bad_rows(chunk: int) -> None:
-    for seed in range(chunk * FAULTS, (chunk + 1) * FAULTS):
-        try:
-            run_with_too_many_bad(seed)
-        except Exception as error:
-            raise AssertionError(_named("run_with_too_many_bad", seed)) from error
+    _run_all(run_with_too_many_bad, range(chunk * FAULTS, (chunk + 1) * FAULTS))
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_sessions(chunk: int) -> None:
-    for seed in range(chunk * TROUBLES, (chunk + 1) * TROUBLES):
-        try:
-            run_resumed(seed)
-        except Exception as error:
-            raise AssertionError(_named("run_resumed", seed)) from error
+    _run_all(run_resumed, range(chunk * TROUBLES, (chunk + 1) * TROUBLES))
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_faults(chunk: int) -> None:
-    for seed in range(chunk * SEEDS, chunk * SEEDS + FAULTS):
-        try:
-            run_fault(seed)
-        except Exception as error:
-            raise AssertionError(_named("run_fault", seed)) from error
+    _run_all(run_fault, range(chunk * SEEDS, chunk * SEEDS + FAULTS))
 
 
 @pytest.mark.parametrize("chunk", range(4))
 def test_random_bulk(chunk: int) -> None:
-    for seed in range(chunk * BULK, (chunk + 1) * BULK):
-        try:
-            run_bulk(seed)
-        except Exception as error:
-            raise AssertionError(_named("run_bulk", seed)) from error
+    _run_all(run_bulk, range(chunk * BULK, (chunk + 1) * BULK))

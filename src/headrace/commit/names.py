@@ -16,7 +16,8 @@ MANIFEST = "_manifest.json"
 
 _RUN = re.compile(r"run-(\d{5,9})")
 _PART = re.compile(r"part-(\d{2,9})-\d{6,}\.[a-z0-9.]+")
-_ODD = re.compile(r"[\x00-\x1f\x7f]|(^|/)\.{0,2}(/|\Z)")  # a control character; an empty segment, or one of dots
+NO_SEGMENT = r"(^|/)\.{0,2}(/|\Z)"  # in a name: a segment that is empty, or of dots
+_ODD = re.compile(rf"[\x00-\x1f\x7f]|{NO_SEGMENT}")
 
 
 def run_name(generation: int) -> str:

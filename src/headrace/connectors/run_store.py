@@ -28,7 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from headrace.commit.names import PRIVATE
+from headrace.commit.names import NO_SEGMENT, PRIVATE
 from headrace.connectors import retries, storage
 from headrace.connectors.redact import redact
 from headrace.connectors.whole_disk import LEAST_FILES, WholeDisk
@@ -51,7 +51,7 @@ DIGEST = "headrace-digest"  # user metadata of staged objects
 DELETE_AT_ONCE = 1000
 
 _TEMPORARY = f"{PRIVATE}/tmp"  # how names of what is on its way begin: no folder, which nobody could remove in time
-_OUTSIDE = re.compile(r"\0|(^|/)\.{0,2}(/|\Z)")  # a segment that is empty, or of dots
+_OUTSIDE = re.compile(rf"\0|{NO_SEGMENT}")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
@@ -174,13 +174,12 @@ class LocalRunStore:
 
     def sync(self, files: Sequence[OutputFile]) -> tuple[OutputFile, ...]:
         paths = [self._path(f.staged) for f in files]
-        if len(files) >= LEAST_FILES and self._disk is not None and self._disk.sync():
-            good = [os.path.exists(p) for p in paths]
-            with self._errors(self.root):
-                for folder in sorted({os.path.dirname(p) for p in paths}):
-                    self._sync_above(folder)
-            return tuple(f for f, ok in zip(files, good, strict=True) if not ok)
         folders = sorted({os.path.dirname(p) for p in paths})
+        if len(files) >= LEAST_FILES and self._disk is not None and self._disk.sync():
+            with self._errors(self.root):
+                for folder in folders:
+                    self._sync_above(folder)
+            return tuple(f for f, path in zip(files, paths, strict=True) if not os.path.exists(path))
         with self._errors(self.root), ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="headrace-sync") as pool:
             good = list(pool.map(_sync_file, paths)) if len(paths) > 1 else [_sync_file(p) for p in paths]
             bad_folders = {f for f, ok in zip(folders, pool.map(_sync_file, folders), strict=True) if not ok}

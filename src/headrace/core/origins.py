@@ -41,7 +41,7 @@ def join_origins(origins: Sequence[Origin]) -> Origin:
 def chosen(origin: Origin, rows: np.ndarray) -> Origin:
     """Where these of a batch's rows came from. rows: positions in the batch, ascending, maybe repeated, at least one."""
     if not origin.known:
-        return origin.inexact() if origin.kept else origin
+        return origin.some()
     positions = rows if origin.index is None else origin.index[rows]
     whole = origin if origin.index is None else Origin(origin.segments)
     first, stop = int(positions[0]), int(positions[-1]) + 1

@@ -69,13 +69,17 @@ class Origin:
         """The same place, for rows that a function may have dropped, added or reordered."""
         return Origin(self.segments, exact=False) if self.known or self.listed or self.kept else self
 
+    def some(self) -> Origin:
+        """The same place, for some of the rows, which are not known one by one."""
+        return self.inexact() if self.kept else self
+
     def slice(self, start: int, rows: int) -> Origin:
         """The origin of block rows [start, start + rows); unchanged when rows are not known one by one."""
         if self.index is not None and rows:
             positions = self.index[start : start + rows]
             first = int(positions[0])
             return Origin(self._cut(first, int(positions[-1]) + 1 - first), exact=False, index=positions - first)
-        return Origin(self._cut(start, rows)) if self.exact else self.inexact() if self.kept else self
+        return Origin(self._cut(start, rows)) if self.exact else self.some()
 
     def _cut(self, start: int, rows: int) -> tuple[Segment, ...]:
         """Positions [start, start + rows) of the concatenated segments."""

@@ -150,29 +150,33 @@ class NumpyReader:
             self._immutable = [how[3] for how in self._how]
 
     def _converted(self, column: pa.Array, how: _How) -> np.ndarray:
-        dtype, width, convert, _ = how
-        if dtype is not None and len(column) and not column.null_count:
-            value = np.frombuffer(column.buffers()[1], dtype, len(column), column.offset * width)
-        else:
+        value = _look(column, how)
+        if value is None:
             found = None if self._shared is None else self._shared.find(column)
-            value = convert(column) if found is None else found
+            value = how[2](column) if found is None else found
         value.setflags(write=False)
         return value
+
+
+def _look(column: pa.Array, how: _How) -> np.ndarray | None:
+    """Numbers without nulls, where they lie."""
+    dtype, width, _, _ = how
+    if dtype is None or not len(column) or column.null_count:
+        return None
+    return np.frombuffer(column.buffers()[1], dtype, len(column), column.offset * width)
 
 
 def _whole_column(column: pa.Array, how: _How) -> np.ndarray | None:
     """A column whose slices are slices of this array, which takes little memory of its own. None: it is better converted
     slice by slice.
     """
-    dtype, width, _, _ = how
-    if dtype is not None and len(column) and not column.null_count:
-        value = np.frombuffer(column.buffers()[1], dtype, len(column), column.offset * width)
-    elif _is_text(column.type) and len(column) >= REPEATED_ROWS:
+    value = _look(column, how)
+    if value is None:
+        if not _is_text(column.type) or len(column) < REPEATED_ROWS:
+            return None
         if len(column.slice(0, REPEATED_ROWS).unique()) > REPEATED_SHARE * REPEATED_ROWS:
             return None
         value = _few_texts(column)
-    else:
-        return None
     value.setflags(write=False)
     return value
 

@@ -7,7 +7,7 @@ A function of batches as the last step may do anything, but what it gives back a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from headrace.contracts.sink import CarryingSink
@@ -24,9 +24,7 @@ def carry_stored(plan: Plan, at_end: Columns, notes: list[str], *, leave: bool) 
     steps = _traced(_names(plan), plan.ops)
     if steps is None:
         return plan, _given_back(plan, plan.write.sink, notes)
-    came = {source for source in steps[-1].values() if source is not None}
-    taken = plan.write.sink.carries(plan.read.source, [name for name in steps[0] if name in came])
-    sources = {name: source for name, source in steps[-1].items() if source is not None and source in taken}
+    sources = _taken(plan, plan.write.sink, steps)
     if not sources:
         return plan, None
     names = tuple(steps[-1])
@@ -49,19 +47,21 @@ def _given_back(plan: Plan, sink: CarryingSink, notes: list[str]) -> Carried | N
     op = plan.ops[last] if last >= 0 else None
     if not isinstance(op, MapBatches) or op.types or op.batch_format != "numpy":
         return None
-    names = _names(plan)
-    steps = _traced(names, plan.ops[:last])
-    if steps is None:
-        return None
-    came = {source for source in steps[-1].values() if source is not None}
-    taken = sink.carries(plan.read.source, [name for name in names if name in came])
-    sources = {name: source for name, source in steps[-1].items() if source is not None and source in taken}
+    steps = _traced(_names(plan), plan.ops[:last])
+    sources = {} if steps is None else _taken(plan, sink, steps)
     if not sources:
         return None
     notes.append(
         f"what {op.name} gives back unchanged of {len(sources)} columns is copied encoded, where a row group stays whole"
     )
     return Carried(None, sources)
+
+
+def _taken(plan: Plan, sink: CarryingSink, steps: Sequence[Mapping[str, str | None]]) -> dict[str, str]:
+    """Columns at the end of these steps that the sink would take over -> the input columns that they are."""
+    came = {source for source in steps[-1].values() if source is not None}
+    taken = sink.carries(plan.read.source, [name for name in steps[0] if name in came])
+    return {name: source for name, source in steps[-1].items() if source is not None and source in taken}
 
 
 def _traced(names: Sequence[str], ops: Sequence[Op]) -> list[dict[str, str | None]] | None:
