@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
 
 from headrace.core.receipts import OutputFile
@@ -61,4 +62,13 @@ class RunStore(Protocol):
 
     def remove(self, name: str) -> None:
         """Remove an object, or all below a folder. Nothing to remove is no error."""
+        ...
+
+
+@runtime_checkable
+class WatchingStore(RunStore, Protocol):
+    """A store whose `sync` does better when it is told before the first file is staged."""
+
+    def watch(self) -> AbstractContextManager[None]:
+        """Until it is left, files may be staged. One at a time; entered and left by any threads."""
         ...

@@ -44,6 +44,7 @@ from headrace.commit.protocol import (
 )
 from headrace.commit.records import Finished, Record, Released, Settled
 from headrace.contracts.accumulator import Accumulator
+from headrace.contracts.run_store import WatchingStore
 from headrace.core.errors import DestinationError, HeadraceError, InternalError, UserCodeError
 from headrace.core.receipts import LineageRun, OutputFile, Tally
 from headrace.core.splits import Split
@@ -291,9 +292,8 @@ class Committer:
         """Begin. post: how to stop the driver with an error; called from the committer's thread."""
         self._post = post
         if self._loop is not None and self._opened is not None:
-            watch = getattr(self._opened.store, "watch", None)
-            if watch is not None:
-                self._watching.enter_context(watch())
+            if isinstance(self._opened.store, WatchingStore):
+                self._watching.enter_context(self._opened.store.watch())
             self._thread = threading.Thread(target=self._work, name="headrace-committer", daemon=True)
             self._thread.start()
 
