@@ -87,7 +87,7 @@ class DroppingStore:
     def chunks(self, name: str) -> Iterator[bytes]:
         return iter([self._kept[name]] if name in self._kept else ())
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         """Heartbeats, and the marker of success."""
 
     def write_pieces(self, name: str, pieces: Callable[[], Iterable[bytes]]) -> None:

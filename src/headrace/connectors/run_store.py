@@ -42,6 +42,7 @@ Pieces = Callable[[], Iterable[bytes]]
 
 CHUNK_BYTES = 1 << 20
 SYNC_THREADS = 8  # fsyncs at once: 80 us a file instead of 180 where the disk has a queue
+FEW_SYNCS = 2  # done before a thread has started
 COPY_THREADS = 16  # requests at once, each some 20 ms of waiting
 COPY_MOST_BYTES = 5 << 30  # S3 copies no larger object in one request
 PART_BYTES = 8 << 20
@@ -154,19 +155,21 @@ class LocalRunStore:
         except OSError as e:
             raise DestinationError(f"can't read there: {e.strerror}", where=(("file", path),)) from e
 
-    def write(self, name: str, data: bytes) -> None:
-        self.write_pieces(name, lambda: (data,))
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
+        self.write_pieces(name, lambda: (data,), durable=durable)
 
-    def write_pieces(self, name: str, pieces: Pieces) -> None:
+    def write_pieces(self, name: str, pieces: Pieces, *, durable: bool = True) -> None:
         """As `write`, for what is too large for memory."""
         path = self._path(name, make=True)
         with self._errors(path):
-            temporary = self._written(pieces())
+            temporary = self._written(pieces(), sync=durable)
             try:
                 os.replace(temporary, path)
-            finally:
+            except BaseException:
                 _unlink(temporary)
-            _sync_folder(os.path.dirname(path))
+                raise
+            if durable:
+                _sync_folder(os.path.dirname(path))
 
     def names(self, folder: str) -> Iterator[str]:
         top = self._path(folder) if folder else self.root
@@ -180,9 +183,9 @@ class LocalRunStore:
                 for folder in folders:
                     self._sync_above(folder)
             return tuple(f for f, path in zip(files, paths, strict=True) if not os.path.exists(path))
-        with self._errors(self.root), ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="headrace-sync") as pool:
-            good = list(pool.map(_sync_file, paths)) if len(paths) > 1 else [_sync_file(p) for p in paths]
-            bad_folders = {f for f, ok in zip(folders, pool.map(_sync_file, folders), strict=True) if not ok}
+        with self._errors(self.root):
+            good = _sync_files(paths)
+            bad_folders = {f for f, ok in zip(folders, _sync_files(folders), strict=True) if not ok}
             for folder in folders:
                 if folder not in bad_folders:
                     self._sync_above(folder)
@@ -343,6 +346,10 @@ class LocalRunStore:
         return f"{where}/{base}"
 
     def _check_inside(self, folder: str) -> None:
+        """Raise DestinationError if a link on the way there from the root leads out of it."""
+        parts = [part for part in folder[len(self.root) :].split("/") if part]
+        if not any(map(os.path.islink, itertools.accumulate(parts, os.path.join, initial=self.root))):
+            return
         self._real = self._real or os.path.realpath(self.root)
         real = os.path.realpath(folder)
         if real != self._real and not real.startswith(self._real.rstrip("/") + "/"):
@@ -492,6 +499,13 @@ def _sync_file(path: str) -> bool:
     return True
 
 
+def _sync_files(paths: Sequence[str]) -> list[bool]:
+    if len(paths) <= FEW_SYNCS:
+        return [_sync_file(p) for p in paths]
+    with ThreadPoolExecutor(SYNC_THREADS, thread_name_prefix="headrace-sync") as pool:
+        return list(pool.map(_sync_file, paths))
+
+
 def _sync_folder(path: str) -> None:
     if not _sync_file(path):
         raise OSError(errno.EIO, os.strerror(errno.EIO), path)
@@ -565,7 +579,7 @@ class S3RunStore:
         key = self._key(name)
         return storage.found(self.uri(name), lambda: bytes(obstore.get(self._store(), key).bytes()))
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         import obstore
 
         key = self._key(name)

@@ -37,8 +37,11 @@ class RunStore(Protocol):
         """The object's bytes, piece by piece, each of some megabytes at most; nothing when there is none. For large objects."""
         ...
 
-    def write(self, name: str, data: bytes) -> None:
-        """Atomically over what is there, durable on return. For advice (a heartbeat) and for what comes last (the manifest)."""
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
+        """Atomically over what is there, durable on return. For what comes last (the manifest).
+
+        durable: False for advice (a heartbeat): after a power cut it may be as it was before, or hold anything.
+        """
         ...
 
     def names(self, folder: str) -> Iterator[str]:

@@ -50,7 +50,7 @@ class MemoryRunStore:
         data = self.read(name) or b""
         return (data[start : start + 1000] for start in range(0, len(data), 1000))
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         self.before("write", name)
         with self._lock:
             self.objects[name] = data

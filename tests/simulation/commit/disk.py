@@ -110,9 +110,9 @@ class Handle:
         data = self.read(name)
         return iter(() if data is None else (data,))
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, *, durable: bool = True) -> None:
         fault = self._begin("write")
-        self.disk.put(name, data, durable=True)
+        self.disk.put(name, data, durable=durable)
         self._end(fault, "write")
 
     def names(self, folder: str) -> Iterator[str]:

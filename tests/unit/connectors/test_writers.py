@@ -210,12 +210,12 @@ def _dying(real: Any, calls: int, *, after: bool) -> Any:
     """A method that works so many times, and then dies before or after its effect."""
     left = [calls]
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **named: Any) -> Any:
         left[0] -= 1
         if left[0] >= 0:
-            return real(*args)
+            return real(*args, **named)
         if after:
-            real(*args)
+            real(*args, **named)
         raise KeyboardInterrupt
 
     return call

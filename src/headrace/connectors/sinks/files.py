@@ -151,7 +151,8 @@ class FileSink(ABC):
         open_store(self.path).check()
 
     def store(self) -> LocalRunStore | S3RunStore:
-        return open_store(self.path, probe=True)
+        self._opened = open_store(self.path, probe=True)
+        return self._opened
 
     def bind(self, run: str, epoch: int, schema: pa.Schema | None) -> Self:
         if generation_of(run) < 0:
@@ -159,12 +160,12 @@ class FileSink(ABC):
         out = copy.copy(self)
         out._run, out._epoch, out._generation = run, epoch, generation_of(run)
         out._schema = schema
-        out._opened = None
-        if storage.is_remote(self.path):
+        if storage.is_remote(self.path):  # and another store, that knows where scratch files are
             claims.remove_stale(tempfile.gettempdir())
             out._scratch = os.path.join(tempfile.gettempdir(), f"headrace-staging-{secrets.token_hex(6)}")
             claims.claim(out._scratch, out)
         else:
+            out._opened = self._opened
             forget_folders(self.path)
         return out
 

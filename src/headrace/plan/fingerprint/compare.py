@@ -24,6 +24,8 @@ def differences(old: Json, new: Json) -> list[str]:
     if old.get("format") != new.get("format"):
         was = _show(old.get("format"))
         return [f"the plan was recorded in another format ({was}, now {_show(new.get('format'))}): it can't be compared"]
+    if old == new:
+        return []
     out: list[str] = []
     out += _values("input", _dict(old.get("input")), _dict(new.get("input")))
     out += _steps(_list(old.get("steps")), _list(new.get("steps")))
