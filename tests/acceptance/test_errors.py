@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 
 import headrace as hr
@@ -35,6 +36,7 @@ def test_a_user_function_that_raises(data: Path, tmp_path: Path, quiet: Options)
     assert "headrace/worker" not in text, "only the user's frames"
     where = dict(caught.value.where)
     assert "f3.parquet" in where["rows"]
+    assert 'on_error="skip"' in caught.value.hint
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
@@ -122,3 +124,16 @@ def test_a_limit_after_an_evaluation_is_refused(data: Path) -> None:
     ds = hr.read_parquet(data).evaluate(n=hr.metrics.Count())
     with pytest.raises(hr.PlanError, match=r"limit\(\) before evaluate\(\)"):
         ds.limit(3)
+
+
+def test_a_filter_that_names_no_column_of_the_input(data: Path) -> None:
+    with pytest.raises(hr.PlanError) as caught:
+        hr.read_parquet(data).filter(pc.field("zz") > 0).explain()
+    assert str(caught.value).splitlines()[0].endswith("No match for FieldRef.Name(zz)")
+    assert ("columns there", "id, x, name, label, nested, when") in caught.value.where
+    assert "__headrace" not in str(caught.value)
+
+
+def test_a_filter_in_words() -> None:
+    with pytest.raises(hr.PlanError, match="'x > 0' is no filter"):
+        hr.range(3).filter("x > 0")

@@ -309,3 +309,45 @@ def test_an_append_that_lands_when_the_session_is_over(
     marker.unlink()
     ds.write_parquet(out, outputs="per_input", **quiet)
     assert rows_of(out) == [{**row, "y": row["x"] * 2} for row in read_back(data).to_pylist()]
+
+
+def test_a_function_that_failed_at_once_may_be_mended(data: Path, tmp_path: Path) -> None:
+    def work(row: dict[str, Any]) -> dict[str, Any]:
+        raise ValueError("not yet")
+
+    ds = hr.read_parquet(data)
+    with pytest.raises(hr.UserCodeError):
+        ds.map(work).write_parquet(tmp_path / "out", progress="quiet")
+    run = ds.map(lambda row: {"id": row["id"]}).write_parquet(tmp_path / "out", progress="quiet")
+    assert run.rows == 200
+    assert read_back(tmp_path / "out")["id"].to_pylist() == list(range(200))
+    assert hr.verify(str(tmp_path / "out")).ok
+
+
+def test_a_stop_while_the_functions_are_tried_is_no_death(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ds = hr.read_parquet(data).map(lambda row: {"id": row["id"]})
+
+    def interrupted(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("headrace.api.session.choose", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ds.write_parquet(tmp_path / "out", progress="quiet")
+    run = ds.write_parquet(tmp_path / "out", progress="quiet")  # waits for nobody's heartbeat
+    assert (run.sessions, run.engine, run.rows) == (2, "threads", 200)
+
+
+def test_the_functions_of_a_finished_run_are_not_called(data: Path, tmp_path: Path) -> None:
+    marker = str(tmp_path / "calls")
+
+    def work(row: dict[str, Any]) -> dict[str, Any]:
+        with open(marker, "a") as file:
+            file.write(".")
+        return {"id": row["id"]}
+
+    ds = hr.read_parquet(data).map(work)
+    ds.write_parquet(tmp_path / "out", progress="quiet")
+    os.unlink(marker)
+    assert ds.write_parquet(tmp_path / "out", progress="quiet").already_done
+    assert not os.path.exists(marker)

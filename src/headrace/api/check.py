@@ -18,7 +18,7 @@ from headrace.api.planning import Prepared, parse_options, prepare
 from headrace.api.sampling import Sample, take_sample
 from headrace.api.session import accumulators_of, make_driver
 from headrace.api.trial import Rows, TrialAside, TrialReceipt, TrialSink, TrialSource, common_schema, schema_of
-from headrace.core.errors import DataError, HeadraceError, InternalError, PlanError
+from headrace.core.errors import HeadraceError, InternalError, PlanError
 from headrace.core.guards import split_guards
 from headrace.core.options import ActionOptions, RunOptions
 from headrace.core.resources import CPU_POOL, WorkerSpec
@@ -62,7 +62,7 @@ def check(plan: Plan, rows: int | None, splits: int, price_per_hour: float | Non
 def _check(plan: Plan, rows: int | None, splits: int, price_per_hour: float | None, parsed: RunOptions) -> Rehearsal:
     name = f"check of {' > '.join([plan.read.name, *(op.name for op in plan.ops)])}"
     try:
-        ready, notes = _prepared(plan, parsed)
+        ready = _prepared(plan, parsed)
         source = ready.program.source
         sample = take_sample(source, ready.physical.limits, rows or FIRST_ROWS, splits)
     except PlanError:
@@ -77,7 +77,7 @@ def _check(plan: Plan, rows: int | None, splits: int, price_per_hour: float | No
         sample = take_sample(source, ready.physical.limits, more, splits)
         trial = _Trial(ready, source.schema())
         trial.run(sample, splits)
-    return _report(name, plan, trial, sample, notes, price_per_hour)
+    return _report(name, plan, trial, sample, price_per_hour)
 
 
 def _more_rows(plan: Plan, trial: _Trial, sample: Sample) -> int:
@@ -105,17 +105,10 @@ def _trial_options(options: ActionOptions) -> RunOptions:
     return replace(asked, on_error="quarantine", max_bad_rows=None, max_bad_fraction=None, progress="quiet", take_over=False)
 
 
-def _prepared(plan: Plan, options: RunOptions) -> tuple[Prepared, list[str]]:
-    """The plan as the run would have it, and notes. Where choosing the engine stumbles over input, a fixed one is taken."""
+def _prepared(plan: Plan, options: RunOptions) -> Prepared:
+    """The plan as the run would have it."""
     ops = tuple(_without_end(op) for op in plan.ops)
-    written = Plan(plan.read, ops, Write(TrialSink()))
-    try:
-        return prepare(written, options), []
-    except PlanError:
-        raise
-    except DataError:  # of the first rows; where all is broken, this raises again
-        ready = prepare(written, replace(options, engine="threads"))
-        return ready, ["the engine could not be chosen by the first rows, which can't be read: threads were used"]
+    return prepare(Plan(plan.read, ops, Write(TrialSink())), options)
 
 
 def _without_end(op: Op) -> Op:
@@ -227,9 +220,7 @@ def _few(workers: Sequence[WorkerSpec], most: int) -> tuple[WorkerSpec, ...]:
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def _report(
-    name: str, plan: Plan, trial: _Trial, sample: Sample, notes: Sequence[str], price_per_hour: float | None
-) -> Rehearsal:
+def _report(name: str, plan: Plan, trial: _Trial, sample: Sample, price_per_hour: float | None) -> Rehearsal:
     receipts, aside = trial.receipts, trial.aside
     schemas = [(trial.pieces[i].label, schema_of(r)) for i, r in sorted(receipts.items()) if r.schema]
     conflicts, drifts = _drift(schemas)
@@ -262,7 +253,7 @@ def _report(
         workers=workers,
     )
     if ended:  # what was measured until then says nothing of the whole
-        return replace(report, notes=(*notes,))
+        return report
     found = _estimated(plan, trial, sample, output, workers)
     measured = found.expected_s is not None
     return replace(
@@ -277,7 +268,7 @@ def _report(
         expected_high_s=found.high_s,
         memory_bytes=found.memory_bytes if measured else None,
         cost=found.expected_s / 3600 * price_per_hour if found.expected_s is not None and price_per_hour is not None else None,
-        notes=(*notes, *_notes(plan, trial.ready, sample, found, failed)),
+        notes=tuple(_notes(plan, trial.ready, sample, found, failed)),
     )
 
 

@@ -89,6 +89,8 @@ class Dataset:
         """
         if type(predicate).__name__ == "Expression" and type(predicate).__module__.startswith("pyarrow"):
             return self._with(FilterExpr(predicate, ()))
+        if isinstance(predicate, str):
+            raise PlanError(f"{predicate!r} is no filter", hint='give an expression, pc.field("x") > 0, or a function of a row')
         return self._with(FilterRows(_function(predicate, (), fn_kwargs, (), None)))
 
     def map(

@@ -1,5 +1,9 @@
 """Planning of an action: check options, resolve names by the input's schema, apply the rules, cut into stages, choose workers
-and engine. Reads the first input's schema (and, to choose an engine, runs its first rows); starts nothing.
+and engine. Reads the first input's schema; starts nothing.
+
+`lay_out` refuses what can never run, and calls no function of the user's. `choose` may run the first rows in this process, to
+choose an engine. Between the two a session enters itself in its log: should a function end the process, the next one knows
+(and by the marks of runtime/trial_mark.py where there is no log).
 """
 
 from __future__ import annotations
@@ -33,9 +37,11 @@ from headrace.plan.nodes import (
 )
 from headrace.plan.physical import PhysicalPlan, is_stream, make_physical
 from headrace.plan.rules import optimise
-from headrace.runtime.engine import choose_engine
+from headrace.runtime.engine import Choice, asked_engine, choose_engine
 from headrace.runtime.machine import block_budget_bytes, detect_machine
 from headrace.worker.program import Program
+
+LEAST_ROWS_UNSHARED = 1024  # of blocks of splits that no two workers share: enough to hide what a block costs
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -43,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A plan ready to run; nothing has been started."""
+    """A plan ready to run; nothing has been started. engine "auto": it has no workers yet, and goes to `choose`."""
 
     written: Plan
     physical: PhysicalPlan
@@ -53,6 +59,8 @@ class Prepared:
     budget_bytes: int
     notes: tuple[str, ...]
     options: RunOptions
+    machine: Machine
+    at_end: Columns
     cluster: Any = None  # engine "ray": {pool: substrates.ray.placement.Shape}
 
 
@@ -100,16 +108,17 @@ def _check_number(name: str, value: object, wanted: str, good: Callable[[float],
         raise PlanError(f"{name} is {value!r}", hint=f"use {wanted}")
 
 
-def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL, *, after_crash: bool = False) -> Prepared:
-    """Everything that is decided before work starts. Raises PlanError for what can never run.
+def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
+    """Everything that is decided before work starts. Raises PlanError for what can never run."""
+    return choose(lay_out(plan, options, at_end))
 
-    after_crash: an earlier session of this run died at work, maybe of the user's code.
-    """
+
+def lay_out(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
+    """Everything that is decided without the user's functions. Raises PlanError for what can never run."""
     if options.engine == "auto" and getattr(plan.read.source, "on_cluster", False):
         options = replace(options, engine="ray")
     on_ray = options.engine == "ray"
     machine = cluster_machine() if on_ray else detect_machine()
-    cores = options.cpus or machine.cores
     if options.devices is not None:
         machine = replace(machine, devices=options.devices)
     resolved = resolve(plan)
@@ -129,24 +138,48 @@ def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL, *, after_cra
         sys_path=tuple(sys.path),
         carried=carried,
     )
-    choice = choose_engine(options.engine, program, cores, timeout=options.timeout, after_crash=after_crash)
-    notes = (*notes, f"engine {choice.engine}: {choice.why}")
+    choice = asked_engine(options.engine, program, options.timeout)
+    budget = options.memory_bytes or block_budget_bytes(machine)
+    ready = Prepared(plan, physical, program, (), "auto", budget, notes, options, machine, at_end)
+    if not on_ray:
+        _local_shares(optimised, pool_of)  # refuses
+    return ready if choice is None else _with_engine(ready, choice, pool_of)
+
+
+def choose(ready: Prepared, *, after_crash: bool | None = None) -> Prepared:
+    """The plan with an engine; as it is where it has one.
+
+    after_crash: an earlier session of this run died at work, maybe of the user's code; None: it keeps no log.
+    """
+    if ready.engine != "auto":
+        return ready
+    choice = choose_engine(ready.program, ready.options.cpus or ready.machine.cores, after_crash=after_crash)
+    return _with_engine(ready, choice, _PoolChoice(ready.machine, waiting=choice.models_wait))
+
+
+def _with_engine(ready: Prepared, choice: Choice, pool_of: _PoolChoice) -> Prepared:
+    """With its workers, and stages as they suit the engine."""
+    options, plan, physical, program = ready.options, ready.physical.plan, ready.physical, ready.program
+    notes = (*ready.notes, f"engine {choice.engine}: {choice.why}")
     if options.execution == "bulk":
         notes = (*notes, "bulk: each stage begins when the one before it has ended, for all rows")
     if choice.models_wait:
-        pool_of = _PoolChoice(machine, waiting=True)
-        physical = make_physical(optimised, delivers=plan.write is None, pool_of=pool_of, at_end=at_end)
+        physical = make_physical(plan, delivers=ready.written.write is None, pool_of=pool_of, at_end=ready.at_end)
         program = replace(program, stages=physical.stages)
         notes = (*notes, "the model mostly waits: it has workers of its own beside the CPU workers")
-    if on_ray:
-        placed = place_on_cluster(optimised, physical, pool_of, options)
+    ready = replace(ready, physical=physical, program=program, engine=choice.engine, notes=notes)
+    if choice.engine == "ray":
+        placed = place_on_cluster(plan, physical, pool_of, options)
         budget = options.memory_bytes or placed.budget_bytes
-        return Prepared(plan, physical, program, placed.workers, "ray", budget, (*notes, *placed.notes), options, placed.shapes)
+        notes = (*notes, *placed.notes)
+        return replace(ready, workers=placed.workers, budget_bytes=budget, notes=notes, cluster=placed.shapes)
+    cores = options.cpus or ready.machine.cores
     if options.cpus is None and (choice.small or choice.engine == "inline"):
         cores = 1  # more would take turns, and hand blocks to each other
-    workers = _workers(physical, cores, machine, _local_shares(optimised, pool_of))
-    budget = options.memory_bytes or block_budget_bytes(machine)
-    return Prepared(plan, physical, program, workers, choice.engine, budget, notes, options)
+    workers = _workers(physical, cores, ready.machine, _local_shares(plan, pool_of))
+    if len(workers) == 1:  # nobody shares its splits
+        program = replace(program, limits=replace(program.limits, least_rows=LEAST_ROWS_UNSHARED))
+    return replace(ready, workers=workers, program=program)
 
 
 def resolve(plan: Plan) -> Plan:
@@ -204,8 +237,11 @@ def _expression_columns(expression: Any, schema: pa.Schema | None) -> tuple[str,
     try:
         return columns_of(expression, schema)
     except pa.ArrowInvalid as error:
-        text = f"the filter {expression} can't be used on this input: {error}"
-        raise PlanError(text, hint="check the column names") from None
+        why = str(error)
+        if "FieldRef" in why:
+            why, _, _ = why.partition(" in ")  # what follows are the columns, a line each, and one of ours
+        text = f"the filter {expression} can't be used on this input: {why}"
+        raise PlanError(text, where=(("columns there", ", ".join(schema.names)),), hint="check the column names") from None
     except (pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
         text = f"the filter {expression} does not fit the columns' types: {error}"
         raise PlanError(text, hint="cast one side") from None

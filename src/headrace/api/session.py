@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from headrace.api.placing import reach
-from headrace.api.planning import Prepared, parse_options, prepare, resolve, static_schema
+from headrace.api.planning import Prepared, choose, lay_out, parse_options, prepare, resolve, static_schema
 from headrace.api.reproduce import reproduce
 from headrace.connectors import environment
 from headrace.connectors.storage import is_remote
@@ -27,13 +27,14 @@ from headrace.plan.columns import ALL, Columns
 from headrace.plan.fingerprint import fingerprint
 from headrace.plan.fingerprint.compare import differences
 from headrace.plan.nodes import Evaluate, Op, Plan, Predict, Write
-from headrace.runtime.committer import Committer
+from headrace.runtime.committer import Committer, beating
 from headrace.runtime.driver import Driver
 from headrace.runtime.ledger import (
     OpenedRun,
     check_latest,
     check_presence,
     compare_listing,
+    leave,
     mark_complete,
     open_run,
     successor,
@@ -180,9 +181,9 @@ def _write(written: Plan, sink: Sink, schema: pa.Schema | None, parsed: RunOptio
     store = sink.store()
     if store is None:
         return _run_unlogged(written, parsed, at_end)
-    # Before planning, which may try the user's functions, and what they change is no part of what they mean.
+    # Before the user's functions are tried: what they change is no part of what they mean.
     meaning = fingerprint(written, settings={"on_error": parsed.on_error, "deterministic": parsed.deterministic})
-    ready = prepare(written, parsed, at_end)  # all that can be refused is refused before the destination is touched
+    laid_out = lay_out(written, parsed, at_end)  # all that can be refused is refused before the destination is touched
     opened = open_run(
         store,
         meaning,
@@ -192,11 +193,17 @@ def _write(written: Plan, sink: Sink, schema: pa.Schema | None, parsed: RunOptio
         differences=differences,
         sleep=_Waiting(parsed.progress != "quiet"),
     )
-    if opened.after_crash:
-        ready = prepare(written, parsed, at_end, after_crash=True)
     bound = sink.bind(opened.run, opened.epoch, schema)
     if opened.finished:
-        return _finished_before(ready, bound, opened, schema)
+        return _finished_before(laid_out, bound, opened, schema)
+    try:  # only now, with this session in the log: trying the functions may end the process, and the next session must know
+        with beating(opened):
+            ready = choose(laid_out, after_crash=opened.after_crash)
+    except BaseException:
+        leave(opened)
+        raise
+    if opened.after_crash and laid_out.engine == "auto" and parsed.progress != "quiet":
+        print(f"headrace: {ready.notes[len(laid_out.notes)]}", file=sys.stderr, flush=True)
     return _run_logged(replace(ready, program=replace(ready.program, sink=bound)), bound, opened, schema)
 
 
@@ -331,7 +338,8 @@ def _refuse_own_output(plan: Plan, sink: Sink) -> None:
 
 def plain(error: BaseException) -> BaseException:
     """The error as its reader wants it: without the frames of the engine that carried it here."""
-    return error.with_traceback(None) if isinstance(error, HeadraceError) and not isinstance(error, InternalError) else error
+    told = isinstance(error, HeadraceError | KeyboardInterrupt) and not isinstance(error, InternalError)
+    return error.with_traceback(None) if told else error
 
 
 def stream(plan: Plan, options: ActionOptions, *, refs: bool = False) -> Iterator[Any]:

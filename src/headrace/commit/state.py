@@ -16,9 +16,9 @@ from headrace.core.receipts import Tally
 
 
 class LogState:
-    """next: index of the segment that comes next. owner: who claimed last; released: and left. deltas: metrics of segments,
-    for whoever knows how to merge them; taken from here. listing: in order; listed: splits in it. spool: where settled splits
-    lie; None: in memory.
+    """next: index of the segment that comes next. owner: who claimed last; released: and left. deserted: an owner before it did
+    not, having died or been taken over. deltas: metrics of segments, for whoever knows how to merge them; taken from here.
+    listing: in order; listed: splits in it. spool: where settled splits lie; None: in memory.
     """
 
     def __init__(self, run: str, spool: Spool | None = None) -> None:
@@ -27,6 +27,7 @@ class LogState:
         self.epoch = 0
         self.owner: Claim | None = None
         self.released = False
+        self.deserted = False
         self.replaced = ""
         self.finished: Mapping[str, Any] | None = None
         self.tally = Tally()
@@ -52,6 +53,7 @@ class LogState:
                 case Listed():
                     self._list(segment, record)
                 case Claim():
+                    self.deserted |= self.owner is not None and not self.released
                     self.epoch, self.owner, self.released = record.epoch, record, False
                 case Released():
                     self.released = True

@@ -188,7 +188,7 @@ def _failures(failures: Sequence[Failure]) -> list[str]:
         lines.append(f"{first.stage}: {words.one_line(first.error)[:SHOWN_CHARS]}")
         where = _place(first)
         if rows > 1:
-            where += f"{', and ' if where else ''}{words.plural(rows - first.rows, 'other row')}"
+            where += f", and {words.plural(rows - min(1, first.rows), 'other row')}" if where else words.plural(rows, "row")
         if where:
             lines.append(f"  {where}")
         if first.next:

@@ -14,7 +14,7 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -479,6 +479,24 @@ class Committer:
         if split >= len(self._settled_here):
             self._settled_here.extend(bytes(max(1024, split + 1 - len(self._settled_here))))
         self._settled_here[split] = 1
+
+
+@contextlib.contextmanager
+def beating(opened: OpenedRun) -> Iterator[None]:
+    """Inside, before there is a committer, other drivers see that this one lives."""
+    left = threading.Event()
+
+    def beat() -> None:
+        while not left.wait(HEARTBEAT_S):
+            write_heartbeat(opened.store, opened.run, opened.epoch, opened.identity, time.time())
+
+    thread = threading.Thread(target=beat, name="headrace-heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
 
 
 def _condemned(splits: Sequence[int]) -> DestinationError:

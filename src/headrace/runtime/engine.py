@@ -7,11 +7,12 @@ the answer; user functions may be called once more on the first rows, as after a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,8 @@ from headrace.core.options import Engine
 from headrace.core.resources import CPU_POOL, WorkerSpec
 from headrace.core.splits import Split
 from headrace.core.stages import End, Order, Stage
-from headrace.plan.nodes import FilterRows, FlatMap, MapBatches, MapRows, Predict
+from headrace.plan.nodes import AUTO_BATCH_ROWS, FilterRows, FlatMap, MapBatches, MapRows, Predict
+from headrace.runtime.trial_mark import died_of, key_of, mark
 from headrace.worker.program import Program
 
 PROBE_S = 0.03  # enough for about 40 samples of the interpreter lock, too short to be felt
@@ -30,9 +32,11 @@ PROBE_GROWTH = 64  # the next sample has so many times the rows at most
 LATE_S = 0.001  # asking for a free interpreter takes about 0.1 ms; one that is held gives way after 5 ms
 HELD_SHARE = 0.35  # above this, two threads do the work of less than 1.5
 WORTH_S = 0.6  # starting processes costs about 0.25 s: worth it when half of this much locked time is saved
-# What reading and writing holds the lock for, measured on files of 100 rows.
+# What reading and writing takes, measured on files of 100 and of 5,000 rows; of long splits only the first two hold the lock.
 FRAGMENT_S = 0.0003
 SPLIT_S = 0.0005
+BYTE_S = 1.2e-8
+SHORT_SPLIT_S = 0.008  # each of a split's hundreds of short calls hands the lock over: here two threads do no more than one
 TINY_BYTES = 64 << 10  # inputs smaller than this are read and written faster than Python turns to the next
 LOOK_AHEAD = 4096  # inputs listed to see how much there is; with more, processes have paid for themselves
 
@@ -75,43 +79,66 @@ class Choice:
     small: bool = False
 
 
-def choose_engine(
-    asked: Engine, program: Program, cores: int, timeout: float | None = None, after_crash: bool = False
-) -> Choice:
-    """timeout: see RunOptions. after_crash: an earlier session of the run died at work, maybe of the user's functions: they are
-    not run in the driver's own process again, nor probed there.
+def asked_engine(asked: Engine, program: Program, timeout: float | None = None) -> Choice | None:
+    """What the caller's options leave no choice about; None where `choose_engine` has to. timeout: see RunOptions.
 
     Raises PlanError for processes where there are none, and for a timeout that nothing could enforce.
     """
     if asked == "processes" and sys.platform != "linux":
         raise PlanError("processes need Linux (memfd)", hint='use engine="threads"')
-    if asked == "ray":
-        return Choice(asked, "asked for")
-    if timeout is not None:
+    if asked != "ray" and timeout is not None:
         return _killable(asked, program, timeout)
-    if asked != "auto":
-        return Choice(asked, "asked for")
+    return None if asked == "auto" else Choice(asked, "asked for")
+
+
+def choose_engine(program: Program, cores: int, *, after_crash: bool | None = None) -> Choice:
+    """What suits the plan. The probe runs in this process: a function that ends it ends the caller.
+
+    after_crash: an earlier session of the run died at work, maybe of these functions: they are not run here again, unless they
+    can run nowhere else. None: there is no log to tell; marks do.
+    """
     ops = _cpu_ops(program)
     named = [op.name for op in program.ops[:ops] if isinstance(op, FilterRows | MapRows | FlatMap | MapBatches | Predict)]
-    if after_crash and named and sys.platform == "linux" and _ships(program):
-        return Choice("processes", f"the session before died at work; {', '.join(named)} may die in a process of its own")
+    marking: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if named and after_crash is None:
+        key = key_of(program.source.describe(), program.ops[:ops])
+        after_crash, marking = died_of(key), mark(key)
+    if not (named and after_crash):
+        with marking:
+            return _by_work(program, ops, named, cores)
+    died = f"an earlier process died at work, maybe of {', '.join(named)}"
+    if sys.platform == "linux" and _ships(program):
+        return Choice("processes", f"{died}: workers that die are replaced")
+    lack = "the plan can't be sent to them (it does not pickle)" if sys.platform == "linux" else "they need Linux"
+    choice = _by_work(program, ops, named, cores)
+    return replace(choice, why=f"{choice.why}; {died}, which processes would survive, but {lack}")
+
+
+def _by_work(program: Program, ops: int, named: Sequence[str], cores: int) -> Choice:
+    """named: functions among the first `ops` operators, which run on the CPUs."""
     work = _work(program)
     tiny = work.overhead_s >= WORTH_S and work.bytes < TINY_BYTES * work.fragments
     if tiny and sys.platform == "linux" and cores > 1 and _ships(program):
         return Choice("processes", f"{work.fragments} tiny inputs: reading and writing them holds the interpreter lock")
     probe = _probe(program, ops, work) if named else None
-    locked_s, total_s = work.overhead_s, work.overhead_s
-    why, waits = "no function of yours runs on the CPUs", False
+    why, waits, functions_s, held = "no function of yours runs on the CPUs", False, 0.0, 0.0
     if work.small and (not named or (probe is not None and work.is_quick(probe))):
-        return Choice(
-            "threads", f"{work.rows or work.splits} {'rows' if work.rows else 'inputs'}: one worker is enough", small=True
-        )
+        return Choice("threads", f"{work.amount}: one worker is enough", small=True)
     if probe is not None:
-        functions_s = work.functions_s(probe)
-        locked_s += probe.held * functions_s
-        total_s += functions_s
+        functions_s, held = work.functions_s(probe), probe.held
         why = f"{', '.join(named)} held the interpreter lock {probe.held:.0%} of {probe.wall_s * 1e3:.0f} ms"
         waits = probe.models_wait
+    elif named:
+        why = f"{', '.join(named)} could not be tried: there is no row to try, or the first ones fail"
+    told = probe is not None or not named
+    short = told and work.io_s + functions_s <= SHORT_SPLIT_S * work.splits
+    io_s = work.io_s if short else work.overhead_s
+    locked_s, total_s = io_s + held * functions_s, io_s + functions_s
+    if short and locked_s >= HELD_SHARE * total_s:
+        why = f"{work.splits:,} small splits: threads would read and write them in turn"
+        known = work.all and not work.remote
+        if locked_s < WORTH_S and known and not waits and ops == len(program.ops):
+            return Choice("threads", f"{why}, one worker is enough", small=True)
     if locked_s < WORTH_S:
         return Choice("threads", why, waits)
     if locked_s < HELD_SHARE * total_s:
@@ -160,6 +187,17 @@ class Work:
     @property
     def overhead_s(self) -> float:
         return self.splits * SPLIT_S + self.fragments * FRAGMENT_S
+
+    @property
+    def io_s(self) -> float:
+        """What reading and writing takes, by one worker."""
+        return self.overhead_s + self.bytes * BYTE_S
+
+    @property
+    def amount(self) -> str:
+        """In words."""
+        count, unit = (self.rows, "row") if self.rows else (self.splits, "input")
+        return f"{count:,} {unit}" + ("" if count == 1 else "s")
 
     @property
     def small(self) -> bool:
@@ -211,6 +249,9 @@ def _probe(program: Program, ops: int, work: Work) -> Probe | None:
         while found is not None:
             growth = min(max(least, int(aim_s / max(found.wall_s, 1e-6))), PROBE_GROWTH)
             rows, least = min(rows * growth, block.num_rows), 2
+            if rows > AUTO_BATCH_ROWS:
+                import pyarrow.compute  # noqa: F401 - or a column's first call of it would: 20 ms once, with the lock held
+
             found = trial.run(block.slice(0, rows))
             if found is None or found.wall_s >= PROBE_S or rows == block.num_rows or (work.small and work.is_quick(found)):
                 return found
@@ -220,8 +261,9 @@ def _probe(program: Program, ops: int, work: Work) -> Probe | None:
 
 
 def _first_block(program: Program) -> tuple[Split | None, Any]:
+    """Of what can be read; where that is nothing, the run will say."""
     for split in program.source.splits(per_input=False):
-        blocks = program.source.open(split, program.limits)
+        blocks = program.source.open(split, program.limits, lambda bad: None)
         try:
             for block, _ in blocks:
                 if block.num_rows:
@@ -244,7 +286,8 @@ class _Trial:
         stage = Stage(0, "probe", CPU_POOL, Order.SOURCE, End.DELIVER, 0, ops)
         self._source = _Sample(program.source)
         source: Any = self._source
-        trial = replace(program, source=source, ops=program.ops[:ops], stages=(stage,), sink=None)
+        on_error = "fail" if program.on_error == "fail" else "skip"  # nothing is set aside here
+        trial = replace(program, source=source, ops=program.ops[:ops], stages=(stage,), sink=None, on_error=on_error)
         self._body = WorkerBody(trial, WorkerSpec(0, CPU_POOL, "cpu"), LocalStore(0, itertools.count().__next__))
         self._split = split
         self._models = [i for i, op in enumerate(program.ops[:ops]) if isinstance(op, Predict)]
@@ -316,7 +359,7 @@ class _Sample:
     def schema(self) -> Any:
         return self._source.schema()
 
-    def open(self, split: Split, limits: Any) -> Any:
+    def open(self, split: Split, limits: Any, on_bad: Any = None) -> Any:
         from headrace.core.refs import Origin
 
         yield self.block, Origin((), exact=False)

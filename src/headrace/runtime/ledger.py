@@ -7,6 +7,7 @@ heartbeats only make a driver ask before it takes over.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -36,7 +37,7 @@ from headrace.commit.names import (
     staging_folder,
 )
 from headrace.commit.protocol import taken_over
-from headrace.commit.records import Claim, Listed, Record, Replaced, Segment, decode, encode
+from headrace.commit.records import Claim, Listed, Record, Released, Replaced, Segment, decode, encode
 from headrace.commit.state import LogState
 from headrace.connectors.name_set import NameSet
 from headrace.connectors.sinks.manifest import value_in
@@ -103,7 +104,7 @@ class OpenedRun:
 
     run: "run-00000". epoch: this driver's. state: of the log, this driver's claim applied. holds: its files stay staged until
     the run is finished. unpublished: files that the log names and that may not be visible yet. finished: the log is complete,
-    and nothing is claimed; complete: and so is the destination. after_crash: the session before died at work.
+    and nothing is claimed; complete: and so is the destination. after_crash: a session before died at work.
     """
 
     store: RunStore
@@ -137,8 +138,8 @@ def open_run(
     plan: JSON-able, what the output depends on. differences(old, new): lines for people, none when both mean the same.
     alive(pid, started): of a process on this machine.
 
-    Raises DestinationError when the destination holds another run (and not `fresh`), when another driver is at work (and not
-    `take_over`), or when the log is damaged.
+    Raises DestinationError when the destination holds splits of another run (and not `fresh`), when another driver is at work
+    (and not `take_over`), or when the log is damaged.
     """
     opening = _Opening(store, json.loads(json.dumps(plan)), fresh, take_over, identity, differences, sleep, now, alive)
     for _ in range(ROUNDS):
@@ -159,7 +160,7 @@ class _Header:
 
     def encode(self) -> bytes:
         body = {"version": VERSION, "fresh": self.fresh, "holds": self.holds, "replaces": self.replaces, "plan": self.plan}
-        return (json.dumps(body, indent=1) + "\n").encode()
+        return (json.dumps(body) + "\n").encode()  # on one line: with indent= it takes ten times as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,11 +192,11 @@ class _Opening:
         if state.finished is not None:
             return self._finished(run, header, state, differing)
         goes_on = not differing and (not self.fresh or header.fresh)
-        if not goes_on and not self.fresh:
+        if not goes_on and not self.fresh and holds:  # else nobody loses anything: the run failed before its first split
             raise self._other(run, "an unfinished run of another plan", differing)
         dead = self._check_owner(run, state)
         if goes_on:
-            return self._go_on(run, header, state, dead)
+            return self._go_on(run, header, state, dead or state.deserted)
         successor = run_name(generation_of(run) + 1)
         if self._claim(state, Replaced(successor)):
             self._begin(generation_of(successor), holds=holds, replaces=run)
@@ -316,7 +317,7 @@ class _Opening:
         state.apply(segment)
         return True
 
-    def _go_on(self, run: str, header: _Header, state: LogState, dead: bool) -> OpenedRun | None:
+    def _go_on(self, run: str, header: _Header, state: LogState, after_crash: bool) -> OpenedRun | None:
         if not self._claim(state):
             return None
         write_heartbeat(self.store, run, state.epoch, self.identity, self.now())
@@ -334,7 +335,7 @@ class _Opening:
             state,
             header.fresh,
             header.holds,
-            after_crash=dead,
+            after_crash=after_crash,
             unpublished=unpublished,
             notes=tuple(notes),
         )
@@ -433,9 +434,18 @@ def check_latest(opened: OpenedRun) -> None:
         raise DestinationError("a later run has been begun here", where=where, hint="leave it to that one")
 
 
+def leave(opened: OpenedRun) -> None:
+    """Say in the log that this session has left before any work, so that the next one need not ask whether it lives. Never
+    raises.
+    """
+    segment = Segment(opened.state.next, opened.epoch, opened.identity.nonce, (Released(),))
+    with contextlib.suppress(HeadraceError):
+        opened.store.create(log_name(opened.run, opened.state.next), encode(segment))
+
+
 def mark_complete(opened: OpenedRun) -> None:
-    """After the sink has finished: nothing is left to redo."""
-    opened.store.create(complete_name(opened.run), b"")
+    """After the sink has finished: nothing is left to redo. Should a power cut take the mark away, it is redone."""
+    opened.store.write(complete_name(opened.run), b"", durable=False)
 
 
 def successor(opened: OpenedRun) -> HeadraceError | None:
@@ -465,7 +475,7 @@ def write_heartbeat(store: RunStore, run: str, epoch: int, identity: Identity, a
         "at": at,
     }
     try:
-        store.write(heartbeat_name(run), json.dumps(body).encode())
+        store.write(heartbeat_name(run), json.dumps(body).encode(), durable=False)
     except HeadraceError:
         return
 

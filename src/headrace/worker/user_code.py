@@ -207,7 +207,7 @@ def _hint(exc: BaseException, text: str) -> str:
         return "raise an ordinary exception instead of ending the process"
     if isinstance(exc, MemoryError):
         return "try a smaller batch_size"
-    return 'to look into it, run with engine="inline" under pdb'
+    return 'engine="inline" runs it under pdb; on_error="skip", or "quarantine" for a write, goes on without such rows'
 
 
 def is_ours(file: str) -> bool:

@@ -49,6 +49,14 @@ def test_failures_of_a_kind_are_told_once() -> None:
     assert "120 rows of 1,000 sampled failed" in shown
 
 
+def test_a_failure_of_many_rows_says_how_many() -> None:
+    group = Failure("read", "a.parquet", 0, "DataError: broken", rows=1000)
+    shown = text(Rehearsal("check", False, (group,), rows_failed=1000, rows_sampled=2000))
+    assert "row 0 of a.parquet, and 999 other rows" in shown
+    nowhere = Failure("predict(m)", "", None, "ValueError: x", rows=7)
+    assert text(Rehearsal("check", False, (nowhere,), rows_failed=7, rows_sampled=10)).endswith("      7 rows")
+
+
 def test_unusual_texts_are_one_line() -> None:
     failure = Failure("map(f)", "", None, "ValueError: two\nlines\x1b[31m", rows=0)
     shown = text(Rehearsal("check", False, (failure,), stages=(StageCost("s", "cpu", 1, 0.0, 0.0, 0.0),)))

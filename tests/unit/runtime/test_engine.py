@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import headrace as hr
-from headrace.api.planning import prepare
+from headrace.api.planning import choose, lay_out, prepare
 from headrace.core.errors import PlanError
-from headrace.core.options import Engine, RunOptions
+from headrace.core.options import Engine, OnError, RunOptions
 from headrace.core.resources import Machine
 from headrace.runtime.engine import Probe, Work
 
@@ -73,10 +76,71 @@ def test_little_work_gets_one_worker_and_a_short_probe(monkeypatch: pytest.Monke
     assert held_workers(500, add_one, cpus=3)[0] == 3, "what was asked for"
 
 
+@pytest.mark.parametrize("on_error", ["skip", "quarantine"])
+def test_functions_are_tried_where_bad_rows_are_no_end(monkeypatch: pytest.MonkeyPatch, on_error: OnError) -> None:
+    monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: Machine(cores=4, memory_bytes=1 << 30, devices=()))
+    monkeypatch.setattr("headrace.runtime.engine.SMALL_S", 60.0)
+
+    def fails_first(x: np.ndarray) -> np.ndarray:
+        if 0 in x:
+            raise ValueError("the first row")
+        return x
+
+    assert held_workers(500, add_one, on_error=on_error)[0] == 1
+    assert held_workers(500, fails_first, on_error=on_error)[0] == 1
+
+
+def test_functions_that_fail_on_the_first_row_are_said_to_be_untried() -> None:
+    prepared = prepare(hr.range(10).map(never_run)._plan, RunOptions())
+    assert "map(never_run) could not be tried" in prepared.notes[-1]
+
+
+@pytest.mark.parametrize("broken", ["footer", "data"])
+def test_a_first_input_that_can_not_be_read_is_left_to_the_run(tmp_path: Path, broken: str) -> None:
+    for i in range(2):
+        pq.write_table(pa.table({"id": np.arange(1000) + 1000 * i}), tmp_path / f"{i}.parquet")
+    data = bytearray((tmp_path / "0.parquet").read_bytes())
+    data[-8:] = b"" if broken == "footer" else data[-8:]
+    data[4:1000] = bytes(996)
+    (tmp_path / "0.parquet").write_bytes(data)
+    ds = hr.read_parquet(str(tmp_path / "*.parquet")).predict(add_one, input="id", output="y")
+    run = ds.write_parquet(str(tmp_path / "out"), on_error="skip", progress="quiet")
+    assert run.rows == 1000
+    assert "one worker is enough" in run.notes[0]
+
+
 def test_work_that_takes_long_gets_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: Machine(cores=4, memory_bytes=1 << 30, devices=()))
     monkeypatch.setattr("headrace.runtime.engine.SMALL_S", 0.0)
+    monkeypatch.setattr("headrace.runtime.engine.SHORT_SPLIT_S", 0.0)
     assert held_workers(500, add_one)[0] == 4
+
+
+MB = 1 << 20
+SMALL_SPLITS = Work(400, 400, 4 * MB, 40_000, all=True, remote=False)
+
+
+@pytest.mark.parametrize(
+    ("work", "functions_s", "held", "engine", "workers"),
+    [
+        (SMALL_SPLITS, 0.1, 0.1, "threads", 1),  # two threads would read and write them in turn
+        (replace(SMALL_SPLITS, remote=True), 0.1, 0.1, "threads", 4),  # they wait for the network at once
+        (replace(SMALL_SPLITS, all=False), 0.1, 0.1, "threads", 4),  # nobody knows how many follow
+        (SMALL_SPLITS, 1.5, 0.1, "threads", 4),  # functions take most of the time, outside of the lock
+        (SMALL_SPLITS, 0.5, 0.9, "processes", 4),
+        (replace(SMALL_SPLITS, bytes=40 * MB), 0.1, 0.0, "processes", 4),  # more to read and write than one worker is for
+        (Work(4, 4, 80 * MB, 40_000, all=True, remote=False), 0.1, 0.1, "threads", 4),  # long splits
+    ],
+)
+def test_small_splits_are_not_for_several_threads(
+    monkeypatch: pytest.MonkeyPatch, work: Work, functions_s: float, held: float, engine: str, workers: int
+) -> None:
+    monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: Machine(cores=4, memory_bytes=1 << 30, devices=()))
+    monkeypatch.setattr("headrace.runtime.engine._work", lambda program: work)
+    tried = Probe(held, work.rows, functions_s, work.bytes, functions_s, 0.0)
+    monkeypatch.setattr("headrace.runtime.engine._probe", lambda program, ops, work: tried)
+    prepared = prepare(hr.range(10).predict(add_one, input="id", output="y")._plan, RunOptions())
+    assert (prepared.engine, len(prepared.workers)) == (engine, workers)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +163,7 @@ def never_run(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def chosen(options: RunOptions, *, after_crash: bool = False, fn: Any = never_run) -> tuple[str, str]:
-    prepared = prepare(hr.range(10).map(fn)._plan, options, after_crash=after_crash)
+    prepared = choose(lay_out(hr.range(10).map(fn)._plan, options), after_crash=after_crash)
     return prepared.engine, prepared.notes[-1]
 
 
@@ -130,5 +194,5 @@ def test_after_a_crash_user_code_runs_in_processes() -> None:
 
 
 def test_after_a_crash_a_plan_without_user_code_is_as_ever() -> None:
-    prepared = prepare(hr.range(10).select("id")._plan, RunOptions(), after_crash=True)
+    prepared = choose(lay_out(hr.range(10).select("id")._plan, RunOptions()), after_crash=True)
     assert prepared.engine == "threads"

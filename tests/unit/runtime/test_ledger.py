@@ -16,6 +16,7 @@ from headrace.runtime.ledger import (
     check_latest,
     check_presence,
     compare_listing,
+    leave,
     mark_complete,
     process_alive,
     successor,
@@ -157,6 +158,25 @@ def test_fresh_over_a_run_that_has_shown_nothing_holds_nothing_back() -> None:
     assert not opened(store, OTHER, fresh=True, identity=YOU).holds
 
 
+def test_a_run_that_settled_nothing_gives_way_to_another_plan() -> None:
+    store = MemoryRunStore()
+    first = opened(store)
+    with pytest.raises(DestinationError, match="at work"):
+        opened(store, OTHER, identity=YOU, alive=lambda *_: True)
+    run = opened(store, OTHER, identity=YOU)
+    assert (run.run, run.epoch, run.holds) == ("run-00001", 1, False)
+    work(store, run, 4, finish=True)
+    with pytest.raises(DestinationError):
+        work(store, first, 1)
+
+
+def test_over_a_finished_run_nothing_gives_way() -> None:
+    store = finished()
+    work(store, opened(store, OTHER, fresh=True), 0)
+    with pytest.raises(DestinationError, match="another plan"):
+        opened(store)
+
+
 def test_a_driver_that_died_between_two_runs() -> None:
     store = MemoryRunStore()
     work(store, opened(store), 2)
@@ -193,6 +213,29 @@ def test_a_driver_that_only_its_heartbeat_tells_of(identity: Identity) -> None:
     assert len(waited) == 4
     assert opened(store, identity=identity, sleep=waited.append).after_crash
     assert sum(waited[4:]) == 30
+
+
+def test_a_death_is_remembered_after_sessions_that_left_in_good_order() -> None:
+    store = MemoryRunStore()
+    run = opened(store)
+    assert not run.after_crash
+    for _ in range(2):
+        run = opened(store, identity=YOU)
+        assert run.after_crash
+        work(store, run, 1)
+    assert not opened(store, OTHER, fresh=True).after_crash, "another run"
+
+
+def test_a_session_that_leaves_before_any_work() -> None:
+    store = MemoryRunStore()
+    leave(opened(store))
+    run = opened(store, identity=YOU, alive=lambda *_: True)
+    assert (run.epoch, run.after_crash) == (2, False)
+    opened(store, identity=AFAR, take_over=True, alive=lambda *_: True)
+    leave(run)  # too late: the log is another driver's
+    assert len(list(store.names("_headrace/run-00000/log"))) == 4
+    with pytest.raises(DestinationError, match="at work"):
+        opened(store, identity=YOU, alive=lambda *_: True, sleep=lambda _: write_heartbeat(store, run.run, 3, AFAR, 1.0))
 
 
 def test_two_drivers_at_once() -> None:
