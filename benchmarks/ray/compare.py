@@ -4,7 +4,7 @@
     python benchmarks/ray/compare.py --search     find Ray Data's best knobs, and write results/ray-data-knobs.json
 
 A local cluster of one node: 2 CPUs, a custom resource "sim" for the device, an object store of 2 GiB; a fresh one for every
-round, and the contestants in turn. A round is a run that writes Parquet, one on LONGER times the input, and one that only takes
+run, and the contestants in turn. A round is a run that writes Parquet, one on LONGER times the input, and one that only takes
 the first batch. Headrace runs with default options; Ray Data with the knobs that the search found. Steady rate: the rows that
 the longer input has more, over the seconds that it takes longer; so starting and ending, and work that is only piled up, don't
 count, for any engine. First batch: from the driver's connection to the cluster, so that importing the engine counts; from the
@@ -144,11 +144,15 @@ def memory_round(engine: str, case: Case, data: Path, folder: Path, knobs: dict[
 
 
 def one_round(engine: str, case: Case, data: list[Path], folder: Path, knobs: dict[str, Any]) -> dict[str, Any]:
-    """A cluster, runs that write the input and the longer one, a run that takes the first batch."""
+    """Runs that write the input and the longer one, a run that takes the first batch. Each on a cluster of its own: Ray has
+    workers ready for a cluster's first driver only, and starting must cost both the same to drop out of the steady rate.
+    """
     at = (folder, knobs)
     with measure.cluster(CPUS, STORE_BYTES) as cluster:
         short, _ = run(engine, case, data[0], *at, cluster, "write")
+    with measure.cluster(CPUS, STORE_BYTES) as cluster:
         long, _ = run(engine, case, data[1], *at, cluster, "write")
+    with measure.cluster(CPUS, STORE_BYTES) as cluster:
         first, _ = run(engine, case, data[0], *at, cluster, "first")
     walls = [told["finished"] - told["called"] for told in (short, long)]
     answered = measure.first_answer(folder / "log-write", MODEL_STAGE[case.workload])

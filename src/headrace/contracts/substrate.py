@@ -67,7 +67,10 @@ class Substrate(Protocol):
         ...
 
     def wait(self, timeout_s: float | None) -> list[SubstrateEvent]:
-        """Block until something happened, `wake` was called (may return []), or the timeout. No polling inside."""
+        """Block until something happened, `wake` was called (may return []), or the timeout. No polling inside.
+
+        While every worker has several steps before it, what happened may be told a few milliseconds late.
+        """
         ...
 
     def wake(self) -> None:

@@ -142,11 +142,19 @@ class Dispatcher:
 
         A cursor runs in one worker only, its blocks run anywhere: workers that have no cursor of this stage live on them.
         """
-        dependents = self.pools[stage.pool].awake - self.cursors[stage.id]
-        while self.waiting[following] + self.producing[stage.id] <= dependents and dependents and self._room_for(stage):
+        ahead = self._ahead(stage, following)
+        while self.waiting[following] + self.producing[stage.id] <= ahead and ahead and self._room_for(stage):
             entry = self._top_bound(stage.id)
             if entry is None or not self._start_bound(stage, entry):
                 return
+
+    def _ahead(self, stage: Stage, following: int) -> int:
+        """Blocks that keep the workers without a cursor of the stage at work until a cursor that is to go on has made more: its
+        worker first ends the step that it is at.
+        """
+        others = self.pools[stage.pool].awake - self.cursors[stage.id]
+        make_s, take_s = self.measures[stage.id].step_s, self.measures[following].step_s
+        return others if take_s <= 0.0 else others * (1 + round(make_s / take_s))
 
     def _start_stage(self, stage: Stage) -> None:
         """Start what this stage may start, the oldest first."""
@@ -333,7 +341,7 @@ class Dispatcher:
         if following == DELIVER_STAGE or self.stages[following].order is Order.GLOBAL:
             return waiting < target or self._wanted_ahead(stage, following)
         if self.stages[following].pool == stage.pool:
-            return waiting < target
+            return waiting < (max(target, self._ahead(stage, following)) if (stage, following) in self.feeders else target)
         pool = self.pools[self.stages[following].pool]
         wanted = producers_wanted(pool.awake, self.measures[stage.id].make_s, self.measures[following].take_s)
         producing = self.producing[stage.id]
@@ -666,10 +674,11 @@ class Dispatcher:
             return max(DEVICE_DEPTH, worker.streams + more)
         if worker.pool != CPU_POOL:
             return DEVICE_DEPTH
+        held, held_s = len(worker.running), 0.0
         for step in worker.running.values():
             step_s = self.measures[step.stage].step_s
-            return min(MAX_DEPTH, 1 + int(SHORT_STEP_S / step_s)) if step_s > 0.0 else 1
-        return 1
+            held_s += step_s if step_s > 0.0 else SHORT_STEP_S  # how long is not known yet
+        return min(MAX_DEPTH, held + 1) if held_s < SHORT_STEP_S else max(1, held)
 
     # ---------------------------------------------------------------- queues
 

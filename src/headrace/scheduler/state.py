@@ -26,7 +26,7 @@ from headrace.core.steps import Step
 from headrace.scheduler.policy.retry import History
 
 DELIVER_STAGE = -1  # the "next stage" of a block that waits for the consumer
-MAX_DEPTH = 4  # steps that a worker may hold: one runs, the others are queued behind it (more of a streaming model: all run)
+MAX_DEPTH = 8  # steps that a worker may hold: one runs, the others are queued behind it (more of a streaming model: all run)
 
 
 class CursorState(Enum):

@@ -1,4 +1,5 @@
-"""What every substrate needs of its workers: a body's shape, how it is made, a guard around a step, the cores.
+"""What every substrate needs of its workers: a body's shape, how it is made, a guard around a step, a pause in which answers
+gather, the cores.
 
 No substrate imports the real body at its top: it is looked up when a run starts, and tests and plug-ins may pass a
 factory of their own. Invariant: whatever a body raises, a step gets exactly one answer.
@@ -7,14 +8,18 @@ factory of their own. Invariant: whatever a body raises, a step gets exactly one
 from __future__ import annotations
 
 import os
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from headrace.contracts.substrate import BlockStore
 from headrace.core.errors import HeadraceError, InternalError, UserCodeError
 from headrace.core.resources import WorkerSpec
 from headrace.core.steps import Step, StepDone, StepFailed
+
+GATHER_S = 0.002  # a turn of the driver takes a core, or the interpreter lock, from a worker: one for several answers
+STEPS_AHEAD = 3  # so many steps of a worker outlast that: only short ones are queued, as many as take 5 ms
 
 
 class Body(Protocol):
@@ -63,6 +68,14 @@ def run_guarded(body: Body, step: Step, *, interruptible: bool = False) -> StepD
     finally:
         if os.getpid() != pid:
             os._exit(1)
+
+
+def let_answers_gather(steps: Iterable[int], timeout_s: float | None) -> None:
+    """Sleep for GATHER_S, if the caller has that long and no worker runs dry meanwhile. steps: of each worker, those whose
+    answers have not been taken up.
+    """
+    if (timeout_s is None or timeout_s > GATHER_S) and min(steps, default=0) >= STEPS_AHEAD:
+        time.sleep(GATHER_S)
 
 
 def usable_cores() -> int:

@@ -1,8 +1,9 @@
 """Workers as threads of this process. Blocks are record batches handed on as they are: nothing is copied.
 
 Right when the code releases the GIL (pyarrow, image decoders, torch, NumPy) and on free-threaded Python.
-Each worker has an inbox; all answer into one outbox, on which `wait` blocks. Bodies are constructed one at a time,
-because two threads that import the same package for the first time at once can see it half initialised.
+Each worker has an inbox; all answer into one outbox, on which `wait` blocks; first, while all workers have enough to do, it
+sleeps for a moment in which answers gather. Bodies are constructed one at a time, because two threads that import the same
+package for the first time at once can see it half initialised.
 
 A thread cannot be killed: `stop` lets running steps finish, and waits `STOP_WAIT_S` for them. A thread that is still
 busy then is left behind; it is a daemon, answers nobody, and ends after its step or with the process.
@@ -10,6 +11,7 @@ busy then is left behind; it is a daemon, answers nobody, and ends after its ste
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import queue
 import sys
@@ -23,9 +25,17 @@ import pyarrow as pa
 
 from headrace.core.refs import BlockRef, PartRef
 from headrace.core.resources import CPU_POOL, WorkerSpec
-from headrace.core.steps import Discard, PartsFreed, Step, SubstrateEvent, WorkerLost, WorkerUp
+from headrace.core.steps import Discard, PartsFreed, Step, StepDone, StepFailed, SubstrateEvent, WorkerLost, WorkerUp
 from headrace.substrates.blocks import anonymous_bytes
-from headrace.substrates.bodies import BodyFactory, begins, default_body, describe_exception, run_guarded, usable_cores
+from headrace.substrates.bodies import (
+    BodyFactory,
+    begins,
+    default_body,
+    describe_exception,
+    let_answers_gather,
+    run_guarded,
+    usable_cores,
+)
 from headrace.substrates.inline import LocalStore, fetch_local
 from headrace.substrates.spill import LocalSpill
 
@@ -72,8 +82,12 @@ class ThreadsSubstrate:
         thread.start()
 
     def submit(self, step: Step | Discard) -> None:
-        if not self._stopped:
-            self._threads[step.worker].inbox.put(step)
+        if self._stopped:
+            return
+        thread = self._threads[step.worker]
+        thread.inbox.put(step)
+        if not isinstance(step, Discard):
+            thread.steps += 1
 
     def release(self, parts: Sequence[PartRef]) -> None:
         self._spill.collect()
@@ -83,17 +97,18 @@ class ThreadsSubstrate:
     def wait(self, timeout_s: float | None) -> list[SubstrateEvent]:
         if self._stopped:
             return []
+        let_answers_gather((t.steps for t in self._threads.values()), timeout_s)
         events: list[SubstrateEvent] = []
-        try:
-            first = self._outbox.get(timeout=timeout_s)
-            if first is not None:
-                events.append(first)
+        with contextlib.suppress(queue.Empty):
+            event = self._outbox.get(timeout=timeout_s)
             while True:
-                event = self._outbox.get_nowait()
                 if event is not None:
                     events.append(event)
-        except queue.Empty:
-            return events
+                event = self._outbox.get_nowait()
+        for event in events:
+            if isinstance(event, StepDone | StepFailed):
+                self._threads[event.worker].steps -= 1
+        return events
 
     def wake(self) -> None:
         self._outbox.put(None)
@@ -152,6 +167,7 @@ class _WorkerThread(threading.Thread):
     ) -> None:
         super().__init__(name=f"headrace-{spec.pool}-{spec.id}", daemon=True)
         self.inbox: queue.SimpleQueue[Step | Discard | _Ready | None] = queue.SimpleQueue()
+        self.steps = 0  # submitted, and their answers not taken up
         self._spec = spec
         self._make_body = make_body
         self._store = store

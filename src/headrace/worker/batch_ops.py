@@ -20,6 +20,7 @@ from headrace.worker.batching import Batcher, Piece
 from headrace.worker.declared import Declared
 from headrace.worker.formats import Given, NumpyReader, to_format
 from headrace.worker.guard import OutputGuard
+from headrace.worker.joining import Joining
 from headrace.worker.model_answers import ModelRunner
 from headrace.worker.models import model_runner
 from headrace.worker.operators import TARGET_BYTES, BatchOperator, Counts, Host, Operator, rejoined, select
@@ -50,28 +51,37 @@ class MapBatchesOp(BatchOperator):
             for batch in self._batcher.push(piece):
                 yield from self._call(batch)
             return
+        joining: Joining | None = None
         if piece.batch.num_rows > nodes.AUTO_BATCH_ROWS and self._format == "numpy":
             piece = Piece(piece.batch, piece.origin, piece.batch)
             self._reader.ahead(piece.whole)
+            if self.joins and piece.origin.exact and self.bad is None and not self._casts:
+                joining = Joining(piece)
         for batch in _cut(piece, nodes.AUTO_BATCH_ROWS):
-            yield from self._call(batch)
+            yield from self._call(batch, joining)
         self._reader.ahead(None)
+        if joining is not None:
+            yield from joining.take()
 
     def finish(self) -> Iterator[Piece]:
         for batch in () if self._batcher is None else self._batcher.finish():
             yield from self._call(batch)
 
-    def _call(self, piece: Piece) -> Iterator[Piece]:
+    def _call(self, piece: Piece, joining: Joining | None = None) -> Iterator[Piece]:
+        """joining: takes the answer, if it can, and gives it out later."""
         suspected = self.watch.doubts(self.index, piece.origin)
         if self.bad is not None or suspected:
+            if joining is not None:
+                yield from joining.take()
             yield from self._call_held(piece, suspected)
             return
         self.watch.enter(self.index, self.name, piece.origin)
-        made = 0
-        for batch, kept in self._results(piece):
-            made += batch.num_rows
+        for batch, kept in self._results(piece, joining):
+            if joining is not None:
+                yield from joining.take()
             yield Piece(batch, self._origin(piece, kept))
-        self.counts.change(piece.batch.num_rows, made)
+        if joining is not None and joining.due:
+            yield from joining.take()
 
     def _call_held(self, piece: Piece, suspected: bool) -> Iterator[Piece]:
         lost: list[Lost] = []
@@ -88,31 +98,37 @@ class MapBatchesOp(BatchOperator):
             return Origin(piece.origin.segments, exact=False, kept=kept)
         return piece.origin.inexact()
 
-    def _results(self, piece: Piece) -> Iterator[tuple[pa.RecordBatch, tuple[str, ...]]]:
+    def _results(self, piece: Piece, joining: Joining | None) -> Iterator[tuple[pa.RecordBatch, tuple[str, ...]]]:
         """The batches that the function makes of one, a generator's one by one, as it yields them; and which columns it gave
-        back as they were.
+        back as they were. None when `joining` has taken the answer.
         """
         batch, given = self._prepare(piece)
         kept: tuple[str, ...] = ()
         try:
             result, shared = call(self._fn, (batch, *self._args), self._kwargs)
+            if joining is not None and joining.add(piece, given, result):
+                return
             many = hasattr(result, "__next__")
             made = None if many else batch_of(result, given, shared, self._declared)
             if not (many or self._casts):
                 kept = given.unchanged(result)
         except RowError as exc:
             raise self._blame(exc, piece) from None
+        rows = 0
         while many:
             try:
                 item, shared = call(next, (result, result), {})
                 if item is result:  # next's default: the generator has ended
-                    return
+                    break
                 made = batch_of(item, given, shared, self._declared)
             except RowError as exc:
                 raise self._blame(exc, piece) from None
+            rows += made.num_rows
             yield made, ()
-        if made is not None:
+        if not many and made is not None:
+            rows = made.num_rows
             yield made, kept
+        self.counts.change(piece.batch.num_rows, rows)
 
     def _prepare(self, piece: Piece) -> tuple[Any, Given]:
         if self._format == "numpy":

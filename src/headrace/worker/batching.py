@@ -23,15 +23,27 @@ from headrace.worker.casting import concat
 class Piece:
     """Rows on their way through a cursor. whole: rows that these are a slice of, from row `at` on: neighbours that are slices
     of the same are joined without a copy.
+    cuts: rows of each of the pieces that were joined to this one on its way out of a cursor; () for one. No operator sees such.
     """
 
     batch: pa.RecordBatch
     origin: Origin
     whole: pa.RecordBatch | None = None
     at: int = 0
+    cuts: tuple[int, ...] = ()
 
     def slice(self, start: int, rows: int) -> Piece:
         return Piece(self.batch.slice(start, rows), self.origin.slice(start, rows), self.whole, self.at + start)
+
+    def origins(self) -> Iterator[tuple[Origin, int]]:
+        """(origin, rows) of each of the pieces that were joined to this one. Those lay one behind the other in the input."""
+        if not self.cuts:
+            yield self.origin, self.batch.num_rows
+            return
+        whole, at = Origin(self.origin.segments), 0
+        for rows in self.cuts:
+            yield Origin(whole.slice(at, rows).segments, exact=False, kept=self.origin.kept), rows
+            at += rows
 
     def take(self, rows: np.ndarray) -> Piece:
         """These rows, copied. rows: ascending, at least one."""

@@ -41,8 +41,8 @@ class Packed:
 
 def pack(pieces: Sequence[Piece]) -> Packed:
     """Pieces that travel together. All of them, or none, know where each row came from."""
-    origins = [p.origin for p in pieces]
-    cuts = tuple(p.batch.num_rows for p in pieces) if len(pieces) > 1 else ()
+    origins, rows = zip(*(found for p in pieces for found in p.origins()), strict=True)
+    cuts = rows if len(rows) > 1 else ()
     batch = concat([p.batch for p in pieces], origins[0].label)
     if all(o.known for o in origins):
         origin = join_origins(origins)

@@ -157,6 +157,8 @@ class WorkerBody:
         bad = self._bad_rows(step.split_index, step.attempt)
         watch = Watch(self._store.crumb, step.suspects, bad is not None)
         operators = [make(program.ops[i], i, self._host, counts, bad, watch) for i in range(stage.first, stage.stop)]
+        if operators:
+            operators[-1].joins = not program.deterministic
         feed = self._feed(_split_of(step, stage), bad) if stage.order is Order.SOURCE else None
         return Cursor(
             operators,

@@ -73,13 +73,25 @@ class Given:
         self._places: dict[int, int] | None = None
 
     def column_of(self, value: Any) -> pa.Array | None:
-        if self._places is None:
-            self._places = {id(v): i for i, v in enumerate(self._values)}
-        place = self._places.get(id(value))
+        place = self._place(value)
         if place is None or self._batch is None:
             return None
         column = self._batch.column(place)
         return column if self._immutable[place] or _holds_the_same(value, column) else None
+
+    def place_of(self, value: Any) -> int | None:
+        """The place of the column whose array this is, if nobody can have changed it."""
+        place = self._place(value)
+        return place if place is not None and self._immutable[place] else None
+
+    def is_at(self, place: int, value: Any) -> bool:
+        """Is this the array of that column?"""
+        return self._values[place] is value
+
+    def _place(self, value: Any) -> int | None:
+        if self._places is None:
+            self._places = {id(v): i for i, v in enumerate(self._values)}
+        return self._places.get(id(value))
 
     def unchanged(self, result: Any) -> tuple[str, ...]:
         """The columns that came back as they were given, by the same name."""

@@ -66,10 +66,12 @@ class Counts:
 class Operator:
     """One node of the plan at work in one cursor. exhausted: it will let no further row pass.
 
-    bad: where rows go that fail; None: they end the run. watch: told before user code runs.
+    bad: where rows go that fail; None: they end the run. watch: told before user code runs. joins: what it makes leaves the
+    cursor, and may do so joined (Piece.cuts) as time allows.
     """
 
     exhausted = False
+    joins = False
     bad: BadRows | None = None
     watch: Watch = NOBODY
 

@@ -45,7 +45,8 @@ class SinkOutput:
                 self._write(batch, piece.origin)
         except SchemaConflict as conflict:
             raise conflict.at(("rows", piece.origin.label)) from None
-        self._lineage.add(piece.origin, batch.num_rows)
+        for origin, rows in piece.origins():
+            self._lineage.add(origin, rows)
         return batch.num_rows
 
     def pause(self, emit: Callable[[BlockRef], None]) -> None: ...

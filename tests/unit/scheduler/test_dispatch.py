@@ -16,6 +16,7 @@ READ_MODEL_WRITE = (
     stage(1, Order.FREE, pool=DEVICE, model=True, batch_rows=10),
     stage(2, Order.SPLIT, End.SINK),
 )
+READ_WRITE = (stage(0, Order.SOURCE), stage(1, Order.SPLIT, End.SINK))
 READ_WORK_WRITE = (stage(0, Order.SOURCE), stage(1, Order.FREE), stage(2, Order.SPLIT, End.SINK))
 
 
@@ -125,6 +126,17 @@ def test_short_steps_are_queued_ahead() -> None:
     assert len({s.worker for s in desk.running}) == 1
 
 
+def test_a_long_step_that_is_queued_behind_a_short_one_counts() -> None:
+    desk = Desk(READ_WRITE, {CPU_POOL: 1})
+    desk.list_splits(*(split(i) for i in range(20)))
+    for _ in range(3):
+        desk.answer(desk.at(0)[0], blocks=1, finished=True, wall_s=0.1)
+        assert len(desk.at(1)) == 1
+        desk.answer(desk.at(1)[0], finished=True, written=10, wall_s=0.0001)
+    desk.answer(desk.at(0)[0], blocks=1, finished=True, wall_s=0.1)
+    assert [step.stage for step in desk.running] == [1, 0], "one that reads goes behind the one that writes, and no other"
+
+
 def test_a_short_step_is_not_queued_behind_another_while_somebody_is_idle() -> None:
     desk = Desk(READ_WORK_WRITE, {CPU_POOL: 2})
     desk.list_splits(split(0))
@@ -133,6 +145,19 @@ def test_a_short_step_is_not_queued_behind_another_while_somebody_is_idle() -> N
         for step in desk.at(1):
             desk.answer(step, blocks=1, finished=True, wall_s=0.001)
         assert len({s.worker for s in desk.running}) == min(2, len(desk.running))
+
+
+@pytest.mark.parametrize(("read_s", "ahead"), [(0.01, 1), (0.1, 2), (0.3, 4)])
+def test_a_reader_goes_on_while_the_others_have_too_little_for_as_long_as_it_reads(read_s: float, ahead: int) -> None:
+    """The others take 0.1 s for a block, and the reader's worker ends first what it has begun."""
+    for blocks in (ahead, ahead + 1):
+        desk = Desk(READ_WORK_WRITE, {CPU_POOL: 2})
+        desk.list_splits(split(0))
+        for made in (1, 1, blocks):
+            while rest := [*desk.at(1), *desk.at(2)]:
+                desk.answer(rest[0], blocks=int(rest[0].stage == 1), finished=rest[0].stage == 1)
+            desk.answer(desk.at(0)[0], blocks=made, more=True, wall_s=read_s)
+        assert len(desk.at(0)) == (blocks == ahead)
 
 
 def test_a_worker_reads_one_split_at_a_time() -> None:

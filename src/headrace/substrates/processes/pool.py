@@ -1,6 +1,7 @@
 """The driver's side of the processes substrate: starts workers, carries steps, keeps account of blocks.
 
-One thread, no helpers, no ticks: `wait` sleeps in epoll on the workers' sockets, their pidfds and an eventfd.
+One thread, no helpers, no ticks: `wait` sleeps in epoll on the workers' sockets, their pidfds and an eventfd; first, while all
+workers have enough to do, for a moment in which answers gather.
 Steps go out as small pickles; block bytes stay in arenas, and pass through here only when `fetch` copies them.
 
 Invariants: each worker that `start` or `add_worker` was given ends in one WorkerLost, or with `stop`; what a dead worker
@@ -35,7 +36,7 @@ from headrace.core.steps import (
     WorkerLost,
     WorkerUp,
 )
-from headrace.substrates.bodies import usable_cores
+from headrace.substrates.bodies import let_answers_gather, usable_cores
 from headrace.substrates.processes import wire
 from headrace.substrates.processes.crumb import create_crumb, read_crumb
 from headrace.substrates.processes.ledger import Ledger
@@ -121,6 +122,7 @@ class ProcessesSubstrate:
         if self._stopped:
             return []
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        let_answers_gather((w.steps for w in self._workers.values()), timeout_s)
         while True:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             ready = self._epoll.poll(0 if self._events or self._ledger.has_freed else left)
