@@ -33,9 +33,10 @@ PROBE_GROWTH = 64  # the next sample has so many times the rows at most
 PROBE_TIMES = 32  # that a whole block is run at most
 PROBE_FAILURES = 4  # samples with bad rows, until it is given up
 ASK_S = 0.0002  # between asking twice for the interpreter
-LATE_S = 0.001  # asking for a free interpreter takes about 0.1 ms; one that is held gives way after 5 ms
+FREE_S = 0.00015  # that asking for a free interpreter takes; one that is held gives way after 5 ms
 ALONE_SHARE = 0.67  # above this, no number of threads does the work of 1.5
-HELD_SHARE = 0.35  # above this, two threads do the work of less than 1.5
+HELD_SHARE = 0.35  # above this, two threads do the work of less than 1.5; more of them get in each other's way sooner,
+LEAST_HELD_SHARE = 0.1  # though ten threads that hold it so long are still worth sharing what they have loaded
 WORTH_S = 0.6  # starting processes costs about 0.25 s: worth it when half of this much locked time is saved
 # What reading and writing takes, measured on files of 100 and of 5,000 rows; of long splits only the first two hold the lock.
 FRAGMENT_S = 0.0003
@@ -147,7 +148,7 @@ def _by_work(program: Program, ops: int, named: Sequence[str], cores: int) -> Ch
             return Choice("threads", f"{why}, one worker is enough", small=True)
     if locked_s < WORTH_S:
         return Choice("threads", why, waits)
-    if locked_s < HELD_SHARE * total_s:
+    if locked_s < max(LEAST_HELD_SHARE, HELD_SHARE * 2 / cores) * total_s:
         return Choice("threads", why, waits)
     if sys.platform != "linux":
         return Choice("threads", f"{why}, but processes need Linux", waits)
@@ -350,8 +351,7 @@ def _watch(call: Callable[[], Any], watched: bool) -> tuple[Any, float, float]:
         while not done.is_set():
             before = time.perf_counter()
             time.sleep(ASK_S)
-            waited_s = time.perf_counter() - before - ASK_S
-            late_s += waited_s if waited_s > LATE_S else 0.0
+            late_s += max(0.0, time.perf_counter() - before - ASK_S - FREE_S)
         watched_s = time.perf_counter() - started
         late_s = max(0.0, late_s - (_queued_s() - queued_s))
 

@@ -21,7 +21,7 @@ from headrace.core.errors import PlanError
 from headrace.core.options import Engine, OnError, RunOptions
 from headrace.core.resources import Machine
 from headrace.plan.nodes import Write
-from headrace.runtime.engine import Probe, Work, _work
+from headrace.runtime.engine import Probe, Work, _watch, _work
 
 
 def probe(*, wall_s: float, cpu_s: float, models_s: float) -> Probe:
@@ -256,3 +256,15 @@ def test_sigterm_while_a_function_is_tried_ends_the_action(tmp_path: Path) -> No
     with pytest.raises(SystemExit) as ended:
         hr.range(1_000_000).map(work).write_parquet(str(tmp_path / "out"), progress="quiet")
     assert ended.value.code == 143
+
+
+def test_a_lock_that_is_held_for_less_than_a_millisecond_at_a_time_is_held() -> None:
+    def loops() -> None:
+        for _ in range(40):
+            sum(i * i for i in range(5_000))
+            time.sleep(0)  # as most calls of NumPy and Arrow do, it lets others have the lock
+
+    _, busy, _ = _watch(loops, watched=True)
+    _, idle, _ = _watch(lambda: time.sleep(0.02), watched=True)
+    assert busy > 2 * idle
+    assert busy > 0.1
