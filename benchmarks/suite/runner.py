@@ -216,8 +216,8 @@ def _scratch() -> Iterator[Path]:
         yield folder
     finally:
         os.sync()
-    if shutil.disk_usage(folder).free < LEAST_FREE_BYTES:
-        clear()
+        if shutil.disk_usage(folder).free < LEAST_FREE_BYTES:
+            clear()
 
 
 _LEFT: list[Path] = []

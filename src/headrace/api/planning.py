@@ -41,7 +41,7 @@ from headrace.runtime.engine import Choice, asked_engine, choose_engine
 from headrace.runtime.machine import block_budget_bytes, detect_machine
 from headrace.worker.program import Program
 
-LEAST_ROWS_UNSHARED = 1024  # of blocks of splits that no two workers share: enough to hide what a block costs
+LEAST_ROWS_UNSHARED = 1024  # of blocks that no other worker waits for, and whose end no function sees: hides what each costs
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -177,9 +177,14 @@ def _with_engine(ready: Prepared, choice: Choice, pool_of: _PoolChoice) -> Prepa
     if options.cpus is None and (choice.small or choice.engine == "inline"):
         cores = 1  # more would take turns, and hand blocks to each other
     workers = _workers(physical, cores, ready.machine, _local_shares(plan, pool_of))
-    if len(workers) == 1:  # nobody shares its splits
+    if len(workers) == 1 and not any(_sees_blocks(op, options.deterministic) for op in plan.ops):
         program = replace(program, limits=replace(program.limits, least_rows=LEAST_ROWS_UNSHARED))
     return replace(ready, workers=workers, program=program)
+
+
+def _sees_blocks(op: Op, deterministic: bool) -> bool:
+    """Do the rows that its function gets at once depend on where blocks end? Then those must depend on the input alone."""
+    return (isinstance(op, MapBatches) and op.batch_rows is None) or (isinstance(op, Predict) and deterministic)
 
 
 def resolve(plan: Plan) -> Plan:

@@ -25,7 +25,9 @@ _DIGEST = re.compile(r"([0-9a-f]{64})?")
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A driver begins: from here on only segments of this epoch may follow. The rest is for people."""
+    """A driver begins: from here on only segments of this epoch may follow. died: the one before may have died at work. The
+    rest is for people.
+    """
 
     epoch: int
     nonce: str
@@ -33,6 +35,7 @@ class Claim:
     pid: int
     started: float
     at: float
+    died: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +118,9 @@ def _record_to_json(record: Record) -> dict[str, Any]:
     match record:
         case Settled():
             return _settled_to_json(record)
-        case Claim(epoch, nonce, host, pid, started, at):
-            return {"kind": "claim", "epoch": epoch, "nonce": nonce, "host": host, "pid": pid, "started": started, "at": at}
+        case Claim(epoch, nonce, host, pid, started, at, died):
+            body = {"kind": "claim", "epoch": epoch, "nonce": nonce, "host": host, "pid": pid, "started": started, "at": at}
+            return {**body, "died": True} if died else body
         case Listed(first, count, digest, done):
             return {"kind": "listed", "first": first, "count": count, "digest": digest, "done": done}
         case Released():
@@ -179,7 +183,8 @@ def _record(run: str, r: dict[str, Any]) -> Record:
             return _settled(run, r)
         case "claim":
             numbers = (_number(r, "started"), _number(r, "at"))
-            return Claim(_int(r, "epoch"), _text(r, "nonce"), _text(r, "host"), _int(r, "pid"), *numbers)
+            died = "died" in r and _bool(r, "died")
+            return Claim(_int(r, "epoch"), _text(r, "nonce"), _text(r, "host"), _int(r, "pid"), *numbers, died)
         case "listed":
             return Listed(_int(r, "first"), _int(r, "count"), _text(r, "digest"), _bool(r, "done"))
         case "released":

@@ -16,8 +16,8 @@ from headrace.core.receipts import Tally
 
 
 class LogState:
-    """next: index of the segment that comes next. owner: who claimed last; released: and left. deserted: an owner before it did
-    not, having died or been taken over. deltas: metrics of segments, for whoever knows how to merge them; taken from here.
+    """next: index of the segment that comes next. owner: who claimed last; released: and left. deserted: an owner before it may
+    have died at work. deltas: metrics of segments, for whoever knows how to merge them; taken from here.
     listing: in order; listed: splits in it. spool: where settled splits lie; None: in memory.
     """
 
@@ -53,7 +53,7 @@ class LogState:
                 case Listed():
                     self._list(segment, record)
                 case Claim():
-                    self.deserted |= self.owner is not None and not self.released
+                    self.deserted |= record.died
                     self.epoch, self.owner, self.released = record.epoch, record, False
                 case Released():
                     self.released = True

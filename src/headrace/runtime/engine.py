@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from headrace.connectors.storage import is_remote
 from headrace.core.errors import PlanError
 from headrace.core.options import Engine
 from headrace.core.resources import CPU_POOL, WorkerSpec
@@ -29,8 +30,13 @@ PROBE_S = 0.03  # enough for about 40 samples of the interpreter lock, too short
 PROBE_AIM_S = 0.04  # what the next sample may take if it takes as long for each row as the one before
 PROBE_SMALL_AIM_S = 0.12  # the same where there is little input: it tells sooner that there is little to do
 PROBE_GROWTH = 64  # the next sample has so many times the rows at most
-LATE_S = 0.001  # asking for a free interpreter takes about 0.1 ms; one that is held gives way after 5 ms
-HELD_SHARE = 0.35  # above this, two threads do the work of less than 1.5
+PROBE_TIMES = 32  # that a whole block is run at most
+PROBE_FAILURES = 4  # samples with bad rows, until it is given up
+ASK_S = 0.0002  # between asking twice for the interpreter
+FREE_S = 0.00015  # that asking for a free interpreter takes; one that is held gives way after 5 ms
+ALONE_SHARE = 0.67  # above this, no number of threads does the work of 1.5
+HELD_SHARE = 0.35  # above this, two threads do the work of less than 1.5; more of them get in each other's way sooner,
+LEAST_HELD_SHARE = 0.1  # though ten threads that hold it so long are still worth sharing what they have loaded
 WORTH_S = 0.6  # starting processes costs about 0.25 s: worth it when half of this much locked time is saved
 # What reading and writing takes, measured on files of 100 and of 5,000 rows; of long splits only the first two hold the lock.
 FRAGMENT_S = 0.0003
@@ -137,11 +143,12 @@ def _by_work(program: Program, ops: int, named: Sequence[str], cores: int) -> Ch
     if short and locked_s >= HELD_SHARE * total_s:
         why = f"{work.splits:,} small splits: threads would read and write them in turn"
         known = work.all and not work.remote
-        if locked_s < WORTH_S and known and not waits and ops == len(program.ops):
+        alone = locked_s < WORTH_S and locked_s >= ALONE_SHARE * total_s
+        if alone and known and not waits and ops == len(program.ops):
             return Choice("threads", f"{why}, one worker is enough", small=True)
     if locked_s < WORTH_S:
         return Choice("threads", why, waits)
-    if locked_s < HELD_SHARE * total_s:
+    if locked_s < max(LEAST_HELD_SHARE, HELD_SHARE * 2 / cores) * total_s:
         return Choice("threads", why, waits)
     if sys.platform != "linux":
         return Choice("threads", f"{why}, but processes need Linux", waits)
@@ -217,6 +224,7 @@ class Work:
 def _work(program: Program) -> Work:
     splits = fragments = size = rows = 0
     per_input = program.sink is not None and program.sink.per_input
+    remote = program.source.remote or is_remote(str(getattr(program.sink, "path", "")))
     most = LOOK_AHEAD // 4 if program.source.remote else LOOK_AHEAD
     for split in program.source.splits(per_input=per_input):
         splits += 1
@@ -225,7 +233,7 @@ def _work(program: Program) -> Work:
         rows += split.rows or 0
         if fragments >= most:
             break
-    return Work(splits, fragments, size, rows, fragments < most, program.source.remote)
+    return Work(splits, fragments, size, rows, fragments < most, remote)
 
 
 def _cpu_ops(program: Program) -> int:
@@ -235,29 +243,44 @@ def _cpu_ops(program: Program) -> int:
 
 
 def _probe(program: Program, ops: int, work: Work) -> Probe | None:
-    """Run growing samples until one takes PROBE_S, or tells that there is little to do. None when there is no input, or the
-    functions raise: the run will say.
-    """
+    """What a sample told. None when there is no input, or the functions raise for all that is tried: the run will say."""
     split, block = _first_block(program)
     if split is None or block is None:
         return None
     trial = _Trial(program, ops, split)
-    aim_s = PROBE_SMALL_AIM_S if work.small else PROBE_AIM_S
     try:
-        rows, least = 1, 1  # the first run imports libraries and constructs models: it is not counted
-        found = trial.run(block.slice(0, 1), watched=False)
-        while found is not None:
-            growth = min(max(least, int(aim_s / max(found.wall_s, 1e-6))), PROBE_GROWTH)
-            rows, least = min(rows * growth, block.num_rows), 2
-            if rows > AUTO_BATCH_ROWS:
-                import pyarrow.compute  # noqa: F401 - or a column's first call of it would: 20 ms once, with the lock held
-
-            found = trial.run(block.slice(0, rows))
-            if found is None or found.wall_s >= PROBE_S or rows == block.num_rows or (work.small and work.is_quick(found)):
-                return found
-        return None
+        return _grown(trial, block, work)
     finally:
         trial.close()
+
+
+def _grown(trial: _Trial, block: Any, work: Work) -> Probe | None:
+    """Run growing samples until one takes PROBE_S, or tells that there is little to do; a whole block several times. A sample
+    in which a row fails is given up, and a smaller one of later rows taken.
+    """
+    aim_s = PROBE_SMALL_AIM_S if work.small else PROBE_AIM_S
+    best: Probe | None = None
+    failures = start = 0
+    rows, watched = 1, False  # the first run imports libraries and constructs models: it is not counted
+    while failures < PROBE_FAILURES and start < block.num_rows:
+        rows = min(rows, block.num_rows - start)
+        if rows > AUTO_BATCH_ROWS:
+            import pyarrow.compute  # noqa: F401 - or a column's first call of it would: 20 ms once, with the lock held
+
+        found = trial.run(block.slice(start, rows), watched=watched)
+        if found is None:
+            failures += 1
+            start, rows = start + rows, max(1, rows // PROBE_GROWTH)
+            continue
+        if watched:
+            best = found
+            if found.wall_s >= PROBE_S or (work.small and work.is_quick(found)):
+                return found
+            if rows == block.num_rows - start:  # again and again: the lock is held for milliseconds at a time
+                return trial.run(block.slice(start), times=min(PROBE_TIMES, int(PROBE_S / found.wall_s) + 1)) or best
+        growth = min(max(1 + watched, int(aim_s / max(found.wall_s, 1e-6))), PROBE_GROWTH)
+        rows, watched = rows * growth, True
+    return best
 
 
 def _first_block(program: Program) -> tuple[Split | None, Any]:
@@ -286,42 +309,51 @@ class _Trial:
         stage = Stage(0, "probe", CPU_POOL, Order.SOURCE, End.DELIVER, 0, ops)
         self._source = _Sample(program.source)
         source: Any = self._source
-        on_error = "fail" if program.on_error == "fail" else "skip"  # nothing is set aside here
-        trial = replace(program, source=source, ops=program.ops[:ops], stages=(stage,), sink=None, on_error=on_error)
+        trial = replace(program, source=source, ops=program.ops[:ops], stages=(stage,), sink=None, on_error="fail")
         self._body = WorkerBody(trial, WorkerSpec(0, CPU_POOL, "cpu"), LocalStore(0, itertools.count().__next__))
         self._split = split
         self._models = [i for i, op in enumerate(program.ops[:ops]) if isinstance(op, Predict)]
         self._runs = 0
 
-    def run(self, sample: Any, *, watched: bool = True) -> Probe | None:
+    def run(self, sample: Any, *, times: int = 1, watched: bool = True) -> Probe | None:
         """watched: held is told."""
-        from headrace.core.steps import Advance, StepFailed
+        from headrace.core.steps import StepDone
 
         self._source.block = sample
+        answers, held, wall_s = _watch(lambda: [self._body.run(self._step()) for _ in range(times)], watched)
+        timings = [answer.timing for answer in answers if isinstance(answer, StepDone)]
+        if len(timings) < times:
+            return None
+        models_s = sum(op.wall_s for timing in timings for op in timing.ops if op.op in self._models)
+        cpu_s = sum(timing.cpu_s for timing in timings)
+        return Probe(held, sample.num_rows * times, wall_s, sample.nbytes * times, cpu_s, models_s)
+
+    def _step(self) -> Any:
+        from headrace.core.steps import Advance
+
         self._runs += 1
         index = self._split.index
-        step = Advance(0, 0, 0, self._runs, index, 1, split=self._split, end=True, credit_bytes=1 << 62, credit_s=1e9)
-        answer, held, wall_s = _watch(lambda: self._body.run(step), watched)
-        if isinstance(answer, StepFailed):
-            return None
-        models_s = sum(t.wall_s for t in answer.timing.ops if t.op in self._models)
-        return Probe(held, sample.num_rows, wall_s, sample.nbytes, answer.timing.cpu_s, models_s)
+        return Advance(0, 0, 0, self._runs, index, 1, split=self._split, end=True, credit_bytes=1 << 62, credit_s=1e9)
 
     def close(self) -> None:
         self._body.close()
 
 
 def _watch(call: Callable[[], Any], watched: bool) -> tuple[Any, float, float]:
-    """(the call's answer, share of samples in which the interpreter was held, seconds without those without a core)."""
+    """(the call's answer, share of the time in which the interpreter was held, seconds without those without a core)."""
     done = threading.Event()
-    asked = [0, 0]
+    late_s = watched_s = 0.0
 
     def sample() -> None:
+        """Ask for the interpreter again and again: as long as it is held, the answer does not come."""
+        nonlocal late_s, watched_s
+        started, queued_s = time.perf_counter(), _queued_s()
         while not done.is_set():
             before = time.perf_counter()
-            time.sleep(0.0002)
-            asked[0] += 1
-            asked[1] += time.perf_counter() - before > 0.0002 + LATE_S
+            time.sleep(ASK_S)
+            late_s += max(0.0, time.perf_counter() - before - ASK_S - FREE_S)
+        watched_s = time.perf_counter() - started
+        late_s = max(0.0, late_s - (_queued_s() - queued_s))
 
     watcher = threading.Thread(target=sample, name="headrace-probe", daemon=True)
     if watched:
@@ -334,7 +366,7 @@ def _watch(call: Callable[[], Any], watched: bool) -> tuple[Any, float, float]:
         done.set()
         if watched:
             watcher.join()
-    return answer, asked[1] / max(1, asked[0]), wall_s
+    return answer, late_s / watched_s if watched_s else 0.0, wall_s
 
 
 def _queued_s() -> float:

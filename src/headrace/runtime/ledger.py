@@ -196,7 +196,7 @@ class _Opening:
             raise self._other(run, "an unfinished run of another plan", differing)
         dead = self._check_owner(run, state)
         if goes_on:
-            return self._go_on(run, header, state, dead or state.deserted)
+            return self._go_on(run, header, state, dead)
         successor = run_name(generation_of(run) + 1)
         if self._claim(state, Replaced(successor)):
             self._begin(generation_of(successor), holds=holds, replaces=run)
@@ -277,7 +277,9 @@ class _Opening:
     # ---------------------------------------------------------------- whose run
 
     def _check_owner(self, run: str, state: LogState) -> bool:
-        """True when the driver before died at work. Raises DestinationError when it is alive and must not be stopped."""
+        """True when the driver before died at work, or may have. Raises DestinationError when it is alive and must not be
+        stopped.
+        """
         owner = state.owner
         if owner is None or state.released:
             return False
@@ -285,7 +287,7 @@ class _Opening:
         if owner.host == me.host and (owner.pid, owner.started) != (me.pid, me.started):
             living = self.alive(owner.pid, owner.started)
         elif self.take_over:
-            return False
+            return True
         else:  # on another machine, or a run of this very process: only its heartbeat tells
             living = self._beats(run)
         if living and not self.take_over:
@@ -306,10 +308,10 @@ class _Opening:
                 return True
         return False
 
-    def _claim(self, state: LogState, *more: Record) -> bool:
-        """False: another driver was quicker."""
+    def _claim(self, state: LogState, *more: Record, died: bool = False) -> bool:
+        """False: another driver was quicker. died: see Claim."""
         me = self.identity
-        claim = Claim(state.epoch + 1, me.nonce, me.host, me.pid, me.started, self.now())
+        claim = Claim(state.epoch + 1, me.nonce, me.host, me.pid, me.started, self.now(), died)
         segment = Segment(state.next, claim.epoch, me.nonce, (claim, *more))
         name, data = log_name(state.run, state.next), encode(segment)
         if not self._patiently(lambda: self.store.create(name, data)):
@@ -317,8 +319,8 @@ class _Opening:
         state.apply(segment)
         return True
 
-    def _go_on(self, run: str, header: _Header, state: LogState, after_crash: bool) -> OpenedRun | None:
-        if not self._claim(state):
+    def _go_on(self, run: str, header: _Header, state: LogState, dead: bool) -> OpenedRun | None:
+        if not self._claim(state, died=dead):
             return None
         write_heartbeat(self.store, run, state.epoch, self.identity, self.now())
         unpublished = () if header.holds else self._sort_staging(run, state)
@@ -335,7 +337,7 @@ class _Opening:
             state,
             header.fresh,
             header.holds,
-            after_crash=after_crash,
+            after_crash=state.deserted,
             unpublished=unpublished,
             notes=tuple(notes),
         )

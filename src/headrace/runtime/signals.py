@@ -78,20 +78,30 @@ def handling_signals(driver: Stoppable, *, resumable: bool = True) -> Generator[
 
 @contextlib.contextmanager
 def ending_at_once() -> Generator[None]:
-    """Around an action whose driver is not there yet: SIGTERM ends it where it stands, by SystemExit(143)."""
+    """Around an action whose driver is not there yet: SIGTERM ends it where it stands, by SystemExit(143).
+
+    On the way there it is a KeyboardInterrupt: user code that is being tried lets that pass, and whoever tries it, too.
+    """
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     if not main or not (before is signal.SIG_DFL or getattr(before, "__module__", "").startswith("ray.")):  # Ray's just exits
         yield
         return
 
+    ended: list[int] = []
+
     def end(signum: int, frame: object) -> None:
+        ended.append(signum)
         _say("stopped by SIGTERM while no split was open; resumable: run the same command again")
-        raise SystemExit(128 + signum)
+        raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except KeyboardInterrupt:
+        if not ended:
+            raise
+        raise SystemExit(128 + ended[0]) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 

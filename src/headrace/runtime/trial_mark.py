@@ -3,9 +3,10 @@
 The run log tells later sessions of the same run as much. Marks are for what keeps no log (`take`, `to_arrow`, iterators), where
 the same call would end every process that makes it.
 
-A mark is an empty, locked file `<functions>-<random>` in the folder `trials` of the cache folder. The kernel drops the lock
-with its process: a mark that nobody holds is of a process that died, of the functions or of whatever else ended it in those few
-milliseconds. Nothing but the choice of an engine depends on marks, so trouble with files is passed over.
+A mark is an empty, locked file `<functions>-<random>` in the folder `trials` of the cache folder; it gets that name when it is
+locked. The kernel drops the lock with its process: a mark that nobody holds is of a process that died, of the functions or of
+whatever else ended it in those few milliseconds. Who looks takes a shared lock, so that several may look at once. Nothing but
+the choice of an engine depends on marks, so trouble with files is passed over.
 """
 
 from __future__ import annotations
@@ -55,13 +56,16 @@ def died_of(key: str) -> bool:
 @contextlib.contextmanager
 def mark(key: str) -> Iterator[None]:
     """Inside, a mark says that this process tries it."""
-    path = os.path.join(_folder(), f"{key}-{secrets.token_hex(4)}")
+    name = f"{key}-{secrets.token_hex(4)}"
+    path, unlocked = os.path.join(_folder(), name), os.path.join(_folder(), f".{name}")
     with contextlib.ExitStack() as leaving:
         with contextlib.suppress(OSError, ImportError):
-            descriptor = _create(path)
+            descriptor = _create(unlocked)
             leaving.callback(os.close, descriptor)
+            leaving.callback(_remove, unlocked)
+            _lock(descriptor, alone=True)
             leaving.callback(_remove, path)
-            _lock(descriptor)
+            os.rename(unlocked, path)
         yield
 
 
@@ -84,18 +88,19 @@ def _remove(path: str) -> None:
 
 
 def _held(path: str) -> bool:
+    """Is or was it, to its end, held by a living process?"""
     descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        _lock(descriptor)
+        _lock(descriptor, alone=False)
+        return os.fstat(descriptor).st_nlink == 0  # removed by its process just now, and only then let go
     except BlockingIOError:
         return True
     finally:
         os.close(descriptor)
-    return False
 
 
-def _lock(descriptor: int) -> None:
+def _lock(descriptor: int, *, alone: bool) -> None:
     """Raises BlockingIOError when another process has it, ImportError where there are no such locks."""
     import fcntl
 
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)

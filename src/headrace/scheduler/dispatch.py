@@ -46,6 +46,7 @@ FEED_BLOCKS = 16  # blocks given to a sequential cursor in one step
 APPLY_BYTES = 32 << 20  # a model step gathers blocks up to this much, or the stage's batch_rows;
 WANTED_BYTES = 256 << 20  # up to this much when its model has said how many rows it wants
 APPLY_BLOCKS = 64
+MOST_AHEAD = 16  # blocks for each worker that a reader makes ahead: should whoever takes them stall, no more wait
 LIST_AHEAD = 512  # splits known beforehand: share done and time left are exact where there are no more; about 5 kB each
 WARM_STEPS = 2  # of each worker at a stage, which end after one block: the sooner the run's model and its consumer begin
 FRONT_BLOCKS = 4  # past the budget, blocks of the oldest split that may wait before its front makes more
@@ -154,7 +155,7 @@ class Dispatcher:
         """
         others = self.pools[stage.pool].awake - self.cursors[stage.id]
         make_s, take_s = self.measures[stage.id].step_s, self.measures[following].step_s
-        return others if take_s <= 0.0 else others * (1 + round(make_s / take_s))
+        return others if take_s <= 0.0 else others * (1 + min(MOST_AHEAD, round(make_s / take_s)))
 
     def _start_stage(self, stage: Stage) -> None:
         """Start what this stage may start, the oldest first."""

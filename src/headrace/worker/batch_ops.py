@@ -80,7 +80,7 @@ class MapBatchesOp(BatchOperator):
             if joining is not None:
                 yield from joining.take()
             yield Piece(batch, self._origin(piece, kept))
-        if joining is not None and joining.due:
+        if joining is not None and (joining.due or not joining.ends_with(piece)):
             yield from joining.take()
 
     def _call_held(self, piece: Piece, suspected: bool) -> Iterator[Piece]:
@@ -100,7 +100,7 @@ class MapBatchesOp(BatchOperator):
 
     def _results(self, piece: Piece, joining: Joining | None) -> Iterator[tuple[pa.RecordBatch, tuple[str, ...]]]:
         """The batches that the function makes of one, a generator's one by one, as it yields them; and which columns it gave
-        back as they were. None when `joining` has taken the answer.
+        back as they were. Nothing when `joining` has taken the answer, either.
         """
         batch, given = self._prepare(piece)
         kept: tuple[str, ...] = ()

@@ -53,7 +53,7 @@ class Joining:
                 return False
             self._layout, self._start, self._began_s = layout, batch.at, time.perf_counter()
             self._arrays = {name: [] for name, how in layout.items() if not isinstance(how, int)}
-        elif not self._fits(answer, given, rows):
+        elif batch.at != self._start + self._rows or not self._fits(answer, given, rows):
             return False
         for name, arrays in self._arrays.items():
             arrays.append(answer[name].copy())
@@ -74,6 +74,10 @@ class Joining:
             elif _shape(value, rows) != how or given.place_of(value) is not None:
                 return False
         return True
+
+    def ends_with(self, batch: Piece) -> bool:
+        """Is the answer to this batch the last one that waits?"""
+        return bool(self._cuts) and batch.at + batch.batch.num_rows == self._start + self._rows
 
     @property
     def due(self) -> bool:

@@ -547,3 +547,10 @@ def test_a_library_that_is_not_loaded_yet_is_a_library(tmp_path: Path, monkeypat
 def test_it_is_json_and_stays_so() -> None:
     found = of(hr.from_arrow(TABLE).map_batches(Scaler, fn_constructor_args=(1.5, "a")).limit(3))
     assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
+@pytest.mark.parametrize(("old", "new"), [(1, 1.0), (1, True), (0, False), ([1, 2], [1, 2.0])])
+def test_equal_numbers_of_other_types_are_other_arguments(old: Any, new: Any) -> None:
+    plans = [{"format": 1, "steps": [{"name": "map(f)", "kind": "map", "arguments": {"k": k}}]} for k in (old, new)]
+    assert differences(plans[0], plans[1])
+    assert differences(plans[0], plans[0]) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from dataclasses import replace
@@ -15,10 +16,12 @@ import pytest
 
 import headrace as hr
 from headrace.api.planning import choose, lay_out, prepare
+from headrace.connectors.sinks.parquet import ParquetSink
 from headrace.core.errors import PlanError
 from headrace.core.options import Engine, OnError, RunOptions
 from headrace.core.resources import Machine
-from headrace.runtime.engine import Probe, Work
+from headrace.plan.nodes import Write
+from headrace.runtime.engine import Probe, Work, _watch, _work
 
 
 def probe(*, wall_s: float, cpu_s: float, models_s: float) -> Probe:
@@ -196,3 +199,72 @@ def test_after_a_crash_user_code_runs_in_processes() -> None:
 def test_after_a_crash_a_plan_without_user_code_is_as_ever() -> None:
     prepared = choose(lay_out(hr.range(10).select("id")._plan, RunOptions()), after_crash=True)
     assert prepared.engine == "threads"
+
+
+def test_rows_that_fail_make_no_long_trial() -> None:
+    calls = [0]
+
+    def work(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        calls[0] += 1
+        if batch["id"].max() >= 4200:
+            raise ValueError("bad")
+        return batch
+
+    plan = hr.range(200_000).map_batches(work)._plan
+    choose(lay_out(plan, RunOptions(on_error="skip")))
+    assert calls[0] < 5000, "each of the bad rows was looked for"
+
+
+def test_a_sample_after_a_bad_row_tells_as_well() -> None:
+    def work(row: dict[str, int]) -> dict[str, int]:
+        if row["id"] == 0:
+            raise ValueError("bad")
+        return {"y": sum(range(20_000))}
+
+    prepared = prepare(hr.range(200_000).map(work)._plan, RunOptions(on_error="skip", cpus=2))
+    assert "could not be tried" not in prepared.notes[-1]
+
+
+def test_outputs_that_travel_are_not_for_one_worker(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"id": [1, 2]}), tmp_path / "in.parquet")
+    ds = hr.read_parquet(str(tmp_path / "in.parquet"))
+    far, near = (replace(ds._plan, write=Write(ParquetSink(to))) for to in ("s3://bucket/out", str(tmp_path / "out")))
+    assert _work(lay_out(far, RunOptions()).program).remote
+    assert not _work(lay_out(near, RunOptions()).program).remote
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_batches_are_the_same_whatever_the_workers(tmp_path: Path, deterministic: bool) -> None:
+    def sizes(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"id": batch["id"], "rows": np.full(len(batch["id"]), len(batch["id"]))}
+
+    pq.write_table(pa.table({"id": np.arange(8000)}), tmp_path / "in.parquet")
+    ds = hr.read_parquet(str(tmp_path / "in.parquet")).map_batches(sizes)
+    options: list[Any] = [{"engine": "inline"}, {"engine": "threads", "cpus": 1}, {"engine": "threads", "cpus": 2}, {}]
+    found: list[Any] = []
+    for i, option in enumerate(options):
+        ds.write_parquet(str(tmp_path / f"{i}"), progress="quiet", deterministic=deterministic, **option)
+        found.append(hr.read_parquet(str(tmp_path / f"{i}")).to_arrow().sort_by("id"))
+    assert all(table == found[0] for table in found)
+
+
+def test_sigterm_while_a_function_is_tried_ends_the_action(tmp_path: Path) -> None:
+    def work(row: dict[str, int]) -> dict[str, int]:
+        signal.raise_signal(signal.SIGTERM)
+        return row
+
+    with pytest.raises(SystemExit) as ended:
+        hr.range(1_000_000).map(work).write_parquet(str(tmp_path / "out"), progress="quiet")
+    assert ended.value.code == 143
+
+
+def test_a_lock_that_is_held_for_less_than_a_millisecond_at_a_time_is_held() -> None:
+    def loops() -> None:
+        for _ in range(40):
+            sum(i * i for i in range(5_000))
+            time.sleep(0)  # as most calls of NumPy and Arrow do, it lets others have the lock
+
+    _, busy, _ = _watch(loops, watched=True)
+    _, idle, _ = _watch(lambda: time.sleep(0.02), watched=True)
+    assert busy > 2 * idle
+    assert busy > 0.1

@@ -87,6 +87,24 @@ def test_a_session_that_died_is_known_as_such() -> None:
     assert opened(store, identity=YOU).after_crash
 
 
+def test_a_driver_that_was_taken_over_alive_has_not_died() -> None:
+    store = MemoryRunStore()
+    work(store, opened(store), 1, released=False)
+    taken = opened(store, identity=YOU, take_over=True, alive=lambda pid, started: True)
+    assert not taken.after_crash
+    work(store, taken, 1)
+    assert not opened(store).after_crash
+
+
+def test_a_driver_elsewhere_that_was_taken_over_may_have_died() -> None:
+    store = MemoryRunStore()
+    work(store, opened(store), 1, released=False)
+    taken = opened(store, identity=AFAR, take_over=True)
+    assert taken.after_crash
+    work(store, taken, 1)
+    assert opened(store).after_crash, "for all later sessions of the run"
+
+
 def test_another_plan_is_refused_with_what_differs() -> None:
     store = MemoryRunStore()
     work(store, opened(store), 2)

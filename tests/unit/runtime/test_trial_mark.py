@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,18 @@ def test_after_a_death_the_functions_are_not_tried_here(folder: Path, action: st
     else:
         assert [b["id"].tolist() for b in ds.iter_batches()] == [[0, 1, 2]]
     assert tried_in == []
+
+
+def test_trials_at_the_same_time_are_no_deaths(folder: Path) -> None:
+    """Locks are of open files: threads are to each other as processes."""
+
+    def trials(_: int) -> bool:
+        found = False
+        for _ in range(50):
+            with mark("k"):
+                found |= died_of("k")
+        return found
+
+    with ThreadPoolExecutor(8) as threads:
+        assert not any(threads.map(trials, range(8)))
+    assert list(folder.iterdir()) == []

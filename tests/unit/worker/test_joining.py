@@ -65,6 +65,7 @@ FUNCTIONS: dict[str, Callable[[], Callable[[Batch], Any]]] = {
     "rows less once": lambda: nth(lambda b: {name: v[::2] for name, v in b.items()}),
     "no rows once": lambda: nth(lambda b: {name: v[:0] for name, v in b.items()}, which=0),
     "rows more in the last": lambda: nth(lambda b: {name: np.repeat(v, 2) for name, v in b.items()}, which=3),
+    "no answer once": lambda: nth(lambda b: iter(())),
     "a generator once": lambda: nth(lambda b: iter([{"x": b["x"][:5]}, {"x": b["x"][5:]}])),
 }
 

@@ -160,7 +160,7 @@ class FileSink(ABC):
         out = copy.copy(self)
         out._run, out._epoch, out._generation = run, epoch, generation_of(run)
         out._schema = schema
-        if storage.is_remote(self.path):  # and another store, that knows where scratch files are
+        if storage.is_remote(self.path):  # with a store of its own, that knows where scratch files are
             claims.remove_stale(tempfile.gettempdir())
             out._scratch = os.path.join(tempfile.gettempdir(), f"headrace-staging-{secrets.token_hex(6)}")
             claims.claim(out._scratch, out)

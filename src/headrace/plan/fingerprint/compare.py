@@ -24,7 +24,7 @@ def differences(old: Json, new: Json) -> list[str]:
     if old.get("format") != new.get("format"):
         was = _show(old.get("format"))
         return [f"the plan was recorded in another format ({was}, now {_show(new.get('format'))}): it can't be compared"]
-    if old == new:
+    if _same(old, new):
         return []
     out: list[str] = []
     out += _values("input", _dict(old.get("input")), _dict(new.get("input")))
@@ -170,7 +170,7 @@ def _values(name: str, old: Json, new: Json) -> Iterator[str]:
 
 def _value(name: str, old: Any, new: Any) -> Iterator[str]:
     """How a value differs. Files count by content where both fingerprints saw one: one may be made while a run is under way."""
-    if old == new:
+    if _same(old, new):
         return
     was, now = _path(old), _path(new)
     if was is not None and was == now:
@@ -204,6 +204,11 @@ def _value(name: str, old: Any, new: Any) -> Iterator[str]:
         return
     shown = f"{_show(old)} -> {_show(new)}"
     yield f"{name}: changed" if _show(old) == _show(new) else f"{name}: {shown}"
+
+
+def _same(old: Any, new: Any) -> bool:
+    """Equal, and of the same types: 1 is not 1.0, nor true."""
+    return old == new and json.dumps(old, sort_keys=True) == json.dumps(new, sort_keys=True)
 
 
 def _alike(old: Any, new: Any) -> bool:
