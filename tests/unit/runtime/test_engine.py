@@ -260,8 +260,8 @@ def test_sigterm_while_a_function_is_tried_ends_the_action(tmp_path: Path) -> No
 
 def test_a_lock_that_is_held_for_less_than_a_millisecond_at_a_time_is_held() -> None:
     def loops() -> None:
-        for _ in range(40):
-            sum(i * i for i in range(5_000))
+        for _ in range(30):
+            sum(i * i for i in range(20_000))
             time.sleep(0)  # as most calls of NumPy and Arrow do, it lets others have the lock
 
     _, busy, _ = _watch(loops, watched=True)
