@@ -78,7 +78,7 @@ def test_a_live_model_prompts_and_fewer_dimensions(folder: str, texts: Any) -> N
 def test_texts_padded_on_either_side(side: str, folder: str, texts: Any) -> None:
     model = library(folder)
     model.tokenizer.padding_side = side
-    # Tokenised together and computed one by one: positions count from the left in this model, so that padding there changes them.
+    # Tokenised together, computed one by one: positions count from the left in this model, so that padding there moves them.
     made = embedded(texts, SentenceTransformers(model, batch_tokens=1))
     wanted = np.stack([model.encode(text, show_progress_bar=False) for text in TEXTS])
     np.testing.assert_allclose(made, wanted, rtol=1e-4, atol=1e-5)
