@@ -267,9 +267,9 @@ def claim_not_logged() -> Any:
     """A later driver begins at the log's end without a claim of its own."""
     real = _Opening._claim
 
-    def claim(self: _Opening, state: Any, *more: Any) -> bool:
+    def claim(self: _Opening, state: Any, *more: Any, died: bool = False) -> bool:
         if state.owner is None or more:
-            return real(self, state, *more)
+            return real(self, state, *more, died=died)
         state.owner = replace(state.owner, pid=self.identity.pid)
         return True
 
