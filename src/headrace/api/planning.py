@@ -41,10 +41,10 @@ from headrace.runtime.engine import Choice, asked_engine, choose_engine
 from headrace.runtime.machine import block_budget_bytes, detect_machine
 from headrace.worker.program import Program
 
-LEAST_ROWS_UNSHARED = 1024  # of blocks that no other worker waits for, and whose end no function sees: hides what each costs
-
 if TYPE_CHECKING:
     import pyarrow as pa
+
+LEAST_ROWS_UNSHARED = 1024  # of blocks that no other worker waits for, and whose end no function sees: hides what each costs
 
 
 @dataclass(frozen=True, slots=True)

@@ -196,15 +196,23 @@ def _write(written: Plan, sink: Sink, schema: pa.Schema | None, parsed: RunOptio
     bound = sink.bind(opened.run, opened.epoch, schema)
     if opened.finished:
         return _finished_before(laid_out, bound, opened, schema)
-    try:  # only now, with this session in the log: trying the functions may end the process, and the next session must know
+    ready = _chosen(laid_out, opened) if laid_out.engine == "auto" else laid_out
+    return _run_logged(replace(ready, program=replace(ready.program, sink=bound)), bound, opened, schema)
+
+
+def _chosen(laid_out: Prepared, opened: OpenedRun) -> Prepared:
+    """With an engine. Only now, with this session in the log: trying the functions may end the process, and the next session
+    must know.
+    """
+    try:
         with beating(opened):
             ready = choose(laid_out, after_crash=opened.after_crash)
     except BaseException:
         leave(opened)
         raise
-    if opened.after_crash and laid_out.engine == "auto" and parsed.progress != "quiet":
+    if opened.after_crash and laid_out.options.progress != "quiet":
         print(f"headrace: {ready.notes[len(laid_out.notes)]}", file=sys.stderr, flush=True)
-    return _run_logged(replace(ready, program=replace(ready.program, sink=bound)), bound, opened, schema)
+    return ready
 
 
 def reproduce_row(plan: Plan, path: str, options: ActionOptions, at_end: Columns = ALL) -> str:

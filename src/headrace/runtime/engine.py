@@ -2,7 +2,7 @@
 
 The probe runs the first rows through the CPU operators while a second thread keeps asking for the interpreter: the share of
 times it is kept waiting is the share of the time in which two such threads would not run at once. Output never depends on
-the answer; user functions may be called once more on the first rows, as after any retry.
+the answer; user functions are called again on the first rows, as after any retry, and where they are quick some dozen times.
 """
 
 from __future__ import annotations
