@@ -148,7 +148,7 @@ def tensor_to_numpy(column: pa.Array) -> np.ndarray[Any, Any]:
     if column.null_count:
         whole = column.drop_null()
         out = np.empty(len(column), dtype=object)
-        out[np.flatnonzero(column.is_valid().to_numpy(zero_copy_only=False))] = _rows(tensor_to_numpy(whole))
+        out[np.flatnonzero(vector_to_numpy(column.is_valid()))] = _rows(tensor_to_numpy(whole))
         return out
     if type.permutation is not None and list(type.permutation) != list(range(len(type.shape))):
         return column.to_numpy_ndarray()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pyarrow as pa
 
-from headrace.core.tensors import numpy_to_array
+from headrace.core.tensors import numpy_to_array, vector_to_numpy
 from headrace.worker.bad_rows import Lost
 from headrace.worker.batching import Piece
 
@@ -86,7 +86,7 @@ def _lengths(batch: pa.RecordBatch) -> np.ndarray:
     for column in batch.columns:
         measure = _measure(column.type)
         if measure is not None:
-            total += pc.call_function(measure, [column]).fill_null(0).to_numpy(zero_copy_only=False)
+            total += vector_to_numpy(pc.call_function(measure, [column]).fill_null(0))
     return total
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from headrace.core.tensors import is_ragged, is_tensor
+from headrace.core.tensors import is_ragged, is_tensor, vector_to_numpy
 
 State = dict[str, Any]
 
@@ -71,4 +71,4 @@ def _floats(column: pa.Array) -> np.ndarray | None:
         column = column.flatten()
     if not pa.types.is_floating(column.type):
         return None
-    return (column.drop_null() if column.null_count else column).to_numpy(zero_copy_only=False)
+    return vector_to_numpy(column.drop_null() if column.null_count else column)
