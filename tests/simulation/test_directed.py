@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 from tests.simulation.cases import DEVICE, Case, Table, expected, make_splits, make_workers, on_nodes
 from tests.simulation.harness import Simulation, run_checked, steps_of
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from random import Random
 
 import pytest
+from msgspec.structs import replace
 from tests.simulation.cases import Case, expected, random_case
 from tests.simulation.harness import Simulation, run_checked
 

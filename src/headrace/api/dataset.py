@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Unpack
+
+from msgspec.structs import replace
 
 from headrace.api import actions, session
 from headrace.contracts.accumulator import Accumulator

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from statistics import fmean, median, pstdev
+
+from msgspec import Struct
 
 from headrace.api.sampling import Sample
 from headrace.core.events import MemorySampled, RunEvent, RunStarted, StepFinished, StepStarted
@@ -43,8 +44,7 @@ BLOCK_ROWS = 4096  # that operators take in one go; blocks of a run mostly have 
 GROUP_BYTES = 32 << 20  # a row group being written, see connectors/sinks/parquet
 
 
-@dataclass(frozen=True, slots=True)
-class _Step:
+class _Step(Struct, frozen=True):
     worker: int
     stage: int
     first: bool
@@ -88,8 +88,7 @@ class Steps:
         """Nothing to restore."""
 
 
-@dataclass(frozen=True, slots=True)
-class Cost:
+class Cost(Struct, frozen=True):
     """Of one operator in one stage. error: relative standard error. startup_s: what a worker's first step took beyond. rows:
     that came in. warm: there were steps after the first ones.
     """
@@ -150,8 +149,7 @@ def _spread(rates: Sequence[float]) -> float:
     return pstdev(rates) / fmean(rates) / (len(rates) - 1) ** 0.5
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(Struct, frozen=True):
     """Of the whole run. expected_s and its range are None when nothing was measured."""
 
     stages: tuple[StageCost, ...]
@@ -165,8 +163,7 @@ class Estimate:
     warm: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(Struct, frozen=True):
     """Of the rehearsed rows: how many came out, their Arrow size, and what one more costs in a Parquet file."""
 
     rows: int = 0
@@ -175,8 +172,7 @@ class Output:
     row_s: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Situation:
+class Situation(Struct, frozen=True):
     """What the run has. workers: of each pool. limits: rows of each Limit, by operator. trial_workers: that were rehearsed
     with.
 

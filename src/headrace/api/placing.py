@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from headrace.core.options import RunOptions
 from headrace.core.resources import Machine, WorkerSpec
@@ -13,8 +14,7 @@ from headrace.plan.nodes import Plan, Predict
 from headrace.plan.physical import PhysicalPlan
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(Struct, frozen=True):
     """shapes: pool -> substrates.ray.placement.Shape. notes: for explain and the report."""
 
     workers: tuple[WorkerSpec, ...]

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from headrace.api.placing import cluster_machine, gpus_may_come, place_on_cluster
 from headrace.contracts.model import ModelAdapter
@@ -47,8 +49,7 @@ if TYPE_CHECKING:
 LEAST_ROWS_UNSHARED = 1024  # of blocks that no other worker waits for, and whose end no function sees: hides what each costs
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(Struct, frozen=True):
     """A plan ready to run; nothing has been started. engine "auto": it has no workers yet, and goes to `choose`."""
 
     written: Plan

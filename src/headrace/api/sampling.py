@@ -13,9 +13,11 @@ import itertools
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from headrace.connectors.packing import DIVIDE_OVER_BYTES
 from headrace.connectors.sources.files import FileSource
@@ -44,8 +46,7 @@ READ_HINT = 'replace or remove it, or run with on_error="quarantine" (or "skip")
 Block = tuple["pa.RecordBatch", Origin]
 
 
-@dataclass(slots=True)
-class Survey:
+class Survey(Struct):
     """The listing. kept: inputs (index, fragment) evenly spread over it, the first and the last among them. rows: in all, None
     when the metadata of some input does not tell. whole: it came to its end.
     """
@@ -82,8 +83,7 @@ def survey(source: Source, most: int = MOST_KEPT, listing_s: float = LISTING_S) 
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """What was read at one place. inputs: whole ones that it holds, 0 for a part of one. stored_bytes: of what was read to its
     end, 0 when reading ended earlier. rows: read there, those that could not be read included. read_s: what that took.
     """
@@ -101,8 +101,7 @@ class Place:
         return _rows_of(self.blocks)
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(Struct, frozen=True):
     """rows_expected: that the source yields in all, None when nothing tells; rows_exact: not extrapolated. rows_error: relative
     standard error of it. read_s_per_row: of a place that is warm.
     """
@@ -151,8 +150,7 @@ def take_sample(source: Source, limits: BlockLimits, rows: int, splits: int) -> 
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Spot:
+class _Spot(Struct, frozen=True):
     """Fragments read together. whole: they are whole inputs. places: to take of them."""
 
     fragments: tuple[Fragment, ...]

@@ -8,8 +8,9 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
 
 from headrace.api.placing import reach
 from headrace.api.planning import Prepared, choose, lay_out, parse_options, prepare, resolve, static_schema

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from headrace.connectors.blocks import Piece, rechunk
 from headrace.contracts.source import OnBad
@@ -20,7 +22,6 @@ from headrace.core.receipts import LineageRun, OutputFile, Receipt
 from headrace.core.refs import Origin
 from headrace.core.schemas import Conflict, bring, unify
 from headrace.core.splits import Fragment, Split
-from headrace.core.wire import travels
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -29,8 +30,7 @@ MOST_NOTES = 20  # failures of a split that are told one by one
 MOST_BYTES = 64 << 20  # of a split's output kept for a trial of writing it
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(Struct, frozen=True):
     """Sampled rows that are rehearsed as one split. place: that they come from, by number. label: its object."""
 
     place: int
@@ -83,9 +83,7 @@ class TrialSource:
         return f"{self.name}, {self.count():,} sampled rows"
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class TrialReceipt(Receipt):
+class TrialReceipt(Receipt, frozen=True):
     """schema: serialised, of the split's output; b"" when no row came out. arrow_bytes: of its rows. row_bytes, row_s: what one
     more row costs in a Parquet file; the first one, with the footer, is not counted.
     """
@@ -96,9 +94,7 @@ class TrialReceipt(Receipt):
     row_s: float = 0.0
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class TrialAside(OutputFile):
+class TrialAside(OutputFile, frozen=True):
     """Rows that failed. notes: (stage, uri, row, rows, exception) of the first of them."""
 
     notes: tuple[tuple[str, str, int | None, int, str], ...] = ()

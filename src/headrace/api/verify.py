@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, cast
 
 from headrace.commit.names import MANIFEST, PRIVATE, SUCCESS, generation_of
@@ -57,7 +57,7 @@ class Verification:
         state = "finished" if self.finished else f"unfinished: {self.splits:,} splits committed"
         lines = [f"{self.path}  ({self.run or 'no run'}, {state})"]
         lines.append(f"  read: {self.files:,} files, {self.rows:,} rows, {self.bytes:,} bytes, from {self.splits:,} splits")
-        counts = [f"{f.name} {n:,}" for f in fields(Tally) if (n := getattr(self.tally, f.name))]
+        counts = [f"{name} {n:,}" for name in Tally.__struct_fields__ if (n := getattr(self.tally, name))]
         lines.append(f"  rows: {', '.join(counts) or 'none'}")
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  problem: {problem}" for problem in self.problems[:SHOWN]]
@@ -164,7 +164,7 @@ class _Check:
 
     def _tally(self, told: object) -> Tally:
         counts = cast("dict[str, Any]", told) if isinstance(told, dict) else {}
-        names = [f.name for f in fields(Tally)]
+        names = Tally.__struct_fields__
         if not isinstance(told, dict) or not all(is_whole(counts.get(n, 0)) for n in names):
             self.problems.append("the manifest tells no row counts")
             return Tally()
@@ -319,7 +319,7 @@ def _is_private(name: str) -> bool:
 
 
 def _law(tally: Tally) -> str:
-    parts = ((f.name, getattr(tally, f.name)) for f in fields(Tally))
+    parts = ((name, getattr(tally, name)) for name in Tally.__struct_fields__)
     return ", ".join(f"{name} {n:,}" for name, n in parts if n) or "no rows"
 
 

@@ -10,10 +10,11 @@ import hashlib
 import json
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 from urllib.parse import urlsplit, urlunsplit
+
+from msgspec import Struct
 
 from headrace.core.errors import DestinationError, InputChanged
 from headrace.core.splits import Split
@@ -81,8 +82,7 @@ def _common_prefix(uris: Sequence[str]) -> str:
     return low[: low[:same].rfind("/") + 1]
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
+class _File(Struct, frozen=True):
     version: str
     size: int
 

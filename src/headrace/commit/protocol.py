@@ -18,9 +18,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+
+from msgspec import Struct, field
 
 from headrace.commit.records import Claim, Record, Segment, Settled, corrupt, decode, encode
 from headrace.commit.state import LogState
@@ -42,55 +43,46 @@ Merge = Callable[[str, Any, Any], Any]
 # --- told
 
 
-@dataclass(frozen=True, slots=True)
-class Note:
+class Note(Struct, frozen=True):
     """Put this into the log. metrics: states that go with it, normalised through JSON; none unless it is a Settled."""
 
     record: Record
     metrics: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
+class Tick(Struct, frozen=True):
     """Time has passed."""
 
 
-@dataclass(frozen=True, slots=True)
-class Flush:
+class Flush(Struct, frozen=True):
     """Don't wait for more."""
 
 
-@dataclass(frozen=True, slots=True)
-class Synced:
+class Synced(Struct, frozen=True):
     """The answer to Sync. condemned: files that could not be made durable."""
 
     condemned: tuple[OutputFile, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Appended:
+class Appended(Struct, frozen=True):
     """The answer to Append: the log holds these bytes there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Conflicted:
+class Conflicted(Struct, frozen=True):
     """The answer to Append: something else is there."""
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(Struct, frozen=True):
     """The answer to ReadFrom: the objects there, in order, from the index that was asked for; () for none."""
 
     objects: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
+class Published(Struct, frozen=True):
     """The answer to Publish."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failed:
+class Failed(Struct, frozen=True):
     """Any command's answer: its outcome is unknown. A TransientError may be tried again."""
 
     command: Command
@@ -103,37 +95,31 @@ Event = Note | Tick | Flush | Synced | Appended | Conflicted | Found | Published
 # --- answered
 
 
-@dataclass(frozen=True, slots=True)
-class Sync:
+class Sync(Struct, frozen=True):
     files: tuple[OutputFile, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Append:
+class Append(Struct, frozen=True):
     index: int
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ReadFrom:
+class ReadFrom(Struct, frozen=True):
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class Publish:
+class Publish(Struct, frozen=True):
     files: tuple[OutputFile, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Redo:
+class Redo(Struct, frozen=True):
     """These splits are not settled: files of theirs can't be made durable. Not answered."""
 
     splits: tuple[int, ...]
     files: tuple[OutputFile, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(Struct, frozen=True):
     """Nothing will be logged any more. Not answered; no command follows it."""
 
     error: HeadraceError

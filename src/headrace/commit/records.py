@@ -10,21 +10,21 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from typing import Any, cast
+
+from msgspec import Struct, field
 
 from headrace.commit.names import check_file, log_name
 from headrace.core.errors import DestinationError
 from headrace.core.receipts import LineageRun, OutputFile, Tally
 
 VERSION = 1
-_TALLY = tuple(f.name for f in fields(Tally))
+_TALLY = Tally.__struct_fields__
 _KINDS = ("output", "quarantine", "lineage")
 _DIGEST = re.compile(r"([0-9a-f]{64})?")
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(Struct, frozen=True):
     """A driver begins: from here on only segments of this epoch may follow. died: the one before may have died at work. The
     rest is for people.
     """
@@ -38,8 +38,7 @@ class Claim:
     died: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Listed:
+class Listed(Struct, frozen=True):
     """Splits [first, first + count) are what the listing object with this digest says. done: there are no more."""
 
     first: int
@@ -48,8 +47,7 @@ class Listed:
     done: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(Struct, frozen=True):
     """A split is settled: its rows are counted and its files are the output. files: final names and what was staged for them.
 
     taken: rows that passed each limit, by the limit's operator index.
@@ -65,20 +63,17 @@ class Settled:
     lineage: tuple[LineageRun, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Released:
+class Released(Struct, frozen=True):
     """The driver has left in good order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Replaced:
+class Replaced(Struct, frozen=True):
     """The run is given up for another, which is to be the output. Nobody goes on with it."""
 
     by: str
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(Struct, frozen=True):
     """All splits are settled, and all that is not held is published. summary: what the manifest says of the run."""
 
     summary: Mapping[str, Any]
@@ -87,8 +82,7 @@ class Finished:
 Record = Claim | Listed | Settled | Released | Replaced | Finished
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Struct, frozen=True):
     """Object `index` of a run's log. metrics: accumulator states of exactly the splits that it settles, by name."""
 
     index: int

@@ -7,9 +7,10 @@ Invariants: cuts are a function of the pieces and the limits alone; every block 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
 
 import pyarrow as pa
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from headrace.core.errors import DataError
 from headrace.core.options import BlockLimits
@@ -17,8 +18,7 @@ from headrace.core.origins import join_origins
 from headrace.core.refs import Origin
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """Rows as a reader got them. row_bytes: estimated Arrow size of a row, the same on every machine. most_rows: of the
     block that these rows join.
     """
@@ -73,8 +73,7 @@ def rechunk(pieces: Iterable[Piece], limits: BlockLimits) -> Iterator[tuple[pa.R
         yield held.take()
 
 
-@dataclass(slots=True)
-class _Held:
+class _Held(Struct):
     """The block in the making."""
 
     rows: int = 0

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import configparser
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from msgspec import Struct
 
 _KEYS = (
     "AWS_ACCESS_KEY_ID",
@@ -127,8 +128,7 @@ def cache_folder() -> str:
     return os.path.abspath(os.path.expanduser(root))
 
 
-@dataclass(frozen=True, slots=True)
-class Torchrun:
+class Torchrun(Struct, frozen=True):
     """What torchrun tells its workers. job: the same in all workers of one start of one job, and in no others that live."""
 
     rank: int

@@ -12,8 +12,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
+
+from msgspec import Struct
 
 MAGIC = b"PAR1"
 TAIL_BYTES = 8  # the footer's length and the magic
@@ -244,16 +245,14 @@ _CONVERTED_KINDS: dict[int, _Kind] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(Struct, frozen=True):
     """A column of chunks. path: names from the top-level field down. repeated: a row may have several values or none."""
 
     path: tuple[str, ...]
     repeated: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Column:
+class Column(Struct, frozen=True):
     """A top-level field. layout: all that tells how the bytes of its chunks are read; names do not. leaves: their numbers."""
 
     name: str
@@ -261,8 +260,7 @@ class Column:
     leaves: range
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(Struct, frozen=True):
     """A row group. chunks: one for each leaf."""
 
     rows: int
@@ -374,8 +372,7 @@ def _kind(element: Fields) -> _Kind:
 # --- chunks ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(Struct, frozen=True):
     """A column chunk that can be moved: bytes [start, start + stored_bytes) of its file. values: with nulls. codec: a name."""
 
     start: int
@@ -450,8 +447,7 @@ def group_of(chunks: Sequence[bytes], moved: Sequence[Chunk], rows: int, start: 
 _DATA_PAGE, _INDEX_PAGE, _DICTIONARY_PAGE, _DATA_PAGE_V2 = range(4)
 
 
-@dataclass(frozen=True, slots=True)
-class Page:
+class Page(Struct, frozen=True):
     """header_bytes: of the header; body_bytes: what follows it. values, rows: of a data page; rows -1 when it does not say."""
 
     header_bytes: int

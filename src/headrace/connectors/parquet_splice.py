@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import IO, Any, Protocol
 
 import pyarrow as pa
+from msgspec import Struct
 
 from headrace.connectors.parquet_footer import (
     MAGIC,
@@ -52,8 +52,7 @@ class Bytes(Protocol):
     def read(self, nbytes: int | None = None) -> bytes: ...
 
 
-@dataclass(frozen=True, slots=True)
-class SplicedFile:
+class SplicedFile(Struct, frozen=True):
     """A whole file. digest: SHA-256."""
 
     bytes: int

@@ -15,8 +15,9 @@ import re
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TypeVar
+
+from msgspec import Struct
 
 from headrace.core.errors import HeadraceError
 
@@ -27,8 +28,7 @@ RATE_PER_S = 5.0  # and per second, whatever the requests: what keeps a run of f
 BURST = 50.0  # saved up at most, and there at the start
 
 
-@dataclass(frozen=True, slots=True)
-class Policy:
+class Policy(Struct, frozen=True):
     """attempts: at most, in all. first_s, most_s: bounds of the first and the longest delay. total_s: no retry after that."""
 
     attempts: int = 10

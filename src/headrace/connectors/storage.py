@@ -11,11 +11,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pyarrow as pa
+from msgspec import Struct
 
 from headrace.connectors import environment, retries
 from headrace.connectors.redact import redact
@@ -47,8 +47,7 @@ T = TypeVar("T")
 _stores: dict[tuple[Any, ...], S3Store] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(Struct, frozen=True):
     """An object as listed. version: changes when the object does. name: relative to the dataset's root."""
 
     uri: str

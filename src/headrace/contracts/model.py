@@ -7,8 +7,9 @@ an Arrow table or batch, a pandas frame, a torch tensor. Row i of the answer bel
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Hashable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from msgspec import Struct
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -40,8 +41,7 @@ class StreamModel(Protocol):
     ) -> AsyncIterator[tuple[Hashable, dict[str, Any] | Exception]]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """Where an adapter's model is to live.
 
     device: "cpu", "cuda:0", "sim:1". threads: how many it may use at once on CPUs. inputs: the columns that it will get, in the

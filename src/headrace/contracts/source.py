@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from msgspec import Struct
 
 from headrace.core.errors import DataError
 from headrace.core.options import BlockLimits
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-@dataclass(frozen=True, slots=True)
-class BadRange:
+class BadRange(Struct, frozen=True):
     """A part of the input that can't be read: a row group, a line, a file.
 
     rows: how many rows it holds, 0 when nobody can tell. row: the first of them in the object, -1 when unknown. error: says

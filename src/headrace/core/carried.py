@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 
-@dataclass(frozen=True, slots=True)
-class Carried:
+class Carried(Struct, frozen=True):
     """names: of the output's columns, in order. sources: output column -> the input column that it is, row for row; of those a
     block may lack any. Columns that are not there are made on the way.
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from headrace.core.receipts import Receipt, Tally
 from headrace.core.steps import Timing
 
 
-@dataclass(frozen=True, slots=True)
-class RunStarted:
+class RunStarted(Struct, frozen=True):
     """pools: pool name -> number of workers. stages: stage id -> (name, pool). ops: operator index -> name.
 
     settled: splits that earlier sessions of the run have settled; tally: their rows. run: its name in the destination, "" when
@@ -34,8 +34,7 @@ class RunStarted:
     shared: tuple[tuple[tuple[str, ...], int], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class SplitsFound:
+class SplitsFound(Struct, frozen=True):
     """count, bytes: totals so far. complete: the listing is finished. rows: in all splits, None when not known."""
 
     at_s: float
@@ -45,16 +44,14 @@ class SplitsFound:
     rows: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StepStarted:
+class StepStarted(Struct, frozen=True):
     at_s: float
     worker: int
     pool: str
     stage: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepFinished:
+class StepFinished(Struct, frozen=True):
     """rows: rows that left the stage (for a source stage that ends in a sink: rows written)."""
 
     at_s: float
@@ -67,8 +64,7 @@ class StepFinished:
     tally: Tally
 
 
-@dataclass(frozen=True, slots=True)
-class SplitSettled:
+class SplitSettled(Struct, frozen=True):
     """receipt is None for a split whose rows were delivered to a consumer or cut by a limit."""
 
     at_s: float
@@ -77,8 +73,7 @@ class SplitSettled:
     receipt: Receipt | None
 
 
-@dataclass(frozen=True, slots=True)
-class SplitRetried:
+class SplitRetried(Struct, frozen=True):
     """A split starts again as `attempt`. why: what befell the one before. tally: what its steps told, and no longer counts."""
 
     at_s: float
@@ -88,8 +83,7 @@ class SplitRetried:
     tally: Tally = field(default_factory=Tally)
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerReplaced:
+class WorkerReplaced(Struct, frozen=True):
     """A worker is started in the place of one that died; replaces None: on a node that has joined. node: "" on one machine."""
 
     at_s: float
@@ -100,8 +94,7 @@ class WorkerReplaced:
     node: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerGone:
+class WorkerGone(Struct, frozen=True):
     """A worker that had come up is lost with its node. Others may be started elsewhere, in nobody's place."""
 
     at_s: float
@@ -109,16 +102,14 @@ class WorkerGone:
     pool: str
 
 
-@dataclass(frozen=True, slots=True)
-class BlocksSpilled:
+class BlocksSpilled(Struct, frozen=True):
     """Blocks that wait went to disk."""
 
     at_s: float
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Noted:
+class Noted(Struct, frozen=True):
     """Something that people should know while the run goes on: memory pressure, draining, a lost worker. Lines after the first
     are details, such as a stack.
     """
@@ -127,8 +118,7 @@ class Noted:
     text: str
 
 
-@dataclass(frozen=True, slots=True)
-class MemorySampled:
+class MemorySampled(Struct, frozen=True):
     """in_flight_bytes: blocks between stages. rss_bytes: anonymous memory of driver and workers."""
 
     at_s: float
@@ -136,8 +126,7 @@ class MemorySampled:
     rss_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterSampled:
+class ClusterSampled(Struct, frozen=True):
     """nodes: alive; leaving: those of them that are about to go. workers: pool -> workers that are up. store_bytes: blocks of
     the run in the nodes' object stores. budget_bytes: what blocks may take now; 0: as when the run began.
     """
@@ -150,8 +139,7 @@ class ClusterSampled:
     budget_bytes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class RunFinished:
+class RunFinished(Struct, frozen=True):
     """error: its text, or "" after success. metrics: accumulator results by name."""
 
     at_s: float

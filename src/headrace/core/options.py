@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal, TypedDict
+
+from msgspec import Struct
 
 Engine = Literal["auto", "inline", "threads", "processes", "ray"]
 Progress = Literal["auto", "line", "log", "quiet"]
@@ -12,8 +13,7 @@ OnError = Literal["fail", "skip", "quarantine"]
 Execution = Literal["streaming", "bulk"]
 
 
-@dataclass(frozen=True, slots=True)
-class RunOptions:
+class RunOptions(Struct, frozen=True):
     """engine: where workers live. cpus: CPU workers (None: one per usable core). devices: accelerator names
     ("cuda:0", "sim:0"; None: what the machine has). memory_bytes: budget for blocks in flight (None: from the
     machine or its cgroup). progress: "line" in a terminal, "log" otherwise, "quiet" for nothing.
@@ -59,8 +59,7 @@ class ActionOptions(TypedDict, total=False):
     address: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class BlockLimits:
+class BlockLimits(Struct, frozen=True):
     """How a reader cuts blocks: at most target_bytes and max_rows, smaller where a split would make only a few.
 
     rows_multiple: cut at multiples of this many rows from the split's start, so that batches never straddle a block

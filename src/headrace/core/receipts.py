@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Literal
 
-from headrace.core.wire import travels
+from msgspec import Struct
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Tally:
+class Tally(Struct, frozen=True):
     """Row counts. The law of conservation, per split and per run:
 
     rows_in + expanded == written + filtered + skipped + quarantined + cut
@@ -56,9 +53,7 @@ NO_ROWS = Tally()
 FileKind = Literal["output", "quarantine", "lineage"]
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class OutputFile:
+class OutputFile(Struct, frozen=True):
     """A file of a split's output: staged by a worker, published by the committer once the run log says so.
 
     name: final, relative to the destination. digest: SHA-256 hex of its bytes. staged: where the bytes lie until then, relative
@@ -81,9 +76,7 @@ class OutputFile:
         return out
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class LineageRun:
+class LineageRun(Struct, frozen=True):
     """Output rows [row, row + rows) of a split come from rows [source_row, source_row + source_rows) of input object `uri`.
 
     exact: one to one and in order if rows == source_rows, all from that one row if source_rows == 1. Otherwise from among them;
@@ -98,9 +91,7 @@ class LineageRun:
     exact: bool = True
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(Struct, frozen=True):
     """What closing a split's output returns, and what the run log records. Nothing of it is published yet.
 
     lineage: where the output's rows came from; () when there are many runs: then a file of kind "lineage" among `outputs`

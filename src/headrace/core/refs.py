@@ -7,15 +7,12 @@ through an index column named by the part. Pure data: no pyarrow here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
-from headrace.core.wire import travels
+from msgspec import Struct
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Segment:
+class Segment(Struct, frozen=True):
     """`rows` consecutive rows of input object `uri`, from row `row` (0-based) of that object."""
 
     uri: str
@@ -23,9 +20,7 @@ class Segment:
     rows: int
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(Struct, frozen=True, eq=False):
     """Where a block's rows came from. exact: row i of the block is row i of the concatenated segments.
 
     index: with exact=False, the rows' positions in the concatenated segments, ascending and maybe repeated: an array of
@@ -38,10 +33,21 @@ class Origin:
 
     segments: tuple[Segment, ...] = ()
     exact: bool = True
-    index: Any = field(default=None, compare=False)
+    index: Any = None
     listed: bool = False
     groups: tuple[int, ...] = ()
     kept: tuple[str, ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Origin) and self._compared == other._compared
+
+    def __hash__(self) -> int:
+        return hash(self._compared)
+
+    @property
+    def _compared(self) -> tuple[Any, ...]:
+        """All but the positions."""
+        return self.segments, self.exact, self.listed, self.groups, self.kept
 
     @property
     def known(self) -> bool:
@@ -110,9 +116,7 @@ class Origin:
         return f"row {first.row} of {first.uri} to row {last.row + last.rows - 1} of {last.uri} ({len(self.segments)} pieces)"
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class PartRef:
+class PartRef(Struct, frozen=True):
     """One record batch in a substrate's care.
 
     id: unique in the run. owner: the worker whose memory holds it. bytes: its size.
@@ -130,9 +134,7 @@ class PartRef:
     node: str = ""
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class BlockRef:
+class BlockRef(Struct, frozen=True):
     """A block on its way between stages. parts: zipped side by side, all `rows` long.
 
     cuts: rows of each of the pieces that travel together in it; () for one. What an operator sees is the pieces, which

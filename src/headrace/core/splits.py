@@ -7,14 +7,11 @@ input gives the same splits on any machine.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 
-from headrace.core.wire import travels
+from msgspec import Struct
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Fragment:
+class Fragment(Struct, frozen=True):
     """A range of one input object.
 
     uri: what names the object to a person (a path, or s3://bucket/key).
@@ -35,9 +32,7 @@ class Fragment:
     name: str = ""
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Split:
+class Split(Struct, frozen=True):
     """An ordered group of fragments that is read, retried and committed as one.
 
     index: position in input order; names the output file. bytes: estimated bytes to read (stored size).

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+
+from msgspec import Struct
 
 
 class Order(Enum):
@@ -23,8 +24,7 @@ class End(Enum):
     DELIVER = "deliver"  # blocks for the consumer in the driver, in split order
 
 
-@dataclass(frozen=True, slots=True)
-class Stage:
+class Stage(Struct, frozen=True):
     """Operators [first, stop) of the plan in one worker of one pool.
 
     id: index in the physical plan's stage table. reads: the stage starts by reading the split (order SOURCE).
@@ -57,8 +57,7 @@ class Stage:
     stream: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(Struct, frozen=True):
     """One way of a split through the stages. `fused`: as few stages as possible; `spread`: reading apart from
     computing, so that several workers share a split. Output is the same on both.
     """

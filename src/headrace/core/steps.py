@@ -7,19 +7,17 @@ and answers one new part for each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from headrace.core.errors import HeadraceError
 from headrace.core.receipts import NO_ROWS, OutputFile, Receipt, Tally
 from headrace.core.refs import BlockRef, Segment
 from headrace.core.splits import Split
-from headrace.core.wire import travels
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Suspect:
+class Suspect(Struct, frozen=True):
     """Rows on which a worker died or hung.
 
     op: index of the plan node at work. segments: where the rows came from: a batch given to `op` whose origin overlaps them is
@@ -35,9 +33,7 @@ class Suspect:
 CONSTRUCTING = -1
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Doing:
+class Doing(Struct, frozen=True):
     """What a worker's user code was given when it died: its last breadcrumb.
 
     op, name: the plan node; op CONSTRUCTING: its function or model was being made, and had no rows yet. segments: the rows.
@@ -56,9 +52,7 @@ class Doing:
         return self.op == CONSTRUCTING
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Advance:
+class Advance(Struct, frozen=True):
     """Give `inputs` to a cursor (created at its first step) and run it until its credit is used up.
 
     split: sent with a source's or a sink's first step; None afterwards and for stages that need none.
@@ -85,9 +79,7 @@ class Advance:
     suspects: tuple[Suspect, ...] = ()
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Apply:
+class Apply(Struct, frozen=True):
     """Run a model stage over `inputs`; the answer's `outputs[i]` has as many rows as `inputs[i]`, unless it is in `whole`.
 
     owners[i]: (split index, attempt) of inputs[i]. suspects: of all owners.
@@ -101,9 +93,7 @@ class Apply:
     suspects: tuple[Suspect, ...] = ()
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Discard:
+class Discard(Struct, frozen=True):
     """Close cursor `cursor` and abort what it wrote: its split is cancelled. No answer comes."""
 
     worker: int
@@ -113,9 +103,7 @@ class Discard:
 Step = Advance | Apply
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class OpTime:
+class OpTime(Struct, frozen=True):
     """What one operator did in one step. op: index of the plan node; -1 reading, -2 writing."""
 
     op: int
@@ -124,9 +112,7 @@ class OpTime:
     rows_out: int
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Timing:
+class Timing(Struct, frozen=True):
     """wall_s: the step's running time in the worker. cpu_s: CPU time its thread (or process) used meanwhile."""
 
     start_s: float
@@ -138,9 +124,7 @@ class Timing:
 NO_TIME = Timing(0.0, 0.0, 0.0)
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(Struct, frozen=True):
     """What an Apply has to say of one of its owners. tally: bad rows (and rows written, if it delivers); metrics: states;
     aside: quarantine files.
     """
@@ -152,9 +136,7 @@ class Share:
     aside: tuple[OutputFile, ...] = ()
 
 
-@travels
-@dataclass(frozen=True, slots=True)
-class StepDone:
+class StepDone(Struct, frozen=True):
     """The answer to a step.
 
     outputs: the blocks that an Advance made, in order; for an Apply, one block per input that holds only the new part.
@@ -187,8 +169,7 @@ class StepDone:
     wanted_rows: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class StepFailed:
+class StepFailed(Struct, frozen=True):
     """The step raised. error is picklable and complete: it is what the user reads."""
 
     step: int
@@ -196,15 +177,13 @@ class StepFailed:
     error: HeadraceError
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerUp:
+class WorkerUp(Struct, frozen=True):
     worker: int
     pool: str
     node: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerLost:
+class WorkerLost(Struct, frozen=True):
     """The worker died. reason: "killed by signal 9", "no answer for 30 s", ... doing: its last breadcrumb, None when no user
     code was at work. stack: of all its threads, when it hung. started: it had come up before. pool: that it belonged to.
     gone: its place is gone with it (the node died or leaves): it was no fault of what ran there, and no worker takes its place.
@@ -221,8 +200,7 @@ class WorkerLost:
     untold: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerResting:
+class WorkerResting(Struct, frozen=True):
     """The worker shall take no new work while it rests, and goes on with the cursors that it has: its node leaves, or is short
     of memory.
     """
@@ -231,8 +209,7 @@ class WorkerResting:
     resting: bool
 
 
-@dataclass(frozen=True, slots=True)
-class RoomOffered:
+class RoomOffered(Struct, frozen=True):
     """There is room for another worker. Answered by AddWorker, or by nothing. node: "" for one that is to come. why: for
     people.
     """
@@ -243,16 +220,14 @@ class RoomOffered:
     why: str = "a node has joined"
 
 
-@dataclass(frozen=True, slots=True)
-class PartsLost:
+class PartsLost(Struct, frozen=True):
     """These parts are gone with the node or worker that held them: the splits that still need them start again."""
 
     parts: tuple[int, ...]
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class PartsFreed:
+class PartsFreed(Struct, frozen=True):
     """The memory of these parts is free again: they were released and no view of them is left."""
 
     parts: tuple[int, ...]

@@ -17,9 +17,10 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
+
+from msgspec import Struct, field
 
 from headrace.core.resources import CPU_POOL, WorkerSpec
 from headrace.jobs.job import Job
@@ -32,8 +33,7 @@ MOST_BYTES = 1 << 30  # of a pickled job: larger ones stay where they are
 LEAVE_S = 1.0  # for processes to end by themselves when all is done
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(Struct, frozen=True):
     """job: its number. ended: False: it is too large to share the machine, or `died`: its process did. wall_s: of this
     attempt.
     """
@@ -46,8 +46,7 @@ class Outcome:
     died: bool = False
 
 
-@dataclass(slots=True, eq=False)
-class _Member:
+class _Member(Struct, eq=False):
     """lifeline: our end; the kernel kills the process when it closes. ended: a descriptor that is ready when it has."""
 
     process: subprocess.Popen[bytes]

@@ -13,7 +13,8 @@ memory depends on the number of workers alone.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+
+from msgspec import Struct, field
 
 from headrace.core.events import (
     ClusterSampled,
@@ -36,8 +37,7 @@ RATE_WINDOW_S = 10.0  # rows come in bursts, a split at a time
 ETA_WINDOW_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Picture:
+class Picture(Struct, frozen=True):
     """One moment. share: of the input that is done, None when it can't be told. busy: pool -> share of its workers.
 
     earlier_rows: of `rows`, those of earlier sessions. bad_rows: left out, or set aside in `quarantine` where that is named.
@@ -64,15 +64,13 @@ class Picture:
     cluster: ClusterSampled | None = None  # on a Ray cluster
 
 
-@dataclass(slots=True)
-class _Worker:
+class _Worker(Struct):
     pool: str
     under_way: int = 0
     since_s: float = 0.0
 
 
-@dataclass(slots=True)
-class _Sample:
+class _Sample(Struct):
     at_s: float
     rows: int
     share: float

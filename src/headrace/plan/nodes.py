@@ -6,8 +6,9 @@ Invariants: a node holds what the user asked for and nothing decided. Expression
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from msgspec import Struct, field
 
 from headrace.contracts.accumulator import Accumulator
 from headrace.contracts.model import ModelAdapter
@@ -21,8 +22,7 @@ BatchFormat = Literal["numpy", "pyarrow", "pandas", "torch"]
 AUTO_BATCH_ROWS = 1024  # 1,024 decoded 224x224 images are 150 MB, the most that a batch by default should hold
 
 
-@dataclass(frozen=True, slots=True)
-class UserFunction:
+class UserFunction(Struct, frozen=True):
     """A user's function, callable object, class, or ModelAdapter.
 
     is_class: `target` is a class, constructed once per worker with `ctor_args`/`ctor_kwargs`; `args`/`kwargs` go to every call.
@@ -43,8 +43,7 @@ class UserFunction:
         return getattr(target, "__name__", None) or type(target).__name__
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
+class Read(Struct, frozen=True):
     source: Source
 
     @property
@@ -52,8 +51,7 @@ class Read:
         return f"read_{self.source.name}"
 
 
-@dataclass(frozen=True, slots=True)
-class Project:
+class Project(Struct, frozen=True):
     """select, drop and rename, normalised. columns: (output name, input name) in output order. left: input names that may not
     be there, because the sink takes them from the input.
     """
@@ -63,8 +61,7 @@ class Project:
     left: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True)
-class Reshape:
+class Reshape(Struct, frozen=True):
     """drop or rename as the user wrote it. Becomes a Project as soon as the names that come in are known; after a user's
     function they are known only in the worker, which then does it by name. rename: (old, new).
     """
@@ -89,8 +86,7 @@ class Reshape:
         return Project(pairs, self.name)
 
 
-@dataclass(frozen=True, slots=True)
-class FilterExpr:
+class FilterExpr(Struct, frozen=True):
     """Keep rows for which the pyarrow compute expression is true. columns: field names that it reads (() if unknown)."""
 
     expression: Any
@@ -98,8 +94,7 @@ class FilterExpr:
     name: str = "filter"
 
 
-@dataclass(frozen=True, slots=True)
-class FilterRows:
+class FilterRows(Struct, frozen=True):
     """Keep rows for which fn({column: value}) is true."""
 
     fn: UserFunction
@@ -112,8 +107,7 @@ class FilterRows:
 Types = tuple[tuple[str, Any], ...]  # (column, pyarrow.DataType): all that a function returns, as declared; () for what comes
 
 
-@dataclass(frozen=True, slots=True)
-class MapRows:
+class MapRows(Struct, frozen=True):
     """fn({column: value}) -> {column: value}, one row for one row; the answer replaces the row."""
 
     fn: UserFunction
@@ -124,8 +118,7 @@ class MapRows:
         return f"map({self.fn.name})"
 
 
-@dataclass(frozen=True, slots=True)
-class FlatMap:
+class FlatMap(Struct, frozen=True):
     """fn({column: value}) -> iterable of {column: value}."""
 
     fn: UserFunction
@@ -136,8 +129,7 @@ class FlatMap:
         return f"flat_map({self.fn.name})"
 
 
-@dataclass(frozen=True, slots=True)
-class MapBatches:
+class MapBatches(Struct, frozen=True):
     """fn(batch) -> batch (or an iterator of batches). The answer replaces the columns; any number of rows.
 
     batch_rows: rows per call, cut from the start of the split, the last one may be shorter. None ("auto"): blocks as
@@ -155,8 +147,7 @@ class MapBatches:
         return f"map_batches({self.fn.name})"
 
 
-@dataclass(frozen=True, slots=True)
-class Apply:
+class Apply(Struct, frozen=True):
     """A Transform of our own (hr.images.decode)."""
 
     transform: Transform
@@ -166,14 +157,12 @@ class Apply:
         return self.transform.name
 
 
-@dataclass(frozen=True, slots=True)
-class Limit:
+class Limit(Struct, frozen=True):
     rows: int
     name: str = "limit"
 
 
-@dataclass(frozen=True, slots=True)
-class Predict:
+class Predict(Struct, frozen=True):
     """A row-wise model.
 
     inputs: the columns that it gets, () for all columns. single: `input="x"` was one name, so that the model gets the bare
@@ -202,8 +191,7 @@ class Predict:
         return f"predict({self.label or self.model.name})"
 
 
-@dataclass(frozen=True, slots=True)
-class Evaluate:
+class Evaluate(Struct, frozen=True):
     """Accumulators by name; rows pass unchanged.
 
     stop_if: name -> a function of the result so far; when it is true the run ends. stop_after_rows: not before so many.
@@ -215,8 +203,7 @@ class Evaluate:
     name: str = "evaluate"
 
 
-@dataclass(frozen=True, slots=True)
-class Write:
+class Write(Struct, frozen=True):
     sink: Sink
 
     @property
@@ -227,8 +214,7 @@ class Write:
 Op = Project | Reshape | FilterExpr | FilterRows | MapRows | FlatMap | MapBatches | Apply | Limit | Predict | Evaluate
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(Struct, frozen=True):
     """read -> ops -> write. write is None when blocks are delivered to a consumer."""
 
     read: Read

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from headrace.contracts.model import ModelAdapter
 from headrace.core.options import BlockLimits
@@ -25,8 +27,7 @@ PER_INPUT_LEAST_ROWS = 128  # a split per input: there are many, so small ones n
 MODEL_ROWS = 256  # rows worth gathering for a model whose batch size is "auto"
 
 
-@dataclass(frozen=True, slots=True)
-class PhysicalPlan:
+class PhysicalPlan(Struct, frozen=True):
     """stages, routes: see core.stages. limits: how the reader cuts blocks. pools: those that stages use."""
 
     plan: Plan
@@ -39,8 +40,7 @@ class PhysicalPlan:
         return tuple(dict.fromkeys((CPU_POOL, *(s.pool for s in self.stages))))
 
 
-@dataclass(slots=True)
-class _Cut:
+class _Cut(Struct):
     """A stage before it has an id."""
 
     first: int

@@ -15,8 +15,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace
 
 from headrace.commit.listing import without_secrets
 from headrace.commit.names import check_file, lineage_name, log_name, quarantine_name

@@ -14,8 +14,9 @@ import contextlib
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from headrace.contracts.observer import Observer
 from headrace.contracts.substrate import Substrate
@@ -75,8 +76,7 @@ from headrace.scheduler.messages import (
 STACK_LINES = 40  # of a hung worker's stack: the rest is threads that wait
 
 
-@dataclass(frozen=True, slots=True)
-class _Drained:
+class _Drained(Struct, frozen=True):
     """Posted by `drain`. by_s: when patience ends."""
 
     why: str
@@ -84,8 +84,7 @@ class _Drained:
     by_s: float
 
 
-@dataclass(slots=True)
-class _Open:
+class _Open(Struct):
     """A split under way: its attempt, and what its steps told so far."""
 
     attempt: int

@@ -13,8 +13,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from headrace.connectors.storage import is_remote
 from headrace.core.errors import PlanError
@@ -53,8 +55,7 @@ WAITS_SHARE = 0.5  # of a model's time without CPU: it waits for an endpoint, a 
 WAITS_LEAST = 0.1  # of the sample's time: less is not worth workers of its own
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
+class Probe(Struct, frozen=True):
     """held: share of the time in which the interpreter lock was held. rows, wall_s, bytes: of the sample that was run; without
     the time in which other programs had its core, as far as the system tells.
 
@@ -75,8 +76,7 @@ class Probe:
         return self.models_s >= WAITS_LEAST * self.wall_s and waited_s >= WAITS_SHARE * self.models_s
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(Struct, frozen=True):
     """engine, and why in words. models_wait: see Probe; False where no probe was needed. small: one CPU worker is enough."""
 
     engine: str
@@ -177,8 +177,7 @@ def _killable(asked: Engine, program: Program, timeout: float) -> Choice:
     return Choice("processes", "asked for" if asked == "processes" else f"with {why} a worker that hangs must be ended")
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(Struct, frozen=True):
     """How much there is, or at least is: the listing is looked at for LOOK_AHEAD inputs. all: it is no more than that.
 
     rows: 0 when unknown. remote: each split waits for a network.

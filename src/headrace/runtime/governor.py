@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from headrace.runtime.machine import available_bytes, memory_cgroups
 
@@ -28,8 +29,7 @@ _SAID = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Room:
+class Room(Struct, frozen=True):
     """Memory in use, of what there is."""
 
     used_bytes: int

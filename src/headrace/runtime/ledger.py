@@ -15,9 +15,10 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, TypeVar
+
+from msgspec import Struct
 
 from headrace.commit.listing import Entry, changed, decode_chunk, encode_chunk, entry_of
 from headrace.commit.names import (
@@ -58,8 +59,7 @@ Differences = Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Identity:
+class Identity(Struct, frozen=True):
     """Who a driver is. started: when its process began, seconds since 1970. nonce: no two drivers have the same."""
 
     host: str
@@ -98,8 +98,7 @@ def process_alive(pid: int, started: float) -> bool:
         return True
 
 
-@dataclass(slots=True)
-class OpenedRun:
+class OpenedRun(Struct):
     """A run that this driver may write to, or that is finished.
 
     run: "run-00000". epoch: this driver's. state: of the log, this driver's claim applied. holds: its files stay staged until
@@ -149,8 +148,7 @@ def open_run(
     raise DestinationError("other drivers keep claiming this destination", where=(("destination", store.root),))
 
 
-@dataclass(frozen=True, slots=True)
-class _Header:
+class _Header(Struct, frozen=True):
     """plan.json of a run."""
 
     fresh: bool
@@ -163,8 +161,7 @@ class _Header:
         return (json.dumps(body) + "\n").encode()  # on one line: with indent= it takes ten times as long
 
 
-@dataclass(frozen=True, slots=True)
-class _Opening:
+class _Opening(Struct, frozen=True):
     store: RunStore
     plan: Mapping[str, Any]
     fresh: bool

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from headrace.core.resources import Machine
 
@@ -48,8 +49,7 @@ def available_bytes() -> int:
     return psutil.virtual_memory().available
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryCgroup:
+class MemoryCgroup(Struct, frozen=True):
     """A control group with a memory limit. The files' names differ between versions 1 and 2 of the kernel interface."""
 
     folder: Path

@@ -7,8 +7,9 @@ What is committed is not touched by that. At the end, and when a later session b
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+from msgspec import Struct
 
 from headrace.contracts.accumulator import Accumulator
 from headrace.core.errors import StopConditionMet, UserCodeError
@@ -17,8 +18,7 @@ from headrace.runtime.committer import as_logged, merged, result_of, zero_of
 COST = 20  # the share of a driver's time that looking may take is one in so many
 
 
-@dataclass(frozen=True, slots=True)
-class StopRule:
+class StopRule(Struct, frozen=True):
     """accumulator's result so far -> whether to stop. after_rows: not before so many were read."""
 
     accumulator: Accumulator

@@ -12,15 +12,15 @@ all of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from heapq import heappop, heappush, heapreplace
+
+from msgspec import Struct
 
 NEVER_S = float("inf")
 START_S = 120.0  # to come up, which imports the user's modules: many at once, on a slow file system, take long
 
 
-@dataclass(slots=True)
-class _Busy:
+class _Busy(Struct):
     """steps: those not answered, oldest first. since_s: when that became the oldest one."""
 
     steps: list[int]

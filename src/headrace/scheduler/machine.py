@@ -13,7 +13,8 @@ After `Fail` no command follows. After `Finish` only late answers to cancelled s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from headrace.core.errors import BlockLost, HeadraceError, InternalError, TransientError, UserCodeError, WorkerDied
 from headrace.core.receipts import Tally

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from headrace.core.errors import HeadraceError
 from headrace.core.receipts import NO_ROWS, OutputFile, Receipt, Tally
@@ -13,8 +14,7 @@ from headrace.core.stages import Route, Stage
 from headrace.core.steps import Discard, Doing, Step, SubstrateEvent
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerPlan:
+class SchedulerPlan(Struct, frozen=True):
     """stages: the stage table. routes: ways through it, the most fused first. pools: workers that will come up."""
 
     stages: tuple[Stage, ...]
@@ -22,8 +22,7 @@ class SchedulerPlan:
     pools: Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(Struct, frozen=True):
     """Numbers behind the decisions; none of them is the user's to set except the budget.
 
     budget_bytes: blocks in flight and reserved. credit_bytes: what one step may produce before it must ask again (half a
@@ -55,8 +54,7 @@ class Limits:
 # --- told
 
 
-@dataclass(frozen=True, slots=True)
-class SplitsListed:
+class SplitsListed(Struct, frozen=True):
     """The answer to ListSplits. done: there are no more.
 
     splits: those still to do. settled: those in between that an earlier session settled: (index, rows that passed each limit,
@@ -68,33 +66,28 @@ class SplitsListed:
     settled: tuple[tuple[int, tuple[tuple[int, int], ...]], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class ConsumerTook:
+class ConsumerTook(Struct, frozen=True):
     """The consumer has taken `blocks` of the delivered blocks."""
 
     blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class Delivered:
+class Delivered(Struct, frozen=True):
     """The answer to a Deliver, with frail blocks. lost: why the consumer did not get it, "" when it did."""
 
     split: int
     lost: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Start:
+class Start(Struct, frozen=True):
     """The run begins."""
 
 
-@dataclass(frozen=True, slots=True)
-class Drain:
+class Drain(Struct, frozen=True):
     """Open no further split; finish when those that are open are settled."""
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryPressure:
+class MemoryPressure(Struct, frozen=True):
     """How the node's memory stands against its budget. 0: fine. 1: no new work that makes blocks. 2: one step at a time in each
     pool, and blocks that wait go to disk.
     """
@@ -102,15 +95,13 @@ class MemoryPressure:
     level: int
 
 
-@dataclass(frozen=True, slots=True)
-class BudgetChanged:
+class BudgetChanged(Struct, frozen=True):
     """Blocks in flight and reserved may take so much from now on: nodes have come or gone. What is there already stays."""
 
     budget_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class PartsSpilled:
+class PartsSpilled(Struct, frozen=True):
     """The answer to Spill, at once: these parts (same ids) are on disk, with new handles, and cost no memory."""
 
     parts: tuple[PartRef, ...]
@@ -122,30 +113,25 @@ Event = SubstrateEvent | SplitsListed | ConsumerTook | Delivered | Start | Drain
 # --- answered
 
 
-@dataclass(frozen=True, slots=True)
-class Submit:
+class Submit(Struct, frozen=True):
     step: Step
 
 
-@dataclass(frozen=True, slots=True)
-class Drop:
+class Drop(Struct, frozen=True):
     discard: Discard
 
 
-@dataclass(frozen=True, slots=True)
-class Release:
+class Release(Struct, frozen=True):
     parts: tuple[PartRef, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ListSplits:
+class ListSplits(Struct, frozen=True):
     """Find `count` more splits."""
 
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(Struct, frozen=True):
     """Hand the block to the consumer, without its first `skip` rows: a split that was retried had delivered them before. Its
     parts are released by a command of their own, right after; with `confirm`, when Delivered has told how it went.
     """
@@ -156,8 +142,7 @@ class Deliver:
     confirm: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Settle:
+class Settle(Struct, frozen=True):
     """The split is done. receipt: None when its rows were delivered, or all cut by a limit. attempt: the one that counts.
 
     aside: its quarantine files. taken: rows that passed each limit, by the limit's operator index.
@@ -172,8 +157,7 @@ class Settle:
     taken: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Retry:
+class Retry(Struct, frozen=True):
     """Split `index` starts again as `attempt`: whatever earlier attempts told counts for nothing. why: for people.
 
     crash: the breadcrumb of the worker that died on it, None when it was no user code.
@@ -185,8 +169,7 @@ class Retry:
     crash: Doing | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AddWorker:
+class AddWorker(Struct, frozen=True):
     """Start a worker: in the place of one that died (`replaces`), or where there is room (replaces None; device, node)."""
 
     worker: int
@@ -197,22 +180,19 @@ class AddWorker:
     node: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Spill:
+class Spill(Struct, frozen=True):
     """Move these parts to disk now; answered by PartsSpilled before anything else."""
 
     parts: tuple[PartRef, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(Struct, frozen=True):
     """All splits are settled; drained: those that were open are, the others wait for the next session."""
 
     drained: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Fail:
+class Fail(Struct, frozen=True):
     """The run can't go on."""
 
     error: HeadraceError

@@ -13,10 +13,12 @@ from __future__ import annotations
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from random import Random
 from typing import Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from headrace.core.errors import BlockLost, InternalError, TransientError, UserCodeError
 from headrace.core.receipts import Receipt, Tally
@@ -56,8 +58,7 @@ def source_rows(split: Split) -> range:
     return range(start, start + (split.rows or 0))
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
+class Work(Struct, frozen=True):
     """What a stage's code does and costs. Its operator's index is the stage's `first`.
 
     step_s + row_s * rows is a step's time. block_rows: rows of an output block, at most. row_bytes: of one output row.
@@ -91,8 +92,7 @@ class Work:
         return rows
 
 
-@dataclass(frozen=True, slots=True)
-class SimulatedProgram:
+class SimulatedProgram(Struct, frozen=True):
     """What the simulated workers run.
 
     jitter: step times are stretched or shrunk by a random factor in [1 - jitter, 1 + jitter]; one step in fifty then takes
@@ -128,8 +128,7 @@ class SimulatedProgram:
     news_s: float = 0.0
 
 
-@dataclass(slots=True)
-class _Worker:
+class _Worker(Struct):
     """running: the step at work and its answer to be. untold: it is dead, and nobody knows yet."""
 
     spec: WorkerSpec

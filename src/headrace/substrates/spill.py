@@ -15,11 +15,11 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from msgspec.structs import replace
 
 from headrace.core.refs import PartRef
 from headrace.substrates.blocks import decode, encode_into, encoded_bytes

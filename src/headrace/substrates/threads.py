@@ -18,10 +18,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+from msgspec import Struct
 
 from headrace.core.refs import BlockRef, PartRef
 from headrace.core.resources import CPU_POOL, WorkerSpec
@@ -146,8 +146,7 @@ class ThreadsSubstrate:
                 self._limits = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Ready:
+class _Ready(Struct, frozen=True):
     """A step that was begun need not be waited for any more."""
 
     step: Step

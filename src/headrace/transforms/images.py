@@ -9,11 +9,11 @@ a quarter of float32's bytes over every hop; `normalize` belongs inside the mode
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from msgspec import Struct
 
 from headrace.core.errors import DataError, PlanError
 from headrace.core.extras import require
@@ -75,8 +75,7 @@ def decode(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeImages:
+class DecodeImages(Struct, frozen=True):
     """The Transform that `decode` makes; see there."""
 
     column: str

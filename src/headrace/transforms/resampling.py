@@ -13,10 +13,10 @@ Invariants: the mean absolute difference from Pillow stays below one grey level 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from msgspec import Struct
 
 from headrace.transforms.codecs import opencv
 
@@ -32,8 +32,7 @@ _MARGIN_LINES = 3
 _EXTEND_PIXELS = 40
 
 
-@dataclass(frozen=True, slots=True)
-class Geometry:
+class Geometry(Struct, frozen=True):
     """Resize a (height, width) image to (rows, columns), then keep the window [top:bottom, left:right].
 
     The window may stick out of the resized image where that is smaller than the crop; what sticks out is black.
@@ -108,8 +107,7 @@ def _window(image: np.ndarray, geo: Geometry, window: tuple[int, int, int, int],
         _by_opencv(image, y, x, (bottom - top, right - left), out)
 
 
-@dataclass(frozen=True, slots=True)
-class _Recipe:
+class _Recipe(Struct, frozen=True):
     """Average `reduce` pixels; blur with (blur, 1 - 2 blur, blur); interpolate `grid` times as fine; average `grid`."""
 
     reduce: int
@@ -170,8 +168,7 @@ def _by_opencv(image: np.ndarray, y: _Axis, x: _Axis, size: tuple[int, int], out
         cv2.resize(fine, (columns, rows), dst=out, interpolation=cv2.INTER_AREA)
 
 
-@dataclass(frozen=True, slots=True)
-class _Axis:
+class _Axis(Struct, frozen=True):
     """One axis of the way through OpenCV: average by `reduce`, blur, interpolate pixels [start, stop) to `lines` lines,
     skip `skip` of them, average by `grid`.
     """

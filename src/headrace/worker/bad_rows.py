@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+from msgspec import Struct, field
 
 from headrace.contracts.sink import Sink
 from headrace.contracts.source import BadRange
@@ -30,8 +30,7 @@ MOST_TEXTS = 3  # of ranges without a row count that are told in a step
 RowError = BaseException  # what user code may raise: panics of Rust extensions and asyncio's CancelledError are no Exceptions
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
+class Failure(Struct, frozen=True):
     """Why a row was set aside: texts alone, so that no frame keeps a batch alive."""
 
     exception: str
@@ -61,8 +60,7 @@ def failure_of(exc: BaseException, op: str) -> Failure:
     return Failure(f"{type(exc).__name__}: {exception_text(exc)}", user_frames(exc))
 
 
-@dataclass(slots=True)
-class _Held:
+class _Held(Struct):
     """Rows of one operator that wait for a file."""
 
     stage: str

@@ -21,10 +21,10 @@ import math
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pyarrow as pa
+from msgspec import Struct, field
 
 from headrace.contracts.model import ModelAdapter
 from headrace.core.origins import join_origins
@@ -384,8 +384,7 @@ class BatchRunner(ModelRunner):
         return self._after(failed, batch.piece, watch)
 
 
-@dataclass(slots=True)
-class _Submitted:
+class _Submitted(Struct):
     """A batch that was given to a model that is kept ahead. seconds: that were spent on it, without those it ran unwatched."""
 
     span: _Span
@@ -399,8 +398,7 @@ class _Submitted:
     seconds: float = 0.0
 
 
-@dataclass(slots=True)
-class _Outcome:
+class _Outcome(Struct):
     """What became of consecutive rows. made: the answers to all but the lost ones; None when there are none."""
 
     rows: int

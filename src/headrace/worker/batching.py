@@ -8,10 +8,10 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+from msgspec import Struct
 
 from headrace.core.origins import chosen, join_origins
 from headrace.core.refs import Origin
@@ -19,8 +19,7 @@ from headrace.core.tensors import numpy_to_array
 from headrace.worker.casting import concat
 
 
-@dataclass(slots=True)
-class Piece:
+class Piece(Struct):
     """Rows on their way through a cursor. whole: rows that these are a slice of, from row `at` on: neighbours that are slices
     of the same are joined without a copy.
     cuts: rows of each of the pieces that were joined to this one on its way out of a cursor; () for one. No operator sees such.

@@ -10,10 +10,11 @@ Invariant: `pieces_of(pack(pieces))` gives the pieces back, rows, cuts and origi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+from msgspec import Struct
+from msgspec.structs import replace
 
 from headrace.contracts.substrate import BlockStore
 from headrace.core.origins import join_origins
@@ -29,8 +30,7 @@ SMALL_BYTES = 1 << 20  # smaller outputs of one input block travel together: a b
 HIDDEN = "\x00row"  # the hidden column of positions
 
 
-@dataclass(slots=True)
-class Packed:
+class Packed(Struct):
     """Pieces as one block. origin: as it travels. positions: for the hidden column, None when there is none."""
 
     batch: pa.RecordBatch

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from headrace.contracts.sink import CarryingSink
 from headrace.contracts.substrate import BlockStore
@@ -217,8 +219,7 @@ class WorkerBody:
         return StepFailed(step.id, step.worker, error.at(*where))
 
 
-@dataclass(slots=True)
-class _Begun:
+class _Begun(Struct):
     """A step under way beside others. error: it could not begin."""
 
     work: ModelStep

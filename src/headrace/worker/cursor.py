@@ -15,10 +15,10 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+from msgspec import Struct, field
 
 from headrace.contracts.substrate import BlockStore
 from headrace.core.errors import DataError, DestinationError, HeadraceError, SchemaConflict
@@ -35,8 +35,7 @@ from headrace.worker.user_code import internal_error
 READ, WRITE = -1, -2  # operator numbers in OpTime
 
 
-@dataclass(slots=True)
-class Clock:
+class Clock(Struct):
     """What each operator did in this step. Keys: plan operator, READ, WRITE; values: seconds, rows in, rows out."""
 
     ops: dict[int, list[float]] = field(default_factory=dict[int, list[float]])
@@ -54,8 +53,7 @@ class Clock:
         return tuple(OpTime(op, s, int(i), int(o)) for op, (s, i, o) in sorted(self.ops.items()))
 
 
-@dataclass(slots=True)
-class Progress:
+class Progress(Struct):
     """What one step made of a cursor."""
 
     outputs: list[BlockRef] = field(default_factory=list[BlockRef])

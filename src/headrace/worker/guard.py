@@ -6,19 +6,18 @@ log has nothing of it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from msgspec import Struct
 
 from headrace.core.tensors import is_ragged, is_tensor, vector_to_numpy
 
 State = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class OutputGuard:
+class OutputGuard(Struct, frozen=True):
     """Values that are NaN or infinite, by column, and rows that failed where others of the group went on.
 
     A result: {"nan": {column: values}, "infinite": {column: values}, "failed": rows, "why": the first failure in alphabetical

@@ -6,10 +6,10 @@ Invariant: a model that does not answer one row for one row is refused before an
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
+from msgspec import Struct, field
 
 from headrace.core.errors import HeadraceError
 from headrace.core.extras import is_instance
@@ -28,8 +28,7 @@ from headrace.worker.watch import NOBODY, Watch
 DEFAULT_OUTPUT = "prediction"  # the column of a bare array, when the user gave no name
 
 
-@dataclass(slots=True)
-class Answer:
+class Answer(Struct):
     """The output columns of the next `rows` rows of an input. lost: those of them that failed, by position; `made` lacks them.
 
     input: its index. made: None when all are lost. failed: rows that failed and have nulls in `made`; why: one such failure.

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from msgspec import Struct, field
 
 from headrace.contracts.substrate import BlockStore
 from headrace.core.errors import InternalError
@@ -43,8 +43,7 @@ Owner = tuple[int, int]  # split index, attempt
 JOINED_BYTES = 256 << 20  # of the input of a step of several models: as tuning.MAX_INPUT_BYTES
 
 
-@dataclass(slots=True)
-class _Input:
+class _Input(Struct):
     """A block on its way through the step. piece: the model's columns. left: positions of the rows that did not fail, None for
     all. made: the model's columns of those; None when there are none.
     """
@@ -66,8 +65,7 @@ class _Input:
             self.left = np.delete(left, [at for at, _ in lost])
 
 
-@dataclass(slots=True)
-class _Told:
+class _Told(Struct):
     """What there is to say of one owner."""
 
     bad: BadRows | None

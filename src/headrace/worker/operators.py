@@ -11,11 +11,11 @@ the rows that fail alone, and the others go on in their order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from msgspec import Struct, field
 
 from headrace.core.errors import DataError, HeadraceError
 from headrace.core.expressions import passing
@@ -33,8 +33,7 @@ TARGET_BYTES = 16 << 20  # of a block that an operator cuts by itself; as BlockL
 _COMPUTING = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, pa.ArrowKeyError)
 
 
-@dataclass(slots=True)
-class Host:
+class Host(Struct):
     """What a worker lends its operators. models: their runners, by operator, as long as the worker lives. shared: what models
     that were given together have converted, as long as a step. gaps: columns that are null where one of such models failed.
     """
@@ -46,8 +45,7 @@ class Host:
     gaps: frozenset[str] = frozenset()
 
 
-@dataclass(slots=True)
-class Counts:
+class Counts(Struct):
     """Row counts of one cursor that are not told yet."""
 
     expanded: int = 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
+
+from msgspec import Struct, field
 
 from headrace.contracts.sink import Sink
 from headrace.contracts.source import Source
@@ -13,8 +14,7 @@ from headrace.core.stages import Stage
 from headrace.plan.nodes import Op
 
 
-@dataclass(frozen=True, slots=True)
-class Program:
+class Program(Struct, frozen=True):
     """ops: the plan's operators; a stage runs ops[stage.first:stage.stop]. sink: None when blocks are delivered.
 
     out_schema: what blocks are cast to before the sink, field by field where it is safe; None when not known before the run.

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
+from msgspec.structs import replace
 from tests.simulation.commit.disk import Disk
 
 from headrace.commit.protocol import Append, Appended, Failed, Phase, Protocol, ReadFrom, Sync, Synced

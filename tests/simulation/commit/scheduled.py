@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import sha256
 from random import Random
 from typing import Any, cast
 
+from msgspec.structs import replace
 from tests.simulation.cases import Case, expected, small_case
 from tests.simulation.commit.world import Checker, Made, Session, Sum, World, run_world
 

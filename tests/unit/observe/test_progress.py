@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import io
 import sys
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 from tests.unit.observe.script import (
     START_S,
     Terminal,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import threading
-from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +11,7 @@ import pyarrow.compute as pc
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from tests.unit.worker.fakes import SPLIT, BatchSource, Bench, KeepingSink, column, fn, numbers
 
 from headrace.core.errors import DataError, DestinationError, TransientError, UserCodeError

@@ -22,13 +22,14 @@ import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 from urllib.parse import unquote, urlparse
 
 import numpy as np
 import pyarrow as pa
+from msgspec import Struct
+from msgspec.structs import replace
 
 from headrace.commit.names import (
     MANIFEST,
@@ -98,8 +99,7 @@ _LINEAGE_STORED: dict[str, Any] = {
 _staged = itertools.count()  # keeps apart what one thread sets aside
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+class Written(Struct, frozen=True):
     """A whole file. digest: SHA-256."""
 
     bytes: int

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+from msgspec import Struct
 
 from headrace.connectors import storage
 from headrace.connectors.run_store import LocalRunStore, S3RunStore
@@ -20,8 +20,7 @@ WHOLE_BYTES = 32 << 20  # files up to this size are read once, and kept while th
 _PIECE = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(Struct, frozen=True):
     """rows: -1 when nobody can tell. columns: (name, type), the type "" where the format has none. trouble: why it can't be
     read.
     """

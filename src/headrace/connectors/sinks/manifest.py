@@ -7,13 +7,13 @@ Invariants: reading executes nothing and trusts nothing: what is not as it shoul
 from __future__ import annotations
 
 import codecs
-import functools
 import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as _quoted
 from typing import Any, cast
+
+from msgspec import Struct
 
 from headrace.core.receipts import FileKind, OutputFile
 
@@ -100,8 +100,7 @@ def read_manifest(data: bytes | None) -> dict[str, Any] | None:
     return cast("dict[str, Any]", body) if isinstance(body, dict) else None
 
 
-@dataclass(frozen=True, slots=True)
-class Outline:
+class Outline(Struct, frozen=True):
     """Whose a manifest is; run, generation: as they stand there, whatever they are."""
 
     run: Any
@@ -247,11 +246,7 @@ class _Text:
         return len(self._text) > len(kept)
 
 
-@functools.cache
 def _release() -> str:
-    import importlib.metadata
+    import headrace  # what the packaging knows takes 10 ms to ask
 
-    try:
-        return importlib.metadata.version("headrace")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
+    return headrace.__version__

@@ -15,11 +15,11 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from msgspec import Struct
 
 from headrace.connectors import storage
 from headrace.connectors.parquet_footer import Chunk, Footer, Refused
@@ -167,8 +167,7 @@ def _before(rows: _Numbers, stop: int) -> int:
     return int(np.searchsorted(rows, stop))
 
 
-@dataclass(slots=True)
-class _Rows:
+class _Rows(Struct):
     """Rows of one input object. rows: where they are there."""
 
     uri: str
@@ -203,8 +202,7 @@ def _runs(batch: pa.RecordBatch, origin: Origin) -> Iterator[_Rows]:
         at += segment.rows
 
 
-@dataclass(slots=True)
-class _Group:
+class _Group(Struct):
     """A row group of the input, rows [start, stop) of its file. whole: so far, all of its rows have come."""
 
     number: int

@@ -10,11 +10,11 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator
 from contextlib import closing
-from dataclasses import replace
 from itertools import islice
 from typing import Any, ClassVar, Self
 
 import pyarrow as pa
+from msgspec.structs import replace
 
 from headrace.connectors import packing
 from headrace.connectors.blocks import Piece, rechunk

@@ -6,11 +6,11 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
 import pyarrow as pa
+from msgspec.structs import replace
 
 from headrace.connectors import storage
 from headrace.connectors.blocks import BLOCKS_PER_SPLIT, Piece, no_columns

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from msgspec.structs import replace
 
 from headrace.connectors import packing, storage
 from headrace.connectors.blocks import BLOCKS_PER_SPLIT, MANY_INPUTS, Piece, measured

@@ -9,10 +9,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, Self
 
 import pyarrow as pa
+from msgspec.structs import replace
 
 from headrace.connectors import packing, storage
 from headrace.connectors.blocks import Piece, conform, no_columns, rows_per_block, shareable

@@ -21,10 +21,12 @@ import pickle
 import sys
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from headrace.core.redact import HIDDEN, is_secret_name, looks_secret, redact
 
@@ -46,8 +48,7 @@ Chain = tuple[str, ...]
 """A global name and the attributes read of it: ("utils", "clean")."""
 
 
-@dataclass(frozen=True, slots=True)
-class Code:
+class Code(Struct, frozen=True):
     """digest: of the normal form. text: the normal form to show, secrets masked; "" when too long or without source.
 
     reads: globals. imports: modules that are imported inside. scratch: names that the code changes: their values are no part

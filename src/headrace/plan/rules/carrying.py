@@ -8,7 +8,8 @@ A function of batches as the last step may do anything, but what it gives back a
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from headrace.contracts.sink import CarryingSink
 from headrace.contracts.source import LeavingSource

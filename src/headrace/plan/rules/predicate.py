@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from headrace.plan.nodes import Apply, FilterExpr, Op, Plan, Predict, Read
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import cast
+
+from msgspec.structs import replace
 
 from headrace.plan.columns import Columns, needs
 from headrace.plan.nodes import Op, Plan, Project, Read

@@ -17,17 +17,17 @@ Invariants:
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
+
+from msgspec import Struct, field
 
 from headrace.core.errors import PlanError
 
 AHEAD = 2  # pieces that may wait for a rank before the run is held back: one to take, and one meanwhile
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(Struct, frozen=True):
     """`rows` rows of a block from `start` on."""
 
     block: Any
@@ -51,30 +51,26 @@ class Place(Enum):
 # --- what the owner of the run is told
 
 
-@dataclass(frozen=True, slots=True)
-class Begin:
+class Begin(Struct, frozen=True):
     """Start the run of this epoch: `arrived` for each of its blocks, `ended` when it is over."""
 
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class Took:
+class Took(Struct, frozen=True):
     """The run may deliver so many blocks more; -1: one that was counted has come back."""
 
     blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(Struct, frozen=True):
     """Nobody reads any more: end the run early. `ended` is still due."""
 
 
 Command = Begin | Took | Stop
 
 
-@dataclass(slots=True)
-class _Seat:
+class _Seat(Struct):
     """ticket: the consumer's that has it, None when AWAY. waiting: what is dealt to it and not taken yet (with `equal`)."""
 
     place: Place = Place.AWAY

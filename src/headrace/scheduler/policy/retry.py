@@ -7,7 +7,7 @@ chance, and no innocent row shall be set aside for it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from msgspec import Struct, field
 
 from headrace.core.errors import BlockLost, HeadraceError
 from headrace.core.refs import Origin, Segment
@@ -20,8 +20,7 @@ MOST_ATTEMPTS = 100  # in all: each brings something new, and yet there must be 
 CONFIRMATIONS = 2  # deaths on the very same row
 
 
-@dataclass(slots=True)
-class History:
+class History(Struct):
     """What the attempts at one split have met. segments: by operator; none of them: any of its rows may be the one."""
 
     blind: int = 0

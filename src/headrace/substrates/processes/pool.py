@@ -21,8 +21,9 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
 
 from headrace.core.errors import PlanError
 from headrace.core.refs import BlockRef, PartRef

@@ -15,10 +15,10 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
+from msgspec import Struct
 
 from headrace.contracts.substrate import Crumb
 from headrace.core.errors import HeadraceError
@@ -36,8 +36,7 @@ from headrace.substrates.ray.store import RayStore
 LOOK_S = 0.5  # between two looks at the memory
 
 
-@dataclass(frozen=True, slots=True)
-class Surroundings:
+class Surroundings(Struct, frozen=True):
     """What an actor takes over from the driver where it is there, too. sys_path: added behind what the actor has.
     must_see: a file that every node must see; "" for none.
     """
@@ -56,8 +55,7 @@ class Surroundings:
         return Surroundings(os.getcwd(), paths, headrace.__version__, must_see)
 
 
-@dataclass(frozen=True, slots=True)
-class Presence:
+class Presence(Struct, frozen=True):
     """What an actor says of itself when it is up. node_id: Ray's. sees: the file that it must see."""
 
     node: str
@@ -66,8 +64,7 @@ class Presence:
     sees: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Vitals:
+class Vitals(Struct, frozen=True):
     """own_bytes: anonymous memory of the worker. share: of its node's memory, what is in use."""
 
     own_bytes: int

@@ -14,10 +14,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import ray
+from msgspec import Struct
 
 from headrace.connectors import environment
 from headrace.core.errors import PlanError, TransientError
@@ -232,8 +232,7 @@ def _take_back_left() -> None:
 _TASKS: dict[Any, Any] = {f: ray.remote(f) for f in (_most_to_come, _draining_nodes, _request, _take_back_left)}
 
 
-@dataclass(frozen=True, slots=True)
-class Changed:
+class Changed(Struct, frozen=True):
     """What has changed since the last look."""
 
     joined: tuple[Node, ...] = ()

@@ -11,10 +11,11 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import ray
+from msgspec import Struct
+from msgspec.structs import replace
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
 from headrace.core.errors import HeadraceError, PlanError, WorkerDied
@@ -37,8 +38,7 @@ SEAT_S = 12.0  # the same when another wants its seat
 OpenRun = Callable[[Callable[[Any], None]], Any]
 
 
-@dataclass(frozen=True, slots=True)
-class RefBlock:
+class RefBlock(Struct, frozen=True):
     """`num_rows` rows from `start` on of the record batch that `ref` stands for."""
 
     ref: Any
@@ -77,8 +77,7 @@ _JOIN: Any = _join  # made once: each remote function is known to the whole clus
 # ---------------------------------------------------------------- streaming_split
 
 
-@dataclass(slots=True)
-class _Guest:
+class _Guest(Struct):
     """A consumer in its epoch, or waiting for it."""
 
     rank: int

@@ -7,8 +7,9 @@ aside for a worker is its pool's shape.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
 from math import ceil
+
+from msgspec import Struct, field
 
 from headrace.core.errors import PlanError
 from headrace.core.resources import CPU_POOL, WAITING_POOL, WorkerSpec
@@ -18,8 +19,7 @@ LEAST_BUDGET = 64 << 20
 _TINY = 1e-9  # what sums of fractions may be off by
 
 
-@dataclass(frozen=True, slots=True)
-class Node:
+class Node(Struct, frozen=True):
     """A live node. name: unique, and for people: "10.0.0.3/1a2b3c4d". id: Ray's. resources: in Ray's words: CPU, GPU and
     custom ones. store_bytes: of its object store.
     """
@@ -34,8 +34,7 @@ class Node:
         return int(self.resources.get("CPU", 0))
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(Struct, frozen=True):
     """What one worker of a pool holds of its node. device: what it is told that it runs on. most: workers in all, None for as
     many as fit.
     """

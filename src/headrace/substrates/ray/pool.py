@@ -16,11 +16,11 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import ray
+from msgspec import Struct, field
 from ray.exceptions import (
     ActorUnavailableError,
     ActorUnschedulableError,
@@ -75,8 +75,7 @@ _NO_SHAPE = Shape("cpu")
 _TASKS: dict[Any, Any] = {bury: ray.remote(bury), stack: ray.remote(stack)}  # made once: each is known to all the cluster
 
 
-@dataclass(slots=True)
-class _Worker:
+class _Worker(Struct):
     """node: its name; "" until it is up, if Ray chose. steps: handed over and not answered. killed: why we ended it."""
 
     spec: WorkerSpec
@@ -93,8 +92,7 @@ class _Worker:
     own_bytes: int = 0
 
 
-@dataclass(slots=True)
-class _Site:
+class _Site(Struct):
     """A node as we use it. workers: those that are on it, up or not."""
 
     node: Node
@@ -103,8 +101,7 @@ class _Site:
     tight: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterState:
+class ClusterState(Struct, frozen=True):
     """What people see of the cluster. workers: pool -> those that are up. store_bytes: blocks in the object stores.
     memory_bytes: anonymous memory of driver and workers, and those blocks. budget_bytes: what blocks may take on the nodes that
     there are now; 0: as when the run began.

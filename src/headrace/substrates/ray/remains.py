@@ -10,8 +10,9 @@ import contextlib
 import os
 import secrets
 import time
-from dataclasses import dataclass
 from pathlib import Path
+
+from msgspec import Struct
 
 from headrace.core.steps import Doing
 from headrace.runtime.ingest import private
@@ -20,8 +21,7 @@ _PREFIX = "headrace-remains"
 OLD_S = 3600.0
 
 
-@dataclass(frozen=True, slots=True)
-class Remains:
+class Remains(Struct, frozen=True):
     """Where on its node a worker keeps them. pid: its own. "" and 0 where there can be none."""
 
     pid: int = 0
@@ -29,8 +29,7 @@ class Remains:
     report: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Obituary:
+class Obituary(Struct, frozen=True):
     """doing: the breadcrumb of a dead worker. crash: what faulthandler wrote of a fault in native code, or ""."""
 
     doing: Doing | None
