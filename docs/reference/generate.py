@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 PAGE = Path(__file__).with_name("api.md")
 
 READERS = ("read_parquet", "read_csv", "read_json", "read_text", "read_images")
@@ -93,13 +95,16 @@ def _members(cls: Any) -> list[str]:
 
 
 def _fields(cls: Any) -> str:
-    return ", ".join(f"{f.name}: {_plain(f.type)}{_default(f)}" for f in dataclasses.fields(cls))
+    if dataclasses.is_dataclass(cls):
+        return ", ".join(f"{f.name}: {_plain(f.type)}{_default(f, dataclasses.MISSING)}" for f in dataclasses.fields(cls))
+    types = cls.__annotations__
+    return ", ".join(f"{f.name}: {_plain(types[f.name])}{_default(f, msgspec.NODEFAULT)}" for f in msgspec.structs.fields(cls))
 
 
-def _default(field: Any) -> str:
-    if field.default is not dataclasses.MISSING:
+def _default(field: Any, none: Any) -> str:
+    if field.default is not none:
         return f" = {field.default!r}"
-    return " = ..." if field.default_factory is not dataclasses.MISSING else ""
+    return " = ..." if field.default_factory is not none else ""
 
 
 def _signature(function: Any) -> str:

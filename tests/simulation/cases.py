@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from random import Random
 
+from msgspec import Struct, field
 from msgspec.structs import replace
 
 from headrace.core.resources import CPU_POOL, WorkerSpec
@@ -17,8 +17,7 @@ from headrace.substrates.simulated import Rows, SimulatedProgram, Work, source_r
 DEVICE = "sim"
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(Struct, frozen=True):
     """One simulated run. listing_s, consumer_s: the longest that a listing and the consumer take.
 
     pressure_s: about how often the node's memory level changes, 0 for never. drain_s: when the run is asked to drain, None for
@@ -77,12 +76,11 @@ def on_nodes(workers: tuple[WorkerSpec, ...], nodes: int) -> tuple[WorkerSpec, .
     return tuple(replace(w, node=f"node{i % nodes}") for i, w in enumerate(workers)) if nodes else workers
 
 
-@dataclass
-class Table:
+class Table(Struct):
     """Builds a stage table link by link."""
 
-    stages: list[Stage] = field(default_factory=list)
-    works: dict[int, Work] = field(default_factory=dict)
+    stages: list[Stage] = field(default_factory=list[Stage])
+    works: dict[int, Work] = field(default_factory=dict[int, Work])
 
     def add(
         self,
@@ -297,4 +295,4 @@ def _finish(rnd: Random, table: Table) -> None:
     else:
         table.add(Order.SPLIT, Work(step_blocks=rnd.choice((1, 1 << 30))), end=End.SINK)
         return
-    table.stages[-1] = Stage(**{name: getattr(last, name) for name in Stage.__dataclass_fields__ if name != "end"}, end=ends)
+    table.stages[-1] = Stage(**{name: getattr(last, name) for name in Stage.__struct_fields__ if name != "end"}, end=ends)

@@ -7,10 +7,13 @@ row (a model that can't be constructed) is a failure, too. `sampling` says which
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
+
+from msgspec import Struct, field
+from msgspec.structs import replace
 
 from headrace.api.estimate import Estimate, Output, Situation, Steps, estimate
 from headrace.api.placing import reach
@@ -134,8 +137,7 @@ class _TrialCommitter(Committer):
                 self.receipts[done.split.index] = done.receipt
 
 
-@dataclass
-class _Trial:
+class _Trial(Struct):
     """The rehearsal's run. error: what ended it. pieces: what was served, a split each."""
 
     ready: Prepared
@@ -256,7 +258,7 @@ def _report(name: str, plan: Plan, trial: _Trial, sample: Sample, price_per_hour
         return report
     found = _estimated(plan, trial, sample, output, workers)
     measured = found.expected_s is not None
-    return replace(
+    return dataclasses.replace(
         report,
         rows_out=found.rows_out,
         output_bytes=None if found.rows_out is None else round(found.rows_out * output.row_bytes),
@@ -280,7 +282,7 @@ def _row_failures(asides: Sequence[TrialAside]) -> list[Failure]:
             found.append(Failure(stage, uri, row, error, _HINTS.get(stage, _ROW_HINT), rows))
         if found:
             untold = aside.rows - sum(rows for *_, rows, _ in aside.notes)
-            found[-1] = replace(found[-1], rows=found[-1].rows + untold)
+            found[-1] = dataclasses.replace(found[-1], rows=found[-1].rows + untold)
     return sorted(found, key=lambda f: (f.stage, f.kind, f.uri, f.row or 0))
 
 
@@ -293,7 +295,7 @@ def _some_of_each(failures: Sequence[Failure], most: int) -> list[Failure]:
     kept: list[Failure] = []
     for same in list(kinds.values())[:most]:
         shown = same[:share]
-        shown[-1] = replace(shown[-1], rows=shown[-1].rows + sum(f.rows for f in same[share:]))
+        shown[-1] = dataclasses.replace(shown[-1], rows=shown[-1].rows + sum(f.rows for f in same[share:]))
         kept += shown
     return kept
 
