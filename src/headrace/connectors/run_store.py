@@ -160,7 +160,7 @@ class LocalRunStore:
 
     def write_pieces(self, name: str, pieces: Pieces, *, durable: bool = True) -> None:
         """As `write`, for what is too large for memory."""
-        path = self._path(name, make=True)
+        path = self._path(name, make=True, sync=durable)
         with self._errors(path):
             temporary = self._written(pieces(), sync=durable)
             try:
@@ -330,8 +330,8 @@ class LocalRunStore:
 
     # -- parts
 
-    def _path(self, name: str, *, make: bool = False) -> str:
-        """The file's path. make: with the folders that it needs."""
+    def _path(self, name: str, *, make: bool = False, sync: bool = True) -> str:
+        """The file's path. make: with the folders that it needs, durable where `sync`."""
         folder, _, base = check_name(self.root, name).rpartition("/")
         where = f"{self.root}/{folder}" if folder else self.root
         if where not in self._inside or (make and not os.path.isdir(where)):
@@ -340,9 +340,11 @@ class LocalRunStore:
                 with self._errors(where):
                     os.makedirs(where, exist_ok=True)
                     self._check_inside(where)
-                    self._sync_above(where)
             if os.path.isdir(where):
                 self._inside.add(where)
+        if make and sync and where not in self._durable:
+            with self._errors(where):
+                self._sync_above(where)
         return f"{where}/{base}"
 
     def _check_inside(self, folder: str) -> None:
@@ -371,7 +373,7 @@ class LocalRunStore:
     def _written(self, pieces: Iterable[bytes], *, sync: bool = True) -> str:
         """A temporary file with these bytes; durable, too, where `sync`."""
         name = f"{_TEMPORARY}-{os.getpid()}-{threading.get_ident()}-{next(self._count)}-{secrets.token_hex(4)}"
-        path = self._path(name, make=True)
+        path = self._path(name, make=True, sync=sync)
         try:
             _write(path, pieces, sync=sync)
         except BaseException:
