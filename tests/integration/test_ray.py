@@ -533,23 +533,30 @@ def test_the_only_device_node_dies_and_another_one_comes(connected: Any, data: P
 
 
 SCRIPT = """
-import sys, time
+import os, sys, time
 import headrace as hr
 
-def slow(batch):
-    time.sleep(0.3)
+def slow(batch, gate):
+    time.sleep(0.1)
+    end = time.monotonic() + 60
+    while batch["id"].max() >= 120 and not os.path.exists(gate):
+        assert time.monotonic() < end, "nobody opened"
+        time.sleep(0.01)
     return {**batch, "y": batch["x"] * 2}
 
 if __name__ == "__main__":
     where = {"address": sys.argv[4]} if sys.argv[3] == "ray" else {"cpus": 2}
-    ds = hr.read_parquet(sys.argv[1]).map_batches(slow, batch_size=20).evaluate(n=hr.metrics.Count(), m=hr.metrics.Mean("y"))
+    ds = hr.read_parquet(sys.argv[1]).map_batches(slow, batch_size=20, fn_kwargs={"gate": sys.argv[2] + ".open"})
+    ds = ds.evaluate(n=hr.metrics.Count(), m=hr.metrics.Mean("y"))
     run = ds.write_parquet(sys.argv[2], outputs="per_input", engine=sys.argv[3], progress="log", **where)
     print("done", run.rows, run.metrics["n"], run.metrics["m"])
 """
 
 
 class Jobs:
-    """Drivers in processes of their own, all for the same run."""
+    """Drivers in processes of their own, all for the same run, which does not get beyond half of the rows before `finish`, or
+    `let_go`.
+    """
 
     def __init__(self, data: Path, address: str) -> None:
         self.script = data.parent / "job.py"
@@ -568,7 +575,11 @@ class Jobs:
             assert time.monotonic() < deadline, "no output came"
             time.sleep(0.01)
 
+    def let_go(self) -> None:
+        self.out.with_name("out.open").touch()
+
     def finish(self, engine: str) -> str:
+        self.let_go()
         job = self.begin(engine)
         said, err = job.communicate(timeout=60)
         assert job.returncode == 0, err
@@ -599,6 +610,8 @@ def test_sigterm_drains(jobs: Jobs) -> None:
     job = jobs.begin("ray")
     jobs.wait_for_files(1)
     job.terminate()
+    time.sleep(1.0)
+    jobs.let_go()
     _, err = job.communicate(timeout=60)
     assert job.returncode == 143, err
     assert "resumable" in err

@@ -20,7 +20,7 @@ from headrace.connectors.sinks.files import normalise
 from headrace.connectors.sinks.inspect import Found, inspect
 from headrace.connectors.sinks.manifest import is_inside, read_manifest
 from headrace.core.errors import DataError, DestinationError, HeadraceError, TransientError
-from headrace.core.receipts import FileKind, OutputFile, Tally
+from headrace.core.receipts import COUNTS, FileKind, OutputFile, Tally
 from headrace.runtime.ledger import replay
 
 READERS = 4  # files at once, each with at most inspect.WHOLE_BYTES in memory
@@ -57,7 +57,7 @@ class Verification:
         state = "finished" if self.finished else f"unfinished: {self.splits:,} splits committed"
         lines = [f"{self.path}  ({self.run or 'no run'}, {state})"]
         lines.append(f"  read: {self.files:,} files, {self.rows:,} rows, {self.bytes:,} bytes, from {self.splits:,} splits")
-        counts = [f"{name} {n:,}" for name in Tally.__struct_fields__ if (n := getattr(self.tally, name))]
+        counts = [f"{name} {n:,}" for name in COUNTS if (n := getattr(self.tally, name))]
         lines.append(f"  rows: {', '.join(counts) or 'none'}")
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  problem: {problem}" for problem in self.problems[:SHOWN]]
@@ -164,7 +164,7 @@ class _Check:
 
     def _tally(self, told: object) -> Tally:
         counts = cast("dict[str, Any]", told) if isinstance(told, dict) else {}
-        names = Tally.__struct_fields__
+        names = COUNTS
         if not isinstance(told, dict) or not all(is_whole(counts.get(n, 0)) for n in names):
             self.problems.append("the manifest tells no row counts")
             return Tally()
@@ -319,7 +319,7 @@ def _is_private(name: str) -> bool:
 
 
 def _law(tally: Tally) -> str:
-    parts = ((name, getattr(tally, name)) for name in Tally.__struct_fields__)
+    parts = ((name, getattr(tally, name)) for name in COUNTS)
     return ", ".join(f"{name} {n:,}" for name, n in parts if n) or "no rows"
 
 

@@ -16,10 +16,9 @@ from msgspec import Struct, field
 
 from headrace.commit.names import check_file, log_name
 from headrace.core.errors import DestinationError
-from headrace.core.receipts import LineageRun, OutputFile, Tally
+from headrace.core.receipts import COUNTS, LineageRun, OutputFile, Tally
 
 VERSION = 1
-_TALLY = Tally.__struct_fields__
 _KINDS = ("output", "quarantine", "lineage")
 _DIGEST = re.compile(r"([0-9a-f]{64})?")
 
@@ -127,7 +126,7 @@ def _record_to_json(record: Record) -> dict[str, Any]:
 
 def _settled_to_json(r: Settled) -> dict[str, Any]:
     out: dict[str, Any] = {"kind": "settled", "split": r.split, "id": r.id, "attempt": r.attempt, "rows": r.rows}
-    out["tally"] = {name: n for name in _TALLY if (n := getattr(r.tally, name))}
+    out["tally"] = {name: n for name in COUNTS if (n := getattr(r.tally, name))}
     out["files"] = [f.to_json() for f in r.files]
     if r.taken:
         out["taken"] = r.taken
@@ -193,7 +192,7 @@ def _record(run: str, r: dict[str, Any]) -> Record:
 
 def _settled(run: str, r: dict[str, Any]) -> Settled:
     counts = _mapping(r.get("tally"), "tally")
-    if unknown := counts.keys() - set(_TALLY):
+    if unknown := counts.keys() - set(COUNTS):
         raise _Bad(f"a tally of {sorted(unknown)}")
     return Settled(
         _int(r, "split"),

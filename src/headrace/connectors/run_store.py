@@ -251,7 +251,7 @@ class LocalRunStore:
 
     def probe(self) -> None:
         """Learn whether there are hard links, and else locks."""
-        other = self._path(f"{_TEMPORARY}-{secrets.token_hex(8)}", make=True)
+        other = self._path(f"{_TEMPORARY}-{secrets.token_hex(8)}", make=True, sync=False)
         with self._errors(other):
             temporary = self._written((b"",), sync=False)
             try:
@@ -338,6 +338,7 @@ class LocalRunStore:
             self._check_inside(where)
             if make:
                 with self._errors(where):
+                    self._durable.difference_update(_missing(where))  # somebody removed what was made
                     os.makedirs(where, exist_ok=True)
                     self._check_inside(where)
             if os.path.isdir(where):
@@ -402,7 +403,7 @@ class LocalRunStore:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         """No other driver is between looking for a name and making it. Kernels drop the lock of a process that ends."""
-        descriptor = os.open(self._path(f"{PRIVATE}/lock", make=True), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(self._path(f"{PRIVATE}/lock", make=True, sync=False), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             try:
                 import fcntl

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any, Literal
 
 from msgspec import Struct
 
 
-class Tally(Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Tally:
     """Row counts. The law of conservation, per split and per run:
 
     rows_in + expanded == written + filtered + skipped + quarantined + cut
@@ -36,6 +39,10 @@ class Tally(Struct, frozen=True):
             self.cut + other.cut,
         )
 
+    def __reduce__(self) -> tuple[type[Tally], tuple[int, ...]]:
+        """One travels with every step: a fifth of the time that dataclasses take by themselves."""
+        return Tally, _COUNTED(self)
+
     @property
     def bad(self) -> int:
         """Rows set aside because they failed."""
@@ -47,6 +54,8 @@ class Tally(Struct, frozen=True):
         return gained == self.written + self.filtered + self.skipped + self.quarantined + self.cut
 
 
+COUNTS = tuple(f.name for f in fields(Tally))
+_COUNTED = attrgetter(*COUNTS)
 NO_ROWS = Tally()
 
 

@@ -12,6 +12,7 @@ After `Fail` no command follows. After `Finish` only late answers to cancelled s
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from msgspec.structs import replace
@@ -673,7 +674,7 @@ class Scheduler(Dispatcher):
         tally = split.tally
         if self.passed:  # what a limit cut may never have been read to its end: the rest is cut by definition
             gained = tally.rows_in + tally.expanded
-            tally = replace(tally, cut=gained - tally.written - tally.filtered - tally.skipped - tally.quarantined)
+            tally = dataclasses.replace(tally, cut=gained - tally.written - tally.filtered - tally.skipped - tally.quarantined)
         if not tally.balanced or tally.cut < 0:
             raise InternalError(f"the rows of {split.split.label} don't add up: {tally}")
         taken = tuple(sorted((self.stages[stage].first, rows) for stage, rows in split.taken.items()))

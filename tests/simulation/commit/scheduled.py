@@ -8,6 +8,7 @@ committer's and the driver's turns come as the seed says.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
 from collections.abc import Generator, Mapping
@@ -231,7 +232,7 @@ class StagingSubstrate(SimulatedSubstrate):
         if not (tally.skipped and self._session.world.quarantines):
             return tally, ()
         file = self._session.stage_aside(split, attempt, tally.skipped)
-        return replace(tally, skipped=0, quarantined=tally.skipped), (file,)
+        return dataclasses.replace(tally, skipped=0, quarantined=tally.skipped), (file,)
 
 
 class ScheduledSession(Session):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -220,6 +221,23 @@ def test_everything_is_durable_before_it_is_relied_on(store: LocalRunStore, monk
     store.create("log/0", b"1")
     temporary = calls.index(next(c for c in calls if c.startswith("fsync _headrace/tmp-")))
     assert temporary < calls.index("link log/0") < len(calls) - 1 - calls[::-1].index("fsync log")
+
+
+def test_folders_that_somebody_removed_are_made_durable_again(store: LocalRunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.create("a/b/1", b"1")
+    shutil.rmtree(f"{store.root}/a")
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def log_fsync(descriptor: int) -> None:
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), store.root))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", log_fsync)
+    store.write("a/b/2", b"2", durable=False)
+    assert synced == []
+    store.write("a/b/3", b"3")
+    assert {"a/b", "a", "."} <= set(synced)
 
 
 def test_a_file_whose_fsync_fails_is_condemned(store: LocalRunStore, monkeypatch: pytest.MonkeyPatch) -> None:

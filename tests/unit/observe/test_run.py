@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -110,6 +111,12 @@ def test_to_dict_is_json() -> None:
     assert out["rows_per_s"] == 200.0
     assert out["stages"][0]["operators"][1]["name"] == "images.decode"
     assert out["bottleneck"]["name"] == "sim"
+
+
+def test_a_run_is_plain_data_to_dataclasses() -> None:
+    out = dataclasses.asdict(record(*typical()))
+    assert out["tally"]["written"] == record(*typical()).tally.written
+    assert isinstance(out["stages"][0]["operators"][0], dict)
 
 
 def test_report() -> None:
