@@ -96,19 +96,19 @@ def page(found: Sequence[Mapping[str, Any]]) -> tuple[str, dict[str, str]]:
 
 
 def _bases(points: Sequence[Point]) -> list[Point]:
-    """Those that tables are made of: the data once, all cores, as the workload says; one for each variant."""
+    """Those that tables are made of: the data once, all cores; one for each variant, with nothing set where there is one."""
     most = max(point["cores"] for point in points)
-    wanted = [p for p in points if p["scale"] == 1 and p["cores"] == most and not p["set"] and p["size"] == "full"]
+    wanted = [p for p in points if p["scale"] == 1 and p["cores"] == most and p["size"] == "full"]
     chosen: dict[str, Point] = {}
-    for point in wanted:  # of several numbers of devices the least
+    for point in sorted(wanted, key=lambda p: bool(p["set"])):  # of several numbers of devices the least
         before = chosen.get(point["variant"])
-        if before is None or (point["devices"] or 0) < (before["devices"] or 0):
+        if before is None or (not point["set"] and (point["devices"] or 0) < (before["devices"] or 0)):
             chosen[point["variant"]] = point
     return sorted(chosen.values(), key=lambda point: point["variant"])
 
 
 def _section(workload: str, point: Point, plot: str) -> str:
-    lines = [f"### {title(workload, point)}\n"] if point["variant"] else []
+    lines = [f"### {title(workload, point)}\n"] if point["variant"] or point["set"] else []
     told = ", ".join(
         f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in point["params"].items()
     )
@@ -160,7 +160,8 @@ def _limits(point: Point) -> str:
 
 
 def title(workload: str, point: Point) -> str:
-    return f"{workload}, {point['variant']}" if point["variant"] else workload
+    changed = (f"{name} {value}" for name, value in point["set"].items())
+    return ", ".join([workload, *([point["variant"]] if point["variant"] else []), *changed])
 
 
 def _title(name: str, one: Mapping[str, Any]) -> str:
