@@ -232,22 +232,15 @@ class LocalRunStore:
         if os.path.exists(self.root) and not os.path.isdir(self.root):
             where = (("destination", self.root),)
             raise DestinationError("the destination is a file", where=where, hint="name a directory, or remove the file")
-        made: list[str] = []
+        # Folders that are missing are not made to try it: to remove them again would take them from a run beside this one.
+        missing = _missing(self.root)
+        there = (os.path.dirname(missing[-1]) or ".") if missing else self.root
+        path = os.path.join(there, f".headrace-{secrets.token_hex(8)}")
         try:
-            for folder in reversed(_missing(self.root)):
-                os.mkdir(folder)
-                made.append(folder)
-            path = os.path.join(self.root, f".headrace-{secrets.token_hex(8)}")
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             os.unlink(path)
-        except FileExistsError:
-            pass  # another session begins just now
         except OSError as e:
             raise disk_error(e, self.root) from e
-        finally:
-            for folder in reversed(made):
-                with contextlib.suppress(OSError):
-                    os.rmdir(folder)
 
     def probe(self) -> None:
         """Learn whether there are hard links, and else locks."""

@@ -317,6 +317,13 @@ def test_check_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
 
 
+def test_check_makes_no_folder_that_a_run_beside_it_might_rely_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(os, "mkdir", made.append)
+    LocalRunStore(str(tmp_path / "a/b")).check()
+    assert not made
+
+
 def test_without_locks_and_links_there_is_one_writer(store: LocalRunStore, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
