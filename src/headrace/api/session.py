@@ -28,8 +28,10 @@ from headrace.plan.columns import ALL, Columns
 from headrace.plan.fingerprint import fingerprint
 from headrace.plan.fingerprint.compare import differences
 from headrace.plan.nodes import Evaluate, Op, Plan, Predict, Write
+from headrace.runtime import machine
 from headrace.runtime.committer import Committer, beating
 from headrace.runtime.driver import Driver
+from headrace.runtime.engine import may_want_processes
 from headrace.runtime.ledger import (
     OpenedRun,
     check_latest,
@@ -51,14 +53,16 @@ from headrace.worker.guard import OutputGuard
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from headrace.contracts.run_store import RunStore
     from headrace.contracts.substrate import Substrate
     from headrace.observe.run import Run
+    from headrace.substrates.processes.forks import ForkServer
 
 JOIN_BYTES = 16 << 20  # of blocks for a model on Ray: putting one, and the calls for it, take milliseconds of several processes
 
 
-def _substrate(prepared: Prepared, must_see: str | None, refs: bool) -> Substrate:
-    """must_see: a file of the run's destination, where that is a path of this machine. refs: see make_driver."""
+def _substrate(prepared: Prepared, must_see: str | None, refs: bool, server: ForkServer | None) -> Substrate:
+    """must_see: a file of the run's destination, where that is a path of this machine. refs, server: see make_driver."""
     engine = prepared.engine
     if engine == "ray":
         from headrace.substrates.ray.pool import RaySubstrate
@@ -75,7 +79,7 @@ def _substrate(prepared: Prepared, must_see: str | None, refs: bool) -> Substrat
         return ThreadsSubstrate()
     from headrace.substrates.processes.pool import ProcessesSubstrate
 
-    return ProcessesSubstrate()
+    return ProcessesSubstrate(server=server)
 
 
 def make_driver(
@@ -86,12 +90,16 @@ def make_driver(
     deliver: Callable[[Any], None] | None = None,
     opened: OpenedRun | None = None,
     refs: bool = False,
+    server: ForkServer | None = None,
 ) -> Driver:
-    """opened: the run whose log the committer writes, None when nothing is kept. refs: on a cluster, deliver references."""
+    """opened: the run whose log the committer writes, None when nothing is kept. refs: on a cluster, deliver references.
+    server: for worker processes, begun before the engine was chosen.
+    """
     physical, options = prepared.physical, prepared.options
     plan = prepared.written
     private = "" if opened is None else f"{opened.store.root}/_headrace/{opened.run}"
     local = opened is not None and not is_remote(private)
+    must_see = f"{opened.store.root}/_headrace" if opened is not None and local else None
     pools: dict[str, int] = {}
     for worker in prepared.workers:
         pools[worker.pool] = pools.get(worker.pool, 0) + 1
@@ -124,9 +132,7 @@ def make_driver(
     )
     return Driver(
         scheduler=Scheduler(SchedulerPlan(physical.stages, physical.routes, pools), limits),
-        substrate=_substrate(
-            prepared, f"{opened.store.root}/_headrace" if opened is not None and not is_remote(private) else None, refs
-        ),
+        substrate=_substrate(prepared, must_see, refs, server),
         program=prepared.program,
         workers=prepared.workers,
         splits=prepared.program.source.splits(per_input=sink is not None and sink.per_input),
@@ -182,6 +188,33 @@ def _write(written: Plan, sink: Sink, schema: pa.Schema | None, parsed: RunOptio
     store = sink.store()
     if store is None:
         return _run_unlogged(written, parsed, at_end)
+    with contextlib.ExitStack() as prepared:
+        server = _fork_server(written, parsed)
+        if server is not None:
+            prepared.callback(server.close)
+        return _write_logged(written, sink, store, schema, parsed, at_end, server)
+
+
+def _fork_server(plan: Plan, options: RunOptions) -> ForkServer | None:
+    """Worker processes may well be wanted: what they import is imported while the run is prepared, on another core."""
+    workers = options.cpus or machine.usable_cores()
+    if not may_want_processes(options.engine, plan.read.source, workers):
+        return None
+    from headrace.substrates.bodies import usable_cores
+    from headrace.substrates.processes.forks import ForkServer, imported
+
+    return ForkServer.begin(max(1, usable_cores() // workers), imported())
+
+
+def _write_logged(
+    written: Plan,
+    sink: Sink,
+    store: RunStore,
+    schema: pa.Schema | None,
+    parsed: RunOptions,
+    at_end: Columns,
+    server: ForkServer | None,
+) -> Run:
     # Before the user's functions are tried: what they change is no part of what they mean.
     meaning = fingerprint(written, settings={"on_error": parsed.on_error, "deterministic": parsed.deterministic})
     laid_out = lay_out(written, parsed, at_end)  # all that can be refused is refused before the destination is touched
@@ -198,7 +231,9 @@ def _write(written: Plan, sink: Sink, schema: pa.Schema | None, parsed: RunOptio
     if opened.finished:
         return _finished_before(laid_out, bound, opened, schema)
     ready = _chosen(laid_out, opened) if laid_out.engine == "auto" else laid_out
-    return _run_logged(replace(ready, program=replace(ready.program, sink=bound)), bound, opened, schema)
+    if server is not None and ready.engine != "processes":
+        server.close()
+    return _run_logged(replace(ready, program=replace(ready.program, sink=bound)), bound, opened, schema, server)
 
 
 def _chosen(laid_out: Prepared, opened: OpenedRun) -> Prepared:
@@ -241,14 +276,16 @@ def _run_unlogged(plan: Plan, options: RunOptions, at_end: Columns) -> Run:
     return recorder.run()
 
 
-def _run_logged(ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.Schema | None) -> Run:
+def _run_logged(
+    ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.Schema | None, server: ForkServer | None = None
+) -> Run:
     """A session of a run that may have had others before."""
     from headrace.observe.progress import make_observers
     from headrace.observe.run import RunRecorder
 
     committer = Committer(accumulators_of(ready), opened)
     recorder = RunRecorder()
-    driver = make_driver(ready, [recorder, *make_observers(ready.options.progress)], committer, opened=opened)
+    driver = make_driver(ready, [recorder, *make_observers(ready.options.progress)], committer, opened=opened, server=server)
     done = False
     try:
         with handling_signals(driver):

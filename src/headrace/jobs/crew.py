@@ -11,7 +11,6 @@ import contextlib
 import linecache
 import os
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -26,8 +25,10 @@ from headrace.core.resources import CPU_POOL, WorkerSpec
 from headrace.jobs.job import Job
 from headrace.observe.run import Run
 from headrace.substrates.processes import wire
+from headrace.substrates.processes.forks import ForkServer, Process, imported
 from headrace.substrates.processes.spawn import start_process
 
+MEMBER = "headrace.jobs.member"
 AHEAD = 2  # jobs that a process has, with the one that it is at
 MOST_BYTES = 1 << 30  # of a pickled job: larger ones stay where they are
 LEAVE_S = 1.0  # for processes to end by themselves when all is done
@@ -49,7 +50,7 @@ class Outcome(Struct, frozen=True):
 class _Member(Struct, eq=False):
     """lifeline: our end; the kernel kills the process when it closes. ended: a descriptor that is ready when it has."""
 
-    process: subprocess.Popen[bytes]
+    process: Process
     socket: socket.socket
     outgoing: wire.Outgoing
     lifeline: int
@@ -70,12 +71,14 @@ class Crew:
         self._poll = select.epoll()
         self._waiting: deque[tuple[int, Job]] = deque()
         self._vain = 0  # processes that did not come up
+        self._server: ForkServer | None = None
 
     @staticmethod
     def possible() -> bool:
         return sys.platform == "linux"
 
     def __enter__(self) -> Self:
+        self._server = ForkServer.begin(1, [*imported(), MEMBER, "headrace.api.session"]) if self._size > 1 else None
         try:
             for _ in range(self._size):
                 self._start()
@@ -119,12 +122,14 @@ class Crew:
     def _close(self) -> None:
         for member in list(self._members):
             self._remove(member)
+        if self._server is not None:
+            self._server.close()
         self._poll.close()
 
     # -- one process
 
     def _start(self) -> None:
-        process, ours, lifeline = start_process("headrace.jobs.member", WorkerSpec(0, CPU_POOL, "cpu"), 1)
+        process, ours, lifeline = start_process(MEMBER, WorkerSpec(0, CPU_POOL, "cpu"), 1, server=self._server)
         member = _Member(process, ours, wire.Outgoing(ours), lifeline, os.pidfd_open(process.pid))
         self._members.append(member)
         for fd in (ours.fileno(), member.ended):
@@ -209,5 +214,5 @@ class Crew:
         os.close(member.lifeline)
         os.close(member.ended)
         with contextlib.suppress(ProcessLookupError):
-            member.process.send_signal(signal.SIGKILL)
+            member.process.kill()
         member.process.wait()

@@ -19,6 +19,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from headrace.connectors.storage import is_remote
+from headrace.contracts.source import Source
 from headrace.core.errors import PlanError
 from headrace.core.options import Engine
 from headrace.core.resources import CPU_POOL, WorkerSpec
@@ -95,6 +96,21 @@ def asked_engine(asked: Engine, program: Program, timeout: float | None = None) 
     if asked != "ray" and timeout is not None:
         return _killable(asked, program, timeout)
     return None if asked == "auto" else Choice(asked, "asked for")
+
+
+def may_want_processes(asked: Engine, source: Source, cores: int) -> bool:
+    """Is it likely enough that what they need is worth preparing before the choice is made? Lists no more than tells."""
+    if sys.platform != "linux" or cores < 2 or asked not in ("auto", "processes"):
+        return False
+    if asked == "processes" or source.remote:
+        return True
+    size = overhead_s = 0.0
+    for split in source.splits(per_input=False):
+        size += split.bytes
+        overhead_s += SPLIT_S + len(split.fragments) * FRAGMENT_S
+        if size > SMALL_BYTES or overhead_s > SMALL_S:
+            return True
+    return False
 
 
 def choose_engine(program: Program, cores: int, *, after_crash: bool | None = None) -> Choice:

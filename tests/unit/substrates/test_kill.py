@@ -149,7 +149,7 @@ def test_a_death_by_the_kernels_memory_killer_is_named(monkeypatch: pytest.Monke
 
 
 def test_a_process_that_cannot_be_started_is_a_lost_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object) -> None:
+    def refuse(*args: object, **more: object) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     with running(lambda: ProcessesSubstrate(body_factory=ScriptedBody), 1) as s:

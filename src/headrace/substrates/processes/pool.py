@@ -40,6 +40,7 @@ from headrace.core.steps import (
 from headrace.substrates.bodies import let_answers_gather, usable_cores
 from headrace.substrates.processes import wire
 from headrace.substrates.processes.crumb import create_crumb, read_crumb
+from headrace.substrates.processes.forks import ForkServer, Process, imported
 from headrace.substrates.processes.ledger import Ledger
 from headrace.substrates.processes.spawn import death_reason, oom_kills, start_process
 from headrace.substrates.processes.stacks import crash_stack, create_report, take_stack, user_stack
@@ -57,13 +58,19 @@ STOP_BUSY_S = 0.5  # a running step is not waited for; its output was never publ
 class ProcessesSubstrate:
     """One process per worker, on this machine. Linux only.
 
-    cores: what the workers' native thread pools share, None for all usable ones. arena_bytes: addresses of an arena.
+    cores: what the workers' native thread pools share, None for all usable ones. arena_bytes: addresses of an arena. server:
+    one that has been begun for this run, which is closed with it; else `start` begins one for several CPU workers.
     """
 
     name = "processes"
 
     def __init__(
-        self, *, body_factory: BodyFactory | None = None, cores: int | None = None, arena_bytes: int | None = None
+        self,
+        *,
+        body_factory: BodyFactory | None = None,
+        cores: int | None = None,
+        arena_bytes: int | None = None,
+        server: ForkServer | None = None,
     ) -> None:
         if sys.platform != "linux":
             raise PlanError(
@@ -72,6 +79,7 @@ class ProcessesSubstrate:
         self._factory = body_factory
         self._cores = cores or usable_cores()
         self._arena_bytes = arena_bytes
+        self._server = server
         self._threads = 1
         self._payload = b""
         self._workers: dict[int, _Worker] = {}
@@ -95,8 +103,12 @@ class ProcessesSubstrate:
         self._threads = max(1, self._cores // max(1, cpu_workers or len(workers)))
         self._arena_bytes = self._arena_bytes or arena_bytes(len(workers))
         self._surroundings = (os.getpid(), os.getcwd(), list(sys.path))
-        started = [self._launch(spec) for spec in workers]
+        if self._server is None and cpu_workers > 1:
+            self._server = ForkServer.begin(self._threads, imported())
+        own = {w.id for w in workers if self._server is None or w.pool != CPU_POOL}
+        started = [self._launch(spec) for spec in workers if spec.id in own]
         self._payload = self._pickle(program)  # while the interpreters start
+        started += [self._launch(spec) for spec in workers if spec.id not in own]
         for worker in started:
             self._greet(worker)
 
@@ -192,6 +204,8 @@ class ProcessesSubstrate:
         for worker in list(self._workers.values()):
             self._forget(worker)
             worker.process.wait()
+        if self._server is not None:
+            self._server.close()
         self._ledger.close()
         self._events.clear()
         self._payload = b""
@@ -224,7 +238,7 @@ class ProcessesSubstrate:
         from headrace.substrates.processes.arena import arena_bytes
 
         try:
-            worker = _start(spec, self._threads)
+            worker = _start(spec, self._threads, self._server)
         except OSError as exc:
             reason = f"its process could not be started: {exc}"
             self._events.append(WorkerLost(spec.id, reason, started=False, pool=spec.pool))
@@ -394,7 +408,7 @@ class _Worker:
     def __init__(
         self,
         spec: WorkerSpec,
-        process: subprocess.Popen[bytes],
+        process: Process,
         sock: socket.socket,
         lifeline: int,
         crumb: int,
@@ -428,14 +442,14 @@ class _Worker:
         return freed
 
 
-def _start(spec: WorkerSpec, threads: int) -> _Worker:
+def _start(spec: WorkerSpec, threads: int, server: ForkServer | None) -> _Worker:
     """Start a process. Raises OSError, and leaves nothing, when the system has no room for it."""
     with contextlib.ExitStack() as undo:
         crumb = create_crumb(spec.id)
         undo.callback(os.close, crumb)
         report = create_report(spec.id)
         undo.callback(os.close, report)
-        process, sock, lifeline = start_process("headrace.substrates.processes.main", spec, threads, report)
+        process, sock, lifeline = start_process("headrace.substrates.processes.main", spec, threads, report, server=server)
         undo.pop_all()
     return _Worker(spec, process, sock, lifeline, crumb, report)
 

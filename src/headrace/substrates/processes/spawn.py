@@ -8,10 +8,15 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from headrace.core.resources import WorkerSpec
 from headrace.worker.threads import fair_threads
+
+if TYPE_CHECKING:
+    from headrace.substrates.processes.forks import ForkServer, Process
 
 # Read when they load, by OpenMP (and torch, Arrow, scikit-learn, XGBoost), OpenBLAS, BLIS, MKL, Accelerate, numexpr, OpenCV,
 # Rayon (tokenizers, polars' dependencies), Polars, TensorFlow.
@@ -31,12 +36,16 @@ _THREAD_VARIABLES = (
 )
 
 
-def start_process(module: str, spec: WorkerSpec, threads: int, *fds: int) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
+def start_process(
+    module: str, spec: WorkerSpec, threads: int, *fds: int, arguments: Sequence[str] = (), server: ForkServer | None = None
+) -> tuple[Process, socket.socket, int]:
     """(process, the driver's non-blocking end of its control socket, the lifeline's end to keep open).
 
-    Runs `python -m <module> <control fd> <lifeline fd> <fds>`, in the directory that this headrace was imported from, so that
-    `-m` finds the same one; it then moves to the driver's directory. Raises OSError when the system has no room for it.
+    Runs `python -m <module> <control fd> <lifeline fd> <fds> <arguments>`, in the directory that this headrace was imported
+    from, so that `-m` finds the same one; it then moves to the driver's directory. server: forks it, if it can. Raises OSError
+    when the system has no room for it.
     """
+    environment = worker_environment(os.environ, spec, threads)
     lifeline_read, lifeline_write = os.pipe()
     try:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -47,14 +56,19 @@ def start_process(module: str, spec: WorkerSpec, threads: int, *fds: int) -> tup
     ours.setblocking(False)
     # Ctrl-C or SIGTERM before the worker has said that it ignores them: blocked here, inherited, unblocked in main().
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
+    given = (theirs.fileno(), lifeline_read, *fds)
     try:
-        process = subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, (theirs.fileno(), lifeline_read, *fds))],
-            stdin=subprocess.DEVNULL,
-            cwd=Path(__file__).parents[3],
-            env=worker_environment(os.environ, spec, threads),
-            pass_fds=(theirs.fileno(), lifeline_read, *fds),
-        )
+        process: Process | None = None
+        if server is not None and server.serves(environment):
+            process = server.fork(module, *given)
+        if process is None:
+            process = subprocess.Popen(
+                [sys.executable, "-m", module, *map(str, given), *arguments],
+                stdin=subprocess.DEVNULL,
+                cwd=Path(__file__).parents[3],
+                env=environment,
+                pass_fds=given,
+            )
     except BaseException:
         ours.close()
         os.close(lifeline_write)
