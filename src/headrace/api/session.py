@@ -28,7 +28,6 @@ from headrace.plan.columns import ALL, Columns
 from headrace.plan.fingerprint import fingerprint
 from headrace.plan.fingerprint.compare import differences
 from headrace.plan.nodes import Evaluate, Op, Plan, Predict, Write
-from headrace.runtime import machine
 from headrace.runtime.committer import Committer, beating
 from headrace.runtime.driver import Driver
 from headrace.runtime.engine import may_want_processes
@@ -43,6 +42,7 @@ from headrace.runtime.ledger import (
     successor,
     this_process,
 )
+from headrace.runtime.machine import usable_cores
 from headrace.runtime.signals import ending_at_once, handling_signals
 from headrace.runtime.stop_rules import StopRule
 from headrace.runtime.stream import stream_blocks
@@ -76,10 +76,10 @@ def _substrate(prepared: Prepared, must_see: str | None, refs: bool, server: For
     if engine == "threads":
         from headrace.substrates.threads import ThreadsSubstrate
 
-        return ThreadsSubstrate()
+        return ThreadsSubstrate(cores=prepared.machine.cores)
     from headrace.substrates.processes.pool import ProcessesSubstrate
 
-    return ProcessesSubstrate(server=server)
+    return ProcessesSubstrate(cores=prepared.machine.cores, server=server)
 
 
 def make_driver(
@@ -197,13 +197,13 @@ def _write(written: Plan, sink: Sink, schema: pa.Schema | None, parsed: RunOptio
 
 def _fork_server(plan: Plan, options: RunOptions) -> ForkServer | None:
     """Worker processes may well be wanted: what they import is imported while the run is prepared, on another core."""
-    workers = options.cpus or machine.usable_cores()
+    cores = usable_cores()
+    workers = options.cpus or cores
     if not may_want_processes(options.engine, plan.read.source, workers):
         return None
-    from headrace.substrates.bodies import usable_cores
     from headrace.substrates.processes.forks import ForkServer, imported
 
-    return ForkServer.begin(max(1, usable_cores() // workers), imported())
+    return ForkServer.begin(max(1, cores // workers), imported())
 
 
 def _write_logged(

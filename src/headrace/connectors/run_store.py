@@ -237,8 +237,13 @@ class LocalRunStore:
         there = (os.path.dirname(missing[-1]) or ".") if missing else self.root
         path = os.path.join(there, f".headrace-{secrets.token_hex(8)}")
         try:
+            for folder in missing:
+                with contextlib.suppress(FileNotFoundError):
+                    os.lstat(os.path.join(there, os.path.basename(folder)))  # raises for a name that can't be made
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             os.unlink(path)
+        except ValueError as e:
+            raise DestinationError(f"no folder can have this name: {e}", where=(("destination", self.root),)) from None
         except OSError as e:
             raise disk_error(e, self.root) from e
 

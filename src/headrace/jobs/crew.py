@@ -25,7 +25,7 @@ from headrace.core.resources import CPU_POOL, WorkerSpec
 from headrace.jobs.job import Job
 from headrace.observe.run import Run
 from headrace.substrates.processes import wire
-from headrace.substrates.processes.forks import ForkServer, Process, imported
+from headrace.substrates.processes.forks import ForkServer, Process, imported, pidfd_of
 from headrace.substrates.processes.spawn import start_process
 
 MEMBER = "headrace.jobs.member"
@@ -130,7 +130,7 @@ class Crew:
 
     def _start(self) -> None:
         process, ours, lifeline = start_process(MEMBER, WorkerSpec(0, CPU_POOL, "cpu"), 1, server=self._server)
-        member = _Member(process, ours, wire.Outgoing(ours), lifeline, os.pidfd_open(process.pid))
+        member = _Member(process, ours, wire.Outgoing(ours), lifeline, pidfd_of(process))
         self._members.append(member)
         for fd in (ours.fileno(), member.ended):
             self._by_fd[fd] = member
@@ -212,7 +212,7 @@ class Crew:
             self._poll.unregister(fd)
         member.socket.close()
         os.close(member.lifeline)
-        os.close(member.ended)
         with contextlib.suppress(ProcessLookupError):
             member.process.kill()
         member.process.wait()
+        os.close(member.ended)

@@ -317,6 +317,14 @@ def test_check_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.rglob("*")) == [tmp_path / "a"]
 
 
+@pytest.mark.parametrize("name", ["x" * 300, "new/" + "x" * 300 + "/y", "nul\0", "file/x"])
+def test_check_finds_names_that_can_not_be_made(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DestinationError):
+        LocalRunStore(str(tmp_path / name)).check()
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_check_makes_no_folder_that_a_run_beside_it_might_rely_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
     monkeypatch.setattr(os, "mkdir", made.append)

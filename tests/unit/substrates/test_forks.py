@@ -17,9 +17,10 @@ import pytest
 from headrace.core.refs import BlockRef
 from headrace.core.resources import WorkerSpec
 from headrace.core.steps import StepDone
-from headrace.substrates.processes.forks import ForkServer
+from headrace.substrates.processes import forks
+from headrace.substrates.processes.forks import Forked, ForkServer
 from headrace.substrates.processes.pool import ProcessesSubstrate
-from headrace.substrates.processes.spawn import start_process
+from headrace.substrates.processes.spawn import start_process, worker_environment
 from headrace.testing.check_substrate import Act, ScriptedBody, Session, advance, running
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes need Linux")
@@ -38,7 +39,7 @@ def server() -> Iterator[ForkServer]:
 @pytest.fixture
 def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder whose modules other processes find."""
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
     return tmp_path
 
 
@@ -62,6 +63,18 @@ class Drawn(ScriptedBody):
         import numpy as np
 
         batch = pa.record_batch({"numpy": [np.random.random()], "random": [random.random()]})
+        return StepDone(step.id, step.worker, (BlockRef(1, (self._store.put(batch),)),))
+
+
+class Surroundings(ScriptedBody):
+    """MAKE: two environment variables."""
+
+    def run(self, step):
+        if step.stage != Act.MAKE:
+            return super().run(step)
+        batch = pa.record_batch(
+            {"mark": [os.environ.get("HEADRACE_TEST_MARK")], "gone": [os.environ.get("HEADRACE_TEST_GONE")]}
+        )
         return StepDone(step.id, step.worker, (BlockRef(1, (self._store.put(batch),)),))
 
 
@@ -102,18 +115,145 @@ def test_how_a_process_ended_is_known(programs: Path, code: int) -> None:
     assert server is not None
     process, ours, lifeline = start_process(name, SPEC, 1, server=server)
     try:
-        assert not isinstance(process, subprocess.Popen)
+        assert isinstance(process, Forked)
         assert process.wait() == process.wait() == process.poll() == process.returncode == code
         process.kill()  # no effect, and no error
+        os.close(process.pidfd)
     finally:
         ours.close()
         os.close(lifeline)
         server.close()
 
 
-def test_another_environment_is_not_served(server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert server.serves(server._environment)
-    assert not server.serves({**server._environment, "OMP_NUM_THREADS": "7"})
+def environment(**changed: str) -> dict[str, str]:
+    return {**worker_environment(os.environ, SPEC, 1), **changed}
+
+
+@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "LD_PRELOAD", "PYTHONHASHSEED"])
+def test_what_is_read_at_load_must_be_the_servers(server: ForkServer, name: str) -> None:
+    assert server.serves(environment())
+    assert not server.serves(environment(**{name: "7"}))
+    assert server.serves(environment())
+
+
+def test_nor_does_it_serve_another_path(server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend("/elsewhere")
+    assert not server.serves(environment())
+
+
+def test_there_is_no_server_where_numpy_starts_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ForkServer.begin(2) is None
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "3")
+    assert ForkServer.begin(1) is None
+
+
+def test_an_environment_that_the_tried_functions_changed_reaches_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_TEST_GONE", "yes")
+    server = ForkServer.begin(1)
+    assert server is not None
+    monkeypatch.delenv("HEADRACE_TEST_GONE")
+    monkeypatch.setenv("HEADRACE_TEST_MARK", "yes")
+    with running(lambda: ProcessesSubstrate(body_factory=Surroundings, cores=2, server=server), 2) as s:
+        assert os.getpid() not in parents(s)
+        (seen,) = s.substrate.fetch(s.run(advance(1, 0, Act.MAKE))).to_pylist()
+    assert seen == {"mark": "yes", "gone": None}
+
+
+def test_the_drivers_path_is_there_before_anything_is_imported(programs: Path) -> None:
+    """Or workers would have other versions of libraries than the driver."""
+    name = module(programs, "marks", "open(__file__ + '.seen', 'w').close()")
+    server = ForkServer.begin(1, [name])
+    assert server is not None
+    assert server.serves(environment())
+    server.close()
+    assert (programs / "marks.py.seen").exists()
+
+
+def test_a_server_that_dies_in_a_fork_leaves_one_worker(programs: Path) -> None:
+    """The one that it forked, if it did, has nobody to talk to."""
+    name = module(
+        programs,
+        "dies",
+        """
+        import os, signal
+        def before():
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.register_at_fork(after_in_parent=before)
+        """,
+    )
+    server = ForkServer.begin(1, [name])
+    with running(lambda: ProcessesSubstrate(body_factory=ScriptedBody, cores=2, server=server), 2) as s:
+        assert parents(s) == {os.getpid()}
+        for k in range(6):
+            s.run(advance(1 + k, k % 2, Act.MAKE, nbytes=8))
+
+
+def test_an_interrupted_question_ends_the_server(server: ForkServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its answer would be taken for that to the next one."""
+    assert server.serves(environment())
+
+    def interrupted(*_: object, **__: object) -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as during:
+        during.setattr(forks.wire, "receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            start_process("headrace.substrates.processes.main", SPEC, 1, server=server)
+    assert not server.serves(environment())
+    process, ours, lifeline = start_process("headrace.substrates.processes.main", SPEC, 1, server=server)
+    assert isinstance(process, subprocess.Popen)
+    ours.close()
+    os.close(lifeline)
+    process.wait()
+
+
+def test_children_can_be_waited_for_where_their_end_was_to_be_ignored(programs: Path) -> None:
+    """SIGCHLD is ignored in some programs, and then in all that they start."""
+    name = module(programs, "leaves", "def main(*fds): raise SystemExit(3)")
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        server = ForkServer.begin(1)
+        assert server is not None
+        process, ours, lifeline = start_process(name, SPEC, 1, server=server)
+        assert isinstance(process, Forked)
+        assert process.wait() == 1
+        os.close(process.pidfd)
+        ours.close()
+        os.close(lifeline)
+        server.close()
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def test_the_end_of_a_process_whose_server_died_is_unknown() -> None:
+    with running(lambda: ProcessesSubstrate(body_factory=ScriptedBody), 2) as s:
+        (parent,) = parents(s)
+        os.kill(parent, signal.SIGKILL)
+        s.submit(advance(1, 1, Act.DIE))
+        s.until(lambda: 1 in s.lost)
+        assert "nobody can tell how" in s.lost[1].reason
+
+
+def test_a_server_that_is_closed_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    for k in range(6):
+        server = ForkServer.begin(1)
+        assert server is not None
+        if k % 2:
+            assert server.serves(environment())
+        server.close()
+        server.close()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_few_workers_need_no_server_after_all() -> None:
+    server = ForkServer.begin(1)
+    substrate = ProcessesSubstrate(body_factory=ScriptedBody, server=server)
+    substrate.start(None, [WorkerSpec(0, "cuda", "cuda:0")])
+    try:
+        assert psutil.Process(substrate.pids[0]).ppid() == os.getpid()
+        assert len(psutil.Process().children()) == 1
+    finally:
+        substrate.stop()
 
 
 def test_a_server_with_threads_of_others_gives_up_and_workers_start_without_it(programs: Path) -> None:
@@ -127,7 +267,7 @@ def test_a_server_with_threads_of_others_gives_up_and_workers_start_without_it(p
     )
     server = ForkServer.begin(1, [name])
     assert server is not None
-    assert not server.serves(server._environment)
+    assert not server.serves(environment())
     with running(lambda: ProcessesSubstrate(body_factory=ScriptedBody, server=server), 2) as s:
         assert parents(s) == {os.getpid()}
         s.run(advance(1, 0, Act.MAKE, nbytes=8))
@@ -136,7 +276,7 @@ def test_a_server_with_threads_of_others_gives_up_and_workers_start_without_it(p
 def test_a_module_that_can_not_be_imported_is_left_to_who_needs_it(programs: Path) -> None:
     server = ForkServer.begin(1, [module(programs, "broken", "raise ValueError"), "no.such.module"])
     assert server is not None
-    assert server.serves(server._environment)
+    assert server.serves(environment())
     server.close()
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from headrace.substrates.processes.store import ArenaStore
 
 IDLE_S = 0.5  # idle for this long: collect garbage cycles that hold views, give unused arena memory back
-forked_by = 0  # the fork server that this process comes from, which dies with the driver
+forked = False  # by a fork server, which is then the parent, and not started by the driver
 _READY = "ready"  # a message of this process to itself: a step that was begun need not be waited for any more
 
 
@@ -268,7 +268,7 @@ def watch_driver(driver_pid: int, control_fd: int) -> None:
         os._exit(1)
     except OSError:  # a kernel or sandbox without pidfd: the channel alone tells
         driver = -1
-    if os.getppid() not in (driver_pid, forked_by):  # it died before the pidfd was opened, and its number may be another's now
+    if not forked and os.getppid() != driver_pid:  # it died before the pidfd was opened, and its number may be another's by now
         os._exit(1)
     poll = select.poll()
     poll.register(control_fd, 0)  # only hang-up and errors, which poll always reports

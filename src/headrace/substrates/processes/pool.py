@@ -40,7 +40,7 @@ from headrace.core.steps import (
 from headrace.substrates.bodies import let_answers_gather, usable_cores
 from headrace.substrates.processes import wire
 from headrace.substrates.processes.crumb import create_crumb, read_crumb
-from headrace.substrates.processes.forks import ForkServer, Process, imported
+from headrace.substrates.processes.forks import Forked, ForkServer, Process, imported, pidfd_of
 from headrace.substrates.processes.ledger import Ledger
 from headrace.substrates.processes.spawn import death_reason, oom_kills, start_process
 from headrace.substrates.processes.stacks import crash_stack, create_report, take_stack, user_stack
@@ -109,6 +109,9 @@ class ProcessesSubstrate:
         started = [self._launch(spec) for spec in workers if spec.id in own]
         self._payload = self._pickle(program)  # while the interpreters start
         started += [self._launch(spec) for spec in workers if spec.id not in own]
+        if self._server is not None and not any(isinstance(w.process, Forked) for w in self._workers.values()):
+            self._server.close()  # nor will it fork any later
+            self._server = None
         for worker in started:
             self._greet(worker)
 
@@ -202,8 +205,8 @@ class ProcessesSubstrate:
         self._stopped = True
         self._end_workers()
         for worker in list(self._workers.values()):
-            self._forget(worker)
             worker.process.wait()
+            self._forget(worker)
         if self._server is not None:
             self._server.close()
         self._ledger.close()
@@ -431,7 +434,7 @@ class _Worker:
         self.freed: list[int] = []  # offsets in its arena, to be told with the next message
         self.freed_bytes = 0
         try:
-            self.pidfd = os.pidfd_open(process.pid)
+            self.pidfd = pidfd_of(process)
         except OSError:  # a kernel or sandbox without pidfd: the closed socket tells of its death
             self.pidfd = -1
 

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Read when they load, by OpenMP (and torch, Arrow, scikit-learn, XGBoost), OpenBLAS, BLIS, MKL, Accelerate, numexpr, OpenCV,
 # Rayon (tokenizers, polars' dependencies), Polars, TensorFlow.
-_THREAD_VARIABLES = (
+THREAD_VARIABLES = (
     "OMP_NUM_THREADS",
     "OPENBLAS_NUM_THREADS",
     "BLIS_NUM_THREADS",
@@ -34,50 +34,61 @@ _THREAD_VARIABLES = (
     "TF_NUM_INTRAOP_THREADS",
     "TF_NUM_INTEROP_THREADS",
 )
+UNKNOWN_CODE = 1 << 16  # the exit code of a process that has ended unseen
 
 
 def start_process(
-    module: str, spec: WorkerSpec, threads: int, *fds: int, arguments: Sequence[str] = (), server: ForkServer | None = None
+    module: str, spec: WorkerSpec, threads: int, *fds: int, server: ForkServer | None = None
 ) -> tuple[Process, socket.socket, int]:
     """(process, the driver's non-blocking end of its control socket, the lifeline's end to keep open).
 
-    Runs `python -m <module> <control fd> <lifeline fd> <fds> <arguments>`, in the directory that this headrace was imported
-    from, so that `-m` finds the same one; it then moves to the driver's directory. server: forks it, if it can. Raises OSError
-    when the system has no room for it.
+    Runs `python -m <module> <control fd> <lifeline fd> <fds>`, in the directory that this headrace was imported from, so that
+    `-m` finds the same one; it then moves to the driver's directory. server: forks it, if it can. Raises OSError when the
+    system has no room for it.
     """
     environment = worker_environment(os.environ, spec, threads)
-    lifeline_read, lifeline_write = os.pipe()
-    try:
+    if server is not None and server.serves(environment):
+        found = _with_channel(lambda control, lifeline: server.fork(module, environment, control, lifeline, *fds))
+        if found is not None:
+            return found
+    found = _with_channel(lambda control, lifeline: _interpreter(module, environment, (control, lifeline, *fds)))
+    assert found is not None
+    return found
+
+
+def _with_channel(begin: Callable[[int, int], Process | None]) -> tuple[Process, socket.socket, int] | None:
+    """Begin a process with its ends of a control socket and a lifeline, and keep ours. None where there is no process: if one
+    is there all the same, its ends lead nowhere, and it leaves.
+    """
+    with contextlib.ExitStack() as opened:
+        lifeline_read, lifeline_write = os.pipe()
+        opened.callback(os.close, lifeline_read)
+        undo = opened.enter_context(contextlib.ExitStack())
+        undo.callback(os.close, lifeline_write)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    except OSError:
-        os.close(lifeline_read)
-        os.close(lifeline_write)
-        raise
-    ours.setblocking(False)
+        opened.callback(theirs.close)
+        undo.callback(ours.close)
+        ours.setblocking(False)
+        process = begin(theirs.fileno(), lifeline_read)
+        if process is None:
+            return None
+        undo.pop_all()
+        return process, ours, lifeline_write
+
+
+def _interpreter(module: str, environment: Mapping[str, str], fds: tuple[int, ...]) -> Process:
     # Ctrl-C or SIGTERM before the worker has said that it ignores them: blocked here, inherited, unblocked in main().
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM])
-    given = (theirs.fileno(), lifeline_read, *fds)
     try:
-        process: Process | None = None
-        if server is not None and server.serves(environment):
-            process = server.fork(module, *given)
-        if process is None:
-            process = subprocess.Popen(
-                [sys.executable, "-m", module, *map(str, given), *arguments],
-                stdin=subprocess.DEVNULL,
-                cwd=Path(__file__).parents[3],
-                env=environment,
-                pass_fds=given,
-            )
-    except BaseException:
-        ours.close()
-        os.close(lifeline_write)
-        raise
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, fds)],
+            stdin=subprocess.DEVNULL,
+            cwd=Path(__file__).parents[3],
+            env=environment,
+            pass_fds=fds,
+        )
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-        os.close(lifeline_read)
-    return process, ours, lifeline_write
 
 
 def worker_environment(environment: os._Environ[str] | dict[str, str], spec: WorkerSpec, threads: int) -> dict[str, str]:
@@ -89,7 +100,7 @@ def worker_environment(environment: os._Environ[str] | dict[str, str], spec: Wor
     """
     env = dict(environment)
     fair = fair_threads(spec.pool, threads)
-    for name in _THREAD_VARIABLES:
+    for name in THREAD_VARIABLES:
         env.setdefault(name, str(fair))
     kind, _, index = spec.device.partition(":")
     if kind == "cuda":
@@ -105,6 +116,8 @@ def death_reason(code: int, *, out_of_memory: bool = False) -> str:
     """How a process ended, in words. code: as subprocess tells it."""
     if out_of_memory:
         return "out of memory: killed by the kernel (signal 9, SIGKILL); use fewer cpus, or smaller batches"
+    if code == UNKNOWN_CODE:
+        return "its process has ended, and nobody can tell how"
     if code >= 0:
         return f"exit code {code}"
     try:
