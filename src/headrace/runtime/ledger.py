@@ -28,6 +28,7 @@ from headrace.commit.names import (
     complete_name,
     generation_of,
     heartbeat_name,
+    listing_folder,
     listing_name,
     log_folder,
     log_name,
@@ -224,8 +225,9 @@ class _Opening(Struct, frozen=True):
 
     def _begin(self, generation: int, *, holds: bool, replaces: str) -> None:
         """Two drivers may do this at once: the one who comes first decides, and both look again."""
-        header = _Header(self.fresh, holds, replaces, self.plan)
-        self._patiently(lambda: self.store.create(plan_name(run_name(generation)), header.encode()))
+        header, run = _Header(self.fresh, holds, replaces, self.plan), run_name(generation)
+        folders = (log_folder(run), listing_folder(run), staging_folder(run))  # which no run does without
+        self._patiently(lambda: self.store.create(plan_name(run), header.encode(), folders))
 
     def _header(self, run: str) -> _Header:
         where = (("plan", plan_name(run)),)
