@@ -68,13 +68,9 @@ def staged_epoch(run: str, name: str) -> int:
     return int(match[1]) if match is not None else -1
 
 
-def listing_folder(run: str) -> str:
-    return f"{PRIVATE}/{run}/listing"
-
-
 def listing_name(run: str, first: int, digest: str) -> str:
     """The digest is part of it: what a session listed but never logged is in nobody's way."""
-    return f"{listing_folder(run)}/{first:010d}-{digest[:16]}.json.gz"
+    return f"{PRIVATE}/{run}/listing/{first:010d}-{digest[:16]}.json.gz"
 
 
 def quarantine_name(run: str, split: int, k: int) -> str:

@@ -1,7 +1,8 @@
 """What all sinks of files share: names, generations, staging, the end of a run.
 
 A subclass gives `name`, `extension`, `_encoder` and, where types can be refused, `_refuse`. Rules:
-- writers stage only, under _headrace/<run>/staging/, in names that begin with the epoch; final names are given by RunStore.publish, after the run log;
+- writers stage only, under _headrace/<run>/staging/, in names that begin with the epoch; final names are given by
+  RunStore.publish, after the run log;
 - packed outputs are part-<generation>-<split index>, per_input outputs are named after their input; the generation is the run's
   number;
 - `finish` is redone by a later session after a crash anywhere in it: the new output is whole before the manifest names it, and
