@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -288,11 +288,11 @@ def test_an_append_that_lands_when_the_session_is_over(
     over, landed = threading.Event(), threading.Event()
     create = LocalRunStore.create
 
-    def slow(store: LocalRunStore, name: str, content: bytes) -> bool:
+    def slow(store: LocalRunStore, name: str, content: bytes, folders: Sequence[str] = ()) -> bool:
         late = b'"settled"' in content and not over.is_set()
         if late:
             over.wait()
-        done = create(store, name, content)
+        done = create(store, name, content, folders)
         if late:
             landed.set()
         return done

@@ -1,7 +1,7 @@
 """What was listed, kept so that a later session can tell whether it lists the same, and say what differs.
 
-A chunk is what one answer of the listing held: a JSON object, compressed, whose digest stands in the log. Invariants: no
-time and no chance goes into its bytes; no user names, passwords or signatures of uris are kept.
+A chunk is what one answer of the listing held: a JSON object, compressed, whose digest stands in the log; a small one is all
+there. Invariants: no time and no chance goes into its bytes; no user names, passwords or signatures of uris are kept.
 """
 
 from __future__ import annotations

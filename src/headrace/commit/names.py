@@ -15,6 +15,7 @@ SUCCESS = "_SUCCESS"
 MANIFEST = "_manifest.json"
 
 _RUN = re.compile(r"run-(\d{5,9})")
+_STAGED = re.compile(r"([0-9]+)[-/]")  # the epoch, at the beginning of a file's name or as a folder
 _PART = re.compile(r"part-(\d{2,9})-\d{6,}\.[a-z0-9.]+")
 NO_SEGMENT = r"(^|/)\.{0,2}(/|\Z)"  # in a name: a segment that is empty, or of dots
 _ODD = re.compile(rf"[\x00-\x1f\x7f]|{NO_SEGMENT}")
@@ -63,8 +64,8 @@ def staging_folder(run: str) -> str:
 
 def staged_epoch(run: str, name: str) -> int:
     """The epoch that a staged file belongs to, -1 when its name says none."""
-    epoch = name.removeprefix(staging_folder(run) + "/").partition("/")[0]
-    return int(epoch) if epoch.isascii() and epoch.isdigit() else -1
+    match = _STAGED.match(name.removeprefix(staging_folder(run) + "/"))
+    return int(match[1]) if match is not None else -1
 
 
 def listing_name(run: str, first: int, digest: str) -> str:

@@ -7,6 +7,7 @@ drivers can write the same bytes: a segment carries its driver's nonce.
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from headrace.commit.names import check_file, log_name
 from headrace.core.errors import DestinationError
 from headrace.core.receipts import COUNTS, LineageRun, OutputFile, Tally
 
-VERSION = 1
+VERSION = 2  # 1: without chunks in it, as segments that have none are still written
 _KINDS = ("output", "quarantine", "lineage")
 _DIGEST = re.compile(r"([0-9a-f]{64})?")
 
@@ -38,12 +39,16 @@ class Claim(Struct, frozen=True):
 
 
 class Listed(Struct, frozen=True):
-    """Splits [first, first + count) are what the listing object with this digest says. done: there are no more."""
+    """Splits [first, first + count) are what the listing's chunk with this digest says. done: there are no more.
+
+    chunk: the chunk itself; empty when it is an object of its own.
+    """
 
     first: int
     count: int
     digest: str
     done: bool
+    chunk: bytes = b""
 
 
 class Settled(Struct, frozen=True):
@@ -96,7 +101,7 @@ class Segment(Struct, frozen=True):
 
 def encode(segment: Segment) -> bytes:
     body: dict[str, Any] = {
-        "version": VERSION,
+        "version": VERSION if any(isinstance(r, Listed) and r.chunk for r in segment.records) else 1,
         "index": segment.index,
         "epoch": segment.epoch,
         "nonce": segment.nonce,
@@ -114,8 +119,9 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         case Claim(epoch, nonce, host, pid, started, at, died):
             body = {"kind": "claim", "epoch": epoch, "nonce": nonce, "host": host, "pid": pid, "started": started, "at": at}
             return {**body, "died": True} if died else body
-        case Listed(first, count, digest, done):
-            return {"kind": "listed", "first": first, "count": count, "digest": digest, "done": done}
+        case Listed(first, count, digest, done, chunk):
+            body = {"kind": "listed", "first": first, "count": count, "digest": digest, "done": done}
+            return {**body, "chunk": base64.b64encode(chunk).decode()} if chunk else body
         case Released():
             return {"kind": "released"}
         case Replaced(by):
@@ -179,7 +185,8 @@ def _record(run: str, r: dict[str, Any]) -> Record:
             died = "died" in r and _bool(r, "died")
             return Claim(_int(r, "epoch"), _text(r, "nonce"), _text(r, "host"), _int(r, "pid"), *numbers, died)
         case "listed":
-            return Listed(_int(r, "first"), _int(r, "count"), _text(r, "digest"), _bool(r, "done"))
+            chunk = base64.b64decode(_text(r, "chunk"), validate=True) if "chunk" in r else b""
+            return Listed(_int(r, "first"), _int(r, "count"), _text(r, "digest"), _bool(r, "done"), chunk)
         case "released":
             return Released()
         case "replaced":

@@ -14,7 +14,7 @@ import struct
 import zlib
 from array import array
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import compress, islice
 from typing import Protocol, overload
 
 from headrace.core.errors import InternalError
@@ -117,7 +117,7 @@ class SplitTable:
             if isinstance(block, int):
                 yield from range(first, first + BLOCK_SPLITS if block else first)
             else:
-                yield from (first + i for i, entry in enumerate(block) if entry)
+                yield from compress(range(first, first + BLOCK_SPLITS), block)
 
     # ---------------------------------------------------------------- places
 

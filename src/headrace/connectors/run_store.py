@@ -60,9 +60,11 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 def open_store(root: str, *, scratch: str = "", probe: bool = False) -> LocalRunStore | S3RunStore:
     """The store at a directory or s3://bucket/prefix. scratch: a local directory for what is on its way to S3.
 
-    probe: find out whether creation is atomic there; writes and removes two small objects.
+    probe: find out whether creation is atomic in that bucket; writes and removes two small objects.
     """
-    store = S3RunStore(root, scratch) if storage.is_remote(root) else LocalRunStore(root)
+    if not storage.is_remote(root):
+        return LocalRunStore(root)  # its first creation tells
+    store = S3RunStore(root, scratch)
     if probe:
         store.probe()
     return store
@@ -104,7 +106,7 @@ def _vanished(root: str, file: OutputFile) -> DestinationError:
 
 class LocalRunStore:
     """A directory. Where the file system has no hard links, `create` and `publish` rename under a lock of the kernel's; where
-    it has no locks either, `conditional` is False.
+    it has no locks either, `conditional` is False from the first of these on.
     """
 
     def __init__(self, root: str) -> None:
@@ -119,20 +121,22 @@ class LocalRunStore:
 
     # -- RunStore
 
-    def create(self, name: str, data: bytes) -> bool:
+    def create(self, name: str, data: bytes, folders: Sequence[str] = ()) -> bool:
         path = self._path(name, make=True)
+        needed = [os.path.dirname(self._path(f"{folder}/0", make=True, sync=False)) for folder in folders]
         with self._errors(path):
             temporary = self._written((data,))
             try:
                 made = self._link(temporary, path)
             finally:
                 _unlink(temporary)
-            if made:
-                _sync_folder(os.path.dirname(path))
-                return True
-            if Path(path).read_bytes() != data:
+            if not made and Path(path).read_bytes() != data:
                 return False
-            _sync_folder(os.path.dirname(path))  # whoever made it may not have come that far
+            here = os.path.dirname(path)
+            _sync_folder(here)  # also where it is there: whoever made it may not have come that far
+            self._durable.update(folder for folder in needed if os.path.dirname(folder) == here)  # made before that
+            for folder in needed:
+                self._sync_above(folder)
             return True
 
     def read(self, name: str) -> bytes | None:
@@ -218,12 +222,15 @@ class LocalRunStore:
             except (IsADirectoryError, PermissionError):
                 if not os.path.isdir(path) or os.path.islink(path):
                     raise
+                self._forget(path)
+                with contextlib.suppress(OSError):
+                    os.rmdir(path)
+                    return
                 # Out of the way first: a worker of a driver that was given up may be making files there.
                 gone = self._path(f"{_TEMPORARY}-{secrets.token_hex(8)}")
                 os.rename(path, gone)
                 _remove_tree(gone)
-                self._inside.clear()
-                self._durable.clear()
+                self._forget(path)
 
     # -- for sinks
 
@@ -246,17 +253,6 @@ class LocalRunStore:
             raise DestinationError(f"no folder can have this name: {e}", where=(("destination", self.root),)) from None
         except OSError as e:
             raise disk_error(e, self.root) from e
-
-    def probe(self) -> None:
-        """Learn whether there are hard links, and else locks."""
-        other = self._path(f"{_TEMPORARY}-{secrets.token_hex(8)}", make=True, sync=False)
-        with self._errors(other):
-            temporary = self._written((b"",), sync=False)
-            try:
-                self._link(temporary, other)
-            finally:
-                _unlink(temporary)
-                _unlink(other)
 
     def begin(self, name: str) -> str:
         """Where to write a file that is to be staged as `name`."""
@@ -345,6 +341,12 @@ class LocalRunStore:
             with self._errors(where):
                 self._sync_above(where)
         return f"{where}/{base}"
+
+    def _forget(self, folder: str) -> None:
+        """The folder may be gone, with those below it."""
+        below = folder + "/"
+        for known in (self._inside, self._durable):
+            known.difference_update([at for at in tuple(known) if at == folder or at.startswith(below)])
 
     def _check_inside(self, folder: str) -> None:
         """Raise DestinationError if a link on the way there from the root leads out of it."""
@@ -456,14 +458,16 @@ def write_whole(path: str, data: Any) -> None:
 
 
 def _write(path: str, pieces: Iterable[Any], *, sync: bool = False) -> None:
-    """A write that a full disk cuts short goes on, and fails."""
+    """A write that a full disk cuts short goes on, and fails. sync: the bytes; an empty file has none that could be lost."""
+    empty = True
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_CLOEXEC", 0), 0o666)
     try:
         for piece in pieces:
             view = memoryview(piece)
             while len(view):
                 view = view[os.write(descriptor, view) :]
-        if sync:
+                empty = False
+        if sync and not empty:
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -558,7 +562,7 @@ class S3RunStore:
 
     # -- RunStore
 
-    def create(self, name: str, data: bytes) -> bool:
+    def create(self, name: str, data: bytes, folders: Sequence[str] = ()) -> bool:
         key = self._key(name)
         if not self.conditional:
             there = self.read(name)

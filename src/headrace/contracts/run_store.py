@@ -21,8 +21,10 @@ class RunStore(Protocol):
     root: str
     conditional: bool
 
-    def create(self, name: str, data: bytes) -> bool:
+    def create(self, name: str, data: bytes, folders: Sequence[str] = ()) -> bool:
         """Make the object if it is absent, durable on return. False: another one is there.
+
+        folders: what else will be needed. A store that has folders makes them, and makes them durable, in the same go.
 
         True also when just these bytes are there already: a lost answer is read back, never guessed. What may conflict
         must therefore differ: callers put a writer's nonce into it.

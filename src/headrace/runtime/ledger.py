@@ -53,6 +53,7 @@ WATCH_S = 30  # a heartbeat comes every 5 s; six of them missing is a dead drive
 TRIES = 5  # for what the store itself has given up on
 ROUNDS = 20  # other drivers that may be quicker than this one
 READ_AHEAD = 16  # log objects read at once when there are many: each costs an object store's latency
+SMALL_LISTING_BYTES = 2 << 10  # the whole of it then lies in the log, which every session reads whole: no object of its own
 NAMED = 5  # missing files that a message names
 
 Differences = Callable[[Mapping[str, Any], Mapping[str, Any]], list[str]]
@@ -224,8 +225,9 @@ class _Opening(Struct, frozen=True):
 
     def _begin(self, generation: int, *, holds: bool, replaces: str) -> None:
         """Two drivers may do this at once: the one who comes first decides, and both look again."""
-        header = _Header(self.fresh, holds, replaces, self.plan)
-        self._patiently(lambda: self.store.create(plan_name(run_name(generation)), header.encode()))
+        header, run = _Header(self.fresh, holds, replaces, self.plan), run_name(generation)
+        folders = (log_folder(run), staging_folder(run))  # which no run does without
+        self._patiently(lambda: self.store.create(plan_name(run), header.encode(), folders))
 
     def _header(self, run: str) -> _Header:
         where = (("plan", plan_name(run)),)
@@ -529,7 +531,7 @@ class Listing:
         self._next = 0
 
     def take(self, splits: tuple[Split, ...], done: bool, more: Iterable[Split] = ()) -> Listed | None:
-        """What to log for these splits, its files written already; None for splits that the log has.
+        """What to log for these splits, its object written already where it has one; None for splits that the log has.
 
         more: the rest of the listing, looked at to say what differs. Raises InputChanged.
         """
@@ -551,10 +553,12 @@ class Listing:
         if not new and (self._done or not done):
             return None
         self._done = done
-        digest = ""
-        if new:
-            data, digest = encode_chunk(new)
-            self._store.create(listing_name(self._run, first_new, digest), data)
+        if not new:
+            return Listed(first_new, 0, "", done)
+        data, digest = encode_chunk(new)
+        if done and not first_new and len(data) <= SMALL_LISTING_BYTES:
+            return Listed(0, len(new), digest, done, data)
+        self._store.create(listing_name(self._run, first_new, digest), data)
         return Listed(first_new, len(new), digest, done)
 
     def _logged(self) -> Entry:
@@ -566,7 +570,7 @@ class Listing:
 
     def _chunk(self, chunk: Listed) -> list[Entry]:
         name = listing_name(self._run, chunk.first, chunk.digest)
-        return decode_chunk(name, self._store.read(name), chunk.digest, chunk.count)
+        return decode_chunk(name, chunk.chunk or self._store.read(name), chunk.digest, chunk.count)
 
     def _differs(self, logged: Entry | None, found: Iterable[Split]) -> HeadraceError:
         later = (entry for chunk in self._chunks for entry in self._chunk(chunk))

@@ -34,7 +34,7 @@ class MemoryRunStore:
             self.objects[name] = data
         return OutputFile(final, rows, len(data), hashlib.sha256(data).hexdigest(), name, kind)
 
-    def create(self, name: str, data: bytes) -> bool:
+    def create(self, name: str, data: bytes, folders: Sequence[str] = ()) -> bool:
         self.before("create", name)
         with self._lock:
             there = self.objects.setdefault(name, data)

@@ -93,7 +93,7 @@ class Handle:
             raise TransientError(f"the answer to {operation} was lost")
         self._point(operation)
 
-    def create(self, name: str, data: bytes) -> bool:
+    def create(self, name: str, data: bytes, folders: Sequence[str] = ()) -> bool:
         fault = self._begin("create")
         there = self.disk.live.get(name)
         if there is None:

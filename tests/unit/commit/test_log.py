@@ -52,6 +52,16 @@ def segment(index: int, *records: Record, epoch: int = 1, nonce: str = "n1", **m
 def test_what_is_written_is_read_back() -> None:
     written = segment(4, *RECORDS, rows={"sum": 1})
     assert decode(RUN, 4, encode(written)) == written
+    with_chunk = segment(4, Listed(0, 2, "d", True, b"\x1f\x8b\0 any bytes"))
+    assert decode(RUN, 4, encode(with_chunk)) == with_chunk
+
+
+def test_only_what_earlier_versions_can_not_read_is_of_the_later_one() -> None:
+    plain, with_chunk = (json.loads(encode(segment(0, Listed(0, 2, "d", True, chunk)))) for chunk in (b"", b"x"))
+    assert (plain["version"], with_chunk["version"]) == (1, 2)
+    with_chunk["records"][0]["chunk"] = "no base64!"
+    with pytest.raises(DestinationError, match="run log"):
+        decode(RUN, 0, json.dumps(with_chunk).encode())
 
 
 def changed(**values: Any) -> bytes:
@@ -90,7 +100,7 @@ def test_damaged_segments_are_refused(data: bytes) -> None:
 def test_a_newer_version_is_refused_as_such() -> None:
     body = json.loads(encode(segment(0, CLAIM)))
     with pytest.raises(DestinationError, match="newer version"):
-        decode(RUN, 0, json.dumps({**body, "version": 2}).encode())
+        decode(RUN, 0, json.dumps({**body, "version": 3}).encode())
 
 
 def test_a_segment_in_another_place_is_refused() -> None:

@@ -45,8 +45,6 @@ def no_links(monkeypatch: pytest.MonkeyPatch) -> None:
 def any_store(request: pytest.FixtureRequest, store: LocalRunStore, monkeypatch: pytest.MonkeyPatch) -> LocalRunStore:
     if request.param == "no links":
         no_links(monkeypatch)
-    store.probe()
-    assert store.conditional
     return store
 
 
@@ -54,6 +52,7 @@ def test_create_once(any_store: LocalRunStore) -> None:
     assert any_store.create("log/0.json", b"mine")
     assert any_store.create("log/0.json", b"mine"), "the same bytes: an answer that was lost"
     assert not any_store.create("log/0.json", b"other")
+    assert any_store.conditional
     assert any_store.read("log/0.json") == b"mine"
     assert any_store.read("log/1.json") is None
     assert any_store.read("log") is None
@@ -240,6 +239,45 @@ def test_folders_that_somebody_removed_are_made_durable_again(store: LocalRunSto
     assert {"a/b", "a", "."} <= set(synced)
 
 
+def test_folders_that_a_run_needs_are_made_durable_with_its_first_object(
+    store: LocalRunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def log_fsync(descriptor: int) -> None:
+        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), store.root))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", log_fsync)
+    run = "_headrace/run-00000"
+    assert store.create(f"{run}/plan.json", b"1", (f"{run}/log", f"{run}/staging", "elsewhere"))
+    assert all(os.path.isdir(f"{store.root}/{name}") for name in (f"{run}/log", f"{run}/staging", "elsewhere"))
+    assert synced.count(run) == 1, "one for the object's name and those of the folders beside it"
+    assert synced[-1] == ".", "the name of the folder that lies elsewhere"
+    synced.clear()
+    store.create(f"{run}/log/0", b"1")
+    assert synced[1:] == [f"{run}/log"], "after the bytes' own"
+    file = OutputFile("a.csv", 1, 1, hashlib.sha256(b"1").hexdigest(), f"{run}/staging/1-000000-0.csv")
+    Path(store.begin(file.staged)).write_bytes(b"1")
+    synced.clear()
+    assert store.sync([file]) == ()
+    assert synced == [file.staged, f"{run}/staging"]
+    store.publish([file])
+    store.remove(f"{run}/staging")
+    synced.clear()
+    store.write(f"{run}/staging/x", b"1")
+    assert run in synced, "a folder that was removed is made durable again"
+
+
+def test_an_empty_file_has_no_bytes_to_make_durable(store: LocalRunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write("_manifest.json", b"{}")
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))
+    store.write("_SUCCESS", b"")
+    assert synced == [store.root], "its name"
+
+
 def test_a_file_whose_fsync_fails_is_condemned(store: LocalRunStore, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [staged(store, b"%d" % i, f"{i}.csv", f"{i}.csv") for i in range(4)]
     fsync = os.fsync
@@ -301,7 +339,6 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 
 def test_nothing_is_left_beside_what_was_written(tmp_path: Path) -> None:
     store = LocalRunStore(str(tmp_path))
-    store.probe()
     store.create("a", b"1")
     assert not store.create("a", b"2")
     store.write("_headrace/b", b"3")
@@ -340,7 +377,7 @@ def test_without_locks_and_links_there_is_one_writer(store: LocalRunStore, monke
 
     no_links(monkeypatch)
     monkeypatch.setattr(fcntl, "flock", refuse)
-    store.probe()
+    assert store.create("first", b"1")
     assert not store.conditional
 
 

@@ -75,6 +75,22 @@ def test_changed_code_shows_with_a_diff(tmp_path: Path) -> None:
     assert "    +    return {'x': b['x'] + 2}" in line.splitlines()
 
 
+def test_a_source_that_changes_between_two_plans_is_read_again(tmp_path: Path) -> None:
+    """What one plan has found out is used by the next, and only while the source says the same."""
+    source = "def f(b):\n    return {'x': b['x'] + 1}\n"
+    path = tmp_path / "edited.py"
+    path.write_text(source)
+    names: dict[str, Any] = {"__name__": "edited"}
+    exec(compile(source, str(path), "exec"), names)
+    before = of_function(names["f"])
+    assert of_function(names["f"]) == before
+    path.write_text(source.replace("+ 1", "+ 200"))
+    again: dict[str, Any] = {"__name__": "edited"}
+    exec(compile(path.read_text(), str(path), "exec"), again)
+    (line,) = differences(before, of_function(again["f"]))
+    assert "b['x'] + 200" in line
+
+
 def test_a_helper_of_a_helper_and_a_constant_show(tmp_path: Path) -> None:
     old = "K = 3\nunused = 1\ndef low(x):\n    return x * K\n"
     old += "def helper(x):\n    return low(x)\ndef f(b):\n    return {'x': helper(b['x'])}\n"

@@ -66,8 +66,8 @@ def test_cgroups_of_version_2(tmp_path: Path) -> None:
     (inner.parent / "memory.max").write_text("1000000\n")
     (inner.parent / "memory.current").write_text("900000\n")
     (inner.parent / "memory.stat").write_text("anon 500000\nactive_file 100000\ninactive_file 250000\nshmem 50000\n")
-    (group,) = memory_cgroups(tmp_path, "0::/job/step\n")
-    assert (group.folder, group.limit(), group.used()) == (inner.parent, 1_000_000, 550_000)
+    (group,) = memory_cgroups(str(tmp_path), "0::/job/step\n")
+    assert (group.folder, group.limit(), group.used()) == (str(inner.parent), 1_000_000, 550_000)
 
 
 def test_cgroups_of_version_1(tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_cgroups_of_version_1(tmp_path: Path) -> None:
     (folder / "memory.limit_in_bytes").write_text("2000\n")
     (folder / "memory.usage_in_bytes").write_text("1500\n")
     (folder / "memory.stat").write_text("total_active_file 100\ntotal_inactive_file 400\n")
-    (group,) = memory_cgroups(tmp_path, "5:cpu,memory:/not/mounted/here\n0::/\n")
+    (group,) = memory_cgroups(str(tmp_path), "5:cpu,memory:/not/mounted/here\n0::/\n")
     assert (group.limit(), group.used()) == (2000, 1000)
 
 
@@ -84,7 +84,7 @@ def test_no_limit_is_no_group(tmp_path: Path) -> None:
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / "memory.limit_in_bytes").write_text("9223372036854771712\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory_cgroups(tmp_path, "4:memory:/\n0::/\n") == ()
+    assert memory_cgroups(str(tmp_path), "4:memory:/\n0::/\n") == ()
 
 
 def test_this_machine_can_be_measured() -> None:

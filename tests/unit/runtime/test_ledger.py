@@ -10,9 +10,11 @@ from tests.unit.runtime.stores import ME, PLAN, committer, differences, opened, 
 from headrace.commit import table
 from headrace.connectors.spool import FileSpool
 from headrace.core.errors import DestinationError, InputChanged, TransientError
+from headrace.core.splits import Fragment, Split
 from headrace.runtime import ledger
 from headrace.runtime.ledger import (
     Identity,
+    Listing,
     check_latest,
     check_presence,
     compare_listing,
@@ -385,9 +387,30 @@ def test_a_later_run_is_not_shown_over() -> None:
 # ---------------------------------------------------------------- the input
 
 
+@pytest.fixture(params=["in the log", "an object"])
+def listing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "an object":
+        monkeypatch.setattr(ledger, "SMALL_LISTING_BYTES", 0)
+
+
+def test_a_small_listing_is_in_the_log() -> None:
+    assert not [name for name in finished().objects if "/listing/" in name]
+
+
+@pytest.mark.usefixtures("listing")
 def test_an_unchanged_input() -> None:
     store = finished()
     compare_listing(opened(store), iter(splits(4)))
+
+
+def test_a_large_listing_is_an_object() -> None:
+    store = MemoryRunStore()
+    found = tuple(Split(i, (Fragment(f"s3://b/{i * 7919 % 104729:x}.csv", i, f"{i:x}"),), 10) for i in range(2000))
+    listed = Listing(store, opened(store).state).take(found, True)
+    assert listed is not None
+    assert listed.chunk == b""
+    (name,) = [name for name in store.objects if "/listing/" in name]
+    assert len(store.objects[name]) > ledger.SMALL_LISTING_BYTES
 
 
 def test_a_run_that_a_limit_ended_knows_only_what_it_listed() -> None:
@@ -413,6 +436,7 @@ def test_a_run_that_a_limit_ended_knows_only_what_it_listed() -> None:
         (splits(2) + splits(4, "v2")[2:], "2 changed", ("changed", "s3://bucket/in/2.csv (10 bytes, written anew)")),
     ],
 )
+@pytest.mark.usefixtures("listing")
 def test_a_changed_input(found: Any, what: str, named: tuple[str, str]) -> None:
     with pytest.raises(InputChanged, match=what) as changed:
         compare_listing(opened(finished()), iter(found))

@@ -1,7 +1,8 @@
 """What all sinks of files share: names, generations, staging, the end of a run.
 
 A subclass gives `name`, `extension`, `_encoder` and, where types can be refused, `_refuse`. Rules:
-- writers stage only, under _headrace/<run>/staging/<epoch>/; final names are given by RunStore.publish, after the run log;
+- writers stage only, under _headrace/<run>/staging/, in names that begin with the epoch; final names are given by
+  RunStore.publish, after the run log;
 - packed outputs are part-<generation>-<split index>, per_input outputs are named after their input; the generation is the run's
   number;
 - `finish` is redone by a later session after a crash anywhere in it: the new output is whole before the manifest names it, and
@@ -42,6 +43,7 @@ from headrace.commit.names import (
     log_name,
     quarantine_name,
     run_name,
+    staged_epoch,
     staging_folder,
 )
 from headrace.commit.records import decode
@@ -134,6 +136,7 @@ class FileSink(ABC):
         self.fresh = fresh
         self._run = ""
         self._epoch = 0
+        self._home = (0, 0)  # process and thread that bound it
         self._generation = 0
         self._scratch = ""  # local directory for files on their way to S3
         self._schema: pa.Schema | None = None
@@ -160,6 +163,7 @@ class FileSink(ABC):
         out = copy.copy(self)
         out._run, out._epoch, out._generation = run, epoch, generation_of(run)
         out._schema = schema
+        out._home = (os.getpid(), threading.get_ident())
         if storage.is_remote(self.path):  # with a store of its own, that knows where scratch files are
             claims.remove_stale(tempfile.gettempdir())
             out._scratch = os.path.join(tempfile.gettempdir(), f"headrace-staging-{secrets.token_hex(6)}")
@@ -273,8 +277,12 @@ class FileSink(ABC):
         return last[1]
 
     def _staged_name(self, base: str) -> str:
-        # A folder a worker: creating files in one folder from several processes at once is slow on most file systems.
-        return f"{staging_folder(self._run)}/{self._epoch}/{os.getpid()}-{threading.get_ident()}/{base}"
+        # A folder a worker: creating files in one folder from several processes at once is slow on most file systems. The
+        # inline engine's only worker, in the driver's thread, needs none: each new folder takes an fsync of the one above.
+        worker = os.getpid(), threading.get_ident()
+        if worker == self._home:
+            return f"{staging_folder(self._run)}/{self._epoch}-{base}"
+        return f"{staging_folder(self._run)}/{self._epoch}/{worker[0]}-{worker[1]}/{base}"
 
     def _stage_table(self, staged: str, name: str, rows: pa.Table, kind: Any, **options: Any) -> OutputFile:
         """Stage a Parquet file of our own. options: of pyarrow's writer."""
@@ -396,13 +404,14 @@ class FileSink(ABC):
 
     def _remove_unlogged(self) -> None:
         there = self._there
-        folder = f"{staging_folder(self._run)}/{self._epoch}"
-        if next(there.names(folder), None) is None:
+        staged = (n for n in there.names(staging_folder(self._run)) if staged_epoch(self._run, n) == self._epoch)
+        first = next(staged, None)
+        if first is None:
             return
         state = _replay(there, self._run)
         if state is not None:
             logged = NameSet(f.staged for f in state.settled.files)
-            there.remove_all(name for name in there.names(folder) if name not in logged)
+            there.remove_all(name for name in itertools.chain((first,), staged) if name not in logged)
 
     def _let_go(self) -> None:
         if self._scratch:

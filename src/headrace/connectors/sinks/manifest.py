@@ -20,6 +20,7 @@ from headrace.core.receipts import FileKind, OutputFile
 VERSION = 1
 LISTS: dict[str, FileKind] = {"files": "output", "quarantine": "quarantine", "lineage": "lineage"}
 
+_encode = json.JSONEncoder(allow_nan=False).encode  # json.dumps would make one for each value
 _PIECE_CHARS = 1 << 18  # at least, in a piece of what is written
 _VALUE_CHARS = 64 << 20  # at most, in one value (an item of a list, or all of what is no list): no run writes larger ones
 
@@ -86,7 +87,9 @@ def _pieces(text: Iterable[str]) -> Iterator[bytes]:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(plain(value), allow_nan=False)
+    if value is None or type(value) is int:
+        return "null" if value is None else str(value)
+    return _quoted(value) if type(value) is str else _encode(plain(value))
 
 
 def read_manifest(data: bytes | None) -> dict[str, Any] | None:

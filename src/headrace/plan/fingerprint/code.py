@@ -100,10 +100,13 @@ def _is_installed(module_name: str) -> bool:
 
 
 class Sources:
-    """Parsed source files. A file is read again when it has changed."""
+    """Parsed source files as they are now: each is looked at once. What an earlier one has parsed is parsed again when its
+    file, or its cell of a notebook, has changed.
+    """
 
-    def __init__(self) -> None:
-        self._files: dict[str, tuple[int, dict[int, list[Any]]]] = {}
+    def __init__(self, before: Sources | None = None) -> None:
+        self._files: dict[str, tuple[int, dict[int, list[Any]]]] = {} if before is None else before._files
+        self._now: dict[str, dict[int, list[Any]]] = {}
 
     def function(self, code: CodeType) -> Any:
         """The node of a function or lambda; None when its source can't be found for certain."""
@@ -153,6 +156,12 @@ class Sources:
             yield from nodes
 
     def _load(self, filename: str) -> dict[int, list[Any]]:
+        now = self._now.get(filename)
+        if now is None:
+            now = self._now[filename] = self._parsed(filename)
+        return now
+
+    def _parsed(self, filename: str) -> dict[int, list[Any]]:
         linecache.checkcache(filename)
         lines = linecache.getlines(filename)
         key = hash(tuple(lines))
@@ -320,17 +329,32 @@ def _digest(text: str) -> str:
 
 
 class Codes:
-    """Code of functions and classes, remembered by code object and source: a second plan with the same ones costs little.
+    """Code of functions and classes as it is now: each is looked at once.
 
+    before: what it has found by code object and source is used again, so that a second plan with the same ones costs little.
     What is remembered by a node's id holds the node, so that the id stays its own.
     """
 
-    def __init__(self) -> None:
-        self.sources = Sources()
-        self._functions: dict[tuple[CodeType, int], tuple[Any, Code]] = {}
-        self._classes: dict[int, tuple[Any, Code]] = {}  # without what their functions say
+    def __init__(self, before: Codes | None = None) -> None:
+        self.sources = Sources(None if before is None else before.sources)
+        self._functions: dict[tuple[CodeType, int], tuple[Any, Code]] = {} if before is None else before._functions
+        # Without what their functions say.
+        self._classes: dict[int, tuple[Any, Code]] = {} if before is None else before._classes
+        self._now: dict[FunctionType | type, Code] = {}
 
     def of_function(self, function: FunctionType) -> Code:
+        now = self._now.get(function)
+        if now is None:
+            now = self._now[function] = self._of_function(function)
+        return now
+
+    def of_class(self, cls: type) -> Code:
+        now = self._now.get(cls)
+        if now is None:
+            now = self._now[cls] = self._of_class(cls)
+        return now
+
+    def _of_function(self, function: FunctionType) -> Code:
         code = function.__code__
         node = self.sources.function(code)
         known = self._functions.get((code, id(node)))
@@ -340,7 +364,7 @@ class Codes:
             known = self._functions[code, id(node)] = node, _function_code(code, node, function.__globals__)
         return known[1]
 
-    def of_class(self, cls: type) -> Code:
+    def _of_class(self, cls: type) -> Code:
         node = self.sources.class_(cls)
         named = sorted(functions_of(cls))
         parts = [self.of_function(f) for _, f in named]

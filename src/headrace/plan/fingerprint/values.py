@@ -38,7 +38,7 @@ PIECES = 16
 FOLDER_FILES = 1000
 
 _READ_BYTES = 4 << 20
-_CODES = Codes()
+_CODES = Codes()  # what plans before have found
 # fmt: off
 _UNSTABLE = frozenset((
     "_asyncio", "_contextvars", "_io", "_queue", "_random", "_socket", "_ssl", "_thread", "_weakref", "asyncio",
@@ -85,6 +85,7 @@ class Describer:
         self._uses: dict[str, int] = {}  # of a name, as a label
         self._alive: list[Any] = []  # so that ids stay those of one object
         self._under_way: dict[int, int] = {}
+        self._codes = Codes(_CODES)
         self._destination = os.path.abspath(destination) if destination and "://" not in destination else ""
 
     # ---------------------------------------------------------------- values
@@ -278,7 +279,7 @@ class Describer:
         scratch: frozenset[str] = frozenset()
         for base in kind.__mro__ if own else ():
             if is_own(base.__module__) and base is not object:
-                scratch |= _CODES.of_class(base).changed
+                scratch |= self._codes.of_class(base).changed
         state = self._state(value, own, scratch, depth)
         if state is not None and state != {}:
             out["state"] = state
@@ -315,7 +316,7 @@ class Describer:
         if not is_own(module.__name__):
             self._met(module.__name__)
             return f"module {module.__name__}"
-        return {"(module)": module.__name__, "digest": _CODES.sources.module_digest(module.__name__)}
+        return {"(module)": module.__name__, "digest": self._codes.sources.module_digest(module.__name__)}
 
     def _callable(self, value: Any, depth: int) -> Any:
         if isinstance(value, functools.partial):
@@ -357,7 +358,7 @@ class Describer:
         if version is not None:
             entry["version"] = version
             return label
-        code = _CODES.of_function(function)
+        code = self._codes.of_function(function)
         entry["digest"] = function.__code__.co_name if wraps else code.digest
         if code.text and not wraps:
             entry["text"] = code.text
@@ -388,7 +389,7 @@ class Describer:
         if version is not None:
             entry["version"] = version
             return label
-        code = _CODES.of_class(cls)
+        code = self._codes.of_class(cls)
         entry["digest"] = code.digest
         if code.text:
             entry["text"] = code.text
@@ -398,7 +399,7 @@ class Describer:
         reads: dict[str, Any] = {}
         closure: dict[str, Any] = {}
         for f in functions:
-            own = _CODES.of_function(f)
+            own = self._codes.of_function(f)
             reads |= self._globals(own, f.__globals__, depth + 1)
             for n, c in zip(f.__code__.co_freevars, f.__closure__ or (), strict=True):
                 if n != "__class__" and n not in own.scratch and _content(c) is not _EMPTY:
@@ -437,7 +438,7 @@ class Describer:
             top = module.partition(".")[0]
             if top in sys.stdlib_module_names or top == "headrace":
                 continue
-            if is_own(module) and (found := _CODES.sources.module_digest(module)):
+            if is_own(module) and (found := self._codes.sources.module_digest(module)):
                 out[f"import {module}"] = found
             else:
                 self._met(module)
