@@ -95,3 +95,10 @@ class LeavingSource(Source, Protocol):
         input. The schema still names them.
         """
         ...
+
+
+@runtime_checkable
+class ListedSource(Source, Protocol):
+    def snapshot(self) -> Source:
+        """The same source for one action, whose steps may share what they listed; used in the driver's process only."""
+        ...
