@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from headrace.api.placing import cluster_machine, gpus_may_come, place_on_cluster
 from headrace.contracts.model import ModelAdapter
+from headrace.contracts.source import ListedSource
 from headrace.core.errors import PlanError
 from headrace.core.extras import is_instance, require
 from headrace.core.options import ActionOptions, RunOptions
@@ -35,6 +36,7 @@ from headrace.plan.nodes import (
     Plan,
     Predict,
     Project,
+    Read,
     Reshape,
 )
 from headrace.plan.physical import PhysicalPlan, is_stream, make_physical
@@ -107,6 +109,12 @@ def _check_number(name: str, value: object, wanted: str, good: Callable[[float],
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not good(value):
         raise PlanError(f"{name} is {value!r}", hint=f"use {wanted}")
+
+
+def for_action(plan: Plan) -> Plan:
+    """The plan for one action: what it finds out about the input by listing it, it finds out once."""
+    source = plan.read.source
+    return replace(plan, read=Read(source.snapshot())) if isinstance(source, ListedSource) else plan
 
 
 def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:

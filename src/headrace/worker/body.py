@@ -10,13 +10,16 @@ errors name stage, split and rows.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from msgspec import Struct, field
 from msgspec.structs import replace
 
 from headrace.contracts.sink import CarryingSink
+from headrace.contracts.source import OnBad
 from headrace.contracts.substrate import BlockStore
 from headrace.core.errors import HeadraceError, InternalError, UserCodeError
 from headrace.core.origins import join_origins
@@ -32,11 +35,13 @@ from headrace.worker.cursor import Clock, Cursor, Progress, read_error
 from headrace.worker.model_step import ModelStep
 from headrace.worker.operators import Counts, Host, make
 from headrace.worker.program import Program
-from headrace.worker.readahead import read_ahead
+from headrace.worker.readahead import BadLater, Begun, ReadAhead
 from headrace.worker.sink_output import SinkOutput
 from headrace.worker.threads import fair_threads
 from headrace.worker.user_code import Functions, internal_error
 from headrace.worker.watch import Watch
+
+NEXT_FROM = 0.75  # of a split's rows: what is left takes about as long as the first request of the next, or longer
 
 
 class WorkerBody:
@@ -55,6 +60,7 @@ class WorkerBody:
         )
         groups = (op for op in program.ops if isinstance(op, Predict) and op.group is not None)
         self._host = Host(self._functions, program.deterministic, gaps=frozenset(name for op in groups for name in op.output))
+        self._next: tuple[Split, ...] = ()  # to be opened soon, as told last
         self._begun: dict[int, _Begun] = {}  # by step
         self._last_begun_s = 0.0  # when the last of those was answered
 
@@ -126,6 +132,7 @@ class WorkerBody:
         """Abort all cursors and close models and functions. Idempotent."""
         for cursor in list(self._cursors):
             self.discard(cursor)
+        self._program.ahead.close()
         for runner in self._host.models.values():
             runner.close()
         self._begun.clear()
@@ -135,6 +142,8 @@ class WorkerBody:
     # --- cursors -----------------------------------------------------------------------------------------------------
 
     def _advance(self, stage: Stage, step: Advance, clock: Clock) -> Progress:
+        if stage.order is Order.SOURCE:
+            self._next = step.next
         cursor = self._cursors.get(step.cursor)
         if cursor is None:
             cursor = self._cursors[step.cursor] = self._open(stage, step)
@@ -185,13 +194,13 @@ class WorkerBody:
         return SinkOutput(sink.open(split, step.attempt), self._program.out_schema)
 
     def _feed(self, split: Split, bad: BadRows | None) -> Iterator[Piece]:
-        source, limits = self._program.source, self._program.limits
-        try:
-            blocks = source.open(split, limits) if bad is None else source.open(split, limits, bad.found.append)
-        except Exception as exc:
-            raise read_error(exc) from exc
-        if source.remote:
-            blocks = read_ahead(blocks)
+        blocks: Any
+        if self._program.source.remote:
+            blocks, later = self._program.ahead.take(split) or self._read_ahead(split)
+            if bad is not None:
+                later.hand_to(bad.found.append)
+        else:
+            blocks = self._read(split, None if bad is None else bad.found.append)
         try:
             for batch, origin in blocks:
                 yield Piece(batch, origin)
@@ -199,6 +208,32 @@ class WorkerBody:
             close = getattr(blocks, "close", None)
             if close is not None:
                 close()
+
+    def _read(self, split: Split, on_bad: OnBad | None) -> Any:
+        source, limits = self._program.source, self._program.limits
+        try:
+            return source.open(split, limits) if on_bad is None else source.open(split, limits, on_bad)
+        except Exception as exc:
+            raise read_error(exc) from exc
+
+    def _read_ahead(self, split: Split) -> Begun:
+        """The split's blocks, from now on; when most of it has been read, the next one begins."""
+        later = BadLater()
+        blocks = self._read(split, None if self._program.on_error == "fail" else later)
+
+        def told() -> Iterator[Any]:
+            rows, begun = 0, False
+            with contextlib.closing(blocks):
+                for block in blocks:
+                    rows += block[0].num_rows
+                    if not begun and split.rows is not None and rows >= NEXT_FROM * split.rows:
+                        begun = True
+                        self._program.ahead.begin(self._next, self._read_ahead)
+                    yield block
+            if not begun:
+                self._program.ahead.begin(self._next, self._read_ahead)
+
+        return ReadAhead(told()), later
 
     # --- failure -----------------------------------------------------------------------------------------------------
 
