@@ -225,10 +225,10 @@ class ParquetSource(FileSource):
             row_bytes = metadata.total_byte_size / metadata.num_rows
         else:
             leaves = _leaves(metadata, set(present))
-            row_bytes = _row_bytes(file, g, metadata, leaves, present, schema, where)
             ranges, size = _ranges(metadata, leaves)
             if size <= S3_AHEAD_BYTES:
                 reader.prefetch(ranges)
+            row_bytes = _row_bytes(file, g, metadata, leaves, present, schema, where)
         rows = rows_per_block(row_bytes, limits)
         with _explained(where):
             return file.iter_batches(batch_size=rows, row_groups=[g], columns=present, use_threads=False), row_bytes
