@@ -119,7 +119,9 @@ def for_action(plan: Plan) -> Plan:
 
 def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
     """Everything that is decided before work starts. Raises PlanError for what can never run."""
-    return choose(lay_out(plan, options, at_end))
+    ready = choose(lay_out(plan, options, at_end))
+    ready.program.ahead.close()
+    return ready
 
 
 def lay_out(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
@@ -156,13 +158,21 @@ def lay_out(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
 
 
 def choose(ready: Prepared, *, after_crash: bool | None = None) -> Prepared:
-    """The plan with an engine; as it is where it has one.
+    """The plan with an engine; as it is where it has one. What was read to choose it waits in `program.ahead` for workers of
+    this process; the caller closes that in the end.
 
     after_crash: an earlier session of this run died at work, maybe of the user's code; None: it keeps no log.
     """
     if ready.engine != "auto":
         return ready
-    choice = choose_engine(ready.program, ready.options.cpus or ready.machine.cores, after_crash=after_crash)
+    ahead = ready.program.ahead
+    try:
+        choice = choose_engine(ready.program, ready.options.cpus or ready.machine.cores, after_crash=after_crash)
+    except BaseException:
+        ahead.close()
+        raise
+    if choice.engine == "processes":
+        ahead.close()
     return _with_engine(ready, choice, _PoolChoice(ready.machine, waiting=choice.models_wait))
 
 

@@ -199,7 +199,10 @@ def _write(written: Plan, sink: Sink, schema: pa.Schema | None, parsed: RunOptio
     if opened.finished:
         return _finished_before(laid_out, bound, opened, schema)
     ready = _chosen(laid_out, opened) if laid_out.engine == "auto" else laid_out
-    return _run_logged(replace(ready, program=replace(ready.program, sink=bound)), bound, opened, schema)
+    try:
+        return _run_logged(replace(ready, program=replace(ready.program, sink=bound)), bound, opened, schema)
+    finally:
+        ready.program.ahead.close()
 
 
 def _chosen(laid_out: Prepared, opened: OpenedRun) -> Prepared:
@@ -212,6 +215,8 @@ def _chosen(laid_out: Prepared, opened: OpenedRun) -> Prepared:
     except BaseException:
         leave(opened)
         raise
+    if opened.epoch > 1:  # what was read to choose may be of a split that is settled, which nobody opens
+        ready.program.ahead.close()
     if opened.after_crash and laid_out.options.progress != "quiet":
         print(f"headrace: {ready.notes[len(laid_out.notes)]}", file=sys.stderr, flush=True)
     return ready

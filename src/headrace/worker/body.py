@@ -10,7 +10,6 @@ errors name stage, split and rows.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,7 +18,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from headrace.contracts.sink import CarryingSink
-from headrace.contracts.source import OnBad
+from headrace.contracts.source import BadRange
 from headrace.contracts.substrate import BlockStore
 from headrace.core.errors import HeadraceError, InternalError, UserCodeError
 from headrace.core.origins import join_origins
@@ -35,13 +34,11 @@ from headrace.worker.cursor import Clock, Cursor, Progress, read_error
 from headrace.worker.model_step import ModelStep
 from headrace.worker.operators import Counts, Host, make
 from headrace.worker.program import Program
-from headrace.worker.readahead import BadLater, Begun, ReadAhead
+from headrace.worker.readahead import Begun, begin_reading
 from headrace.worker.sink_output import SinkOutput
 from headrace.worker.threads import fair_threads
 from headrace.worker.user_code import Functions, internal_error
 from headrace.worker.watch import Watch
-
-NEXT_FROM = 0.75  # of a split's rows: what is left takes about as long as the first request of the next, or longer
 
 
 class WorkerBody:
@@ -194,13 +191,18 @@ class WorkerBody:
         return SinkOutput(sink.open(split, step.attempt), self._program.out_schema)
 
     def _feed(self, split: Split, bad: BadRows | None) -> Iterator[Piece]:
+        program = self._program
         blocks: Any
-        if self._program.source.remote:
-            blocks, later = self._program.ahead.take(split) or self._read_ahead(split)
-            if bad is not None:
-                later.hand_to(bad.found.append)
-        else:
-            blocks = self._read(split, None if bad is None else bad.found.append)
+        try:
+            if program.source.remote:
+                blocks, told = program.ahead.take(split, program.limits) or self._begin(split)
+                told.hand_to(_no_bad if bad is None else bad.found.append, self._begin_next)
+            elif bad is None:
+                blocks = program.source.open(split, program.limits)
+            else:
+                blocks = program.source.open(split, program.limits, bad.found.append)
+        except Exception as exc:
+            raise read_error(exc) from exc
         try:
             for batch, origin in blocks:
                 yield Piece(batch, origin)
@@ -209,31 +211,12 @@ class WorkerBody:
             if close is not None:
                 close()
 
-    def _read(self, split: Split, on_bad: OnBad | None) -> Any:
-        source, limits = self._program.source, self._program.limits
-        try:
-            return source.open(split, limits) if on_bad is None else source.open(split, limits, on_bad)
-        except Exception as exc:
-            raise read_error(exc) from exc
+    def _begin(self, split: Split) -> Begun:
+        program = self._program
+        return begin_reading(program.source, split, program.limits, fails=program.on_error == "fail")
 
-    def _read_ahead(self, split: Split) -> Begun:
-        """The split's blocks, from now on; when most of it has been read, the next one begins."""
-        later = BadLater()
-        blocks = self._read(split, None if self._program.on_error == "fail" else later)
-
-        def told() -> Iterator[Any]:
-            rows, begun = 0, False
-            with contextlib.closing(blocks):
-                for block in blocks:
-                    rows += block[0].num_rows
-                    if not begun and split.rows is not None and rows >= NEXT_FROM * split.rows:
-                        begun = True
-                        self._program.ahead.begin(self._next, self._read_ahead)
-                    yield block
-            if not begun:
-                self._program.ahead.begin(self._next, self._read_ahead)
-
-        return ReadAhead(told()), later
+    def _begin_next(self) -> None:
+        self._program.ahead.begin(self._next, self._program.limits, self._begin)
 
     # --- failure -----------------------------------------------------------------------------------------------------
 
@@ -284,6 +267,11 @@ def _told(step: Advance | Apply, progress: Progress, timing: Timing) -> StepDone
         aside=progress.aside,
         unreadable=progress.unreadable,
     )
+
+
+def _no_bad(bad: BadRange) -> None:
+    """Where the first range that can't be read ends the run, none is told."""
+    raise InternalError("a bad range was told, and passed over") from bad.error
 
 
 def _split_of(step: Advance, stage: Stage) -> Split:

@@ -7,12 +7,17 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import pyarrow as pa
 import pytest
 
+from headrace.connectors.sources.memory import ArrowSource
 from headrace.contracts.source import BadRange
 from headrace.core.errors import DataError
+from headrace.core.options import BlockLimits
 from headrace.core.splits import Split
-from headrace.worker.readahead import Ahead, BadLater, Begun, ReadAhead
+from headrace.worker.readahead import Ahead, Begun, ReadAhead, Told, begin_reading
+
+LIMITS = BlockLimits()
 
 
 class Rows:
@@ -38,7 +43,7 @@ class Rows:
 
 
 def begun(rows: Rows) -> Begun:
-    return ReadAhead(rows), BadLater()
+    return ReadAhead(rows), Told()
 
 
 def splits(*indexes: int) -> tuple[Split, ...]:
@@ -81,15 +86,15 @@ def test_the_first_split_that_nobody_has_is_begun_once() -> None:
         read[split.index] = Rows(split.index)
         return begun(read[split.index])
 
-    assert ahead.take(*splits(1)) is None  # opened before anyone began it
-    ahead.begin(splits(1, 2, 3), start)
-    ahead.begin(splits(1, 2, 3), start)
-    ahead.begin(splits(1, 2, 3), start)
+    assert ahead.take(*splits(1), LIMITS) is None  # opened before anyone began it
+    ahead.begin(splits(1, 2, 3), LIMITS, start)
+    ahead.begin(splits(1, 2, 3), LIMITS, start)
+    ahead.begin(splits(1, 2, 3), LIMITS, start)
     assert list(read) == [2, 3]
-    taken = ahead.take(*splits(2))
+    taken = ahead.take(*splits(2), LIMITS)
     assert taken is not None
     assert list(taken[0]) == [2]
-    assert ahead.take(*splits(2)) is None  # another attempt reads it from its start
+    assert ahead.take(*splits(2), LIMITS) is None  # another attempt reads it from its start
     ahead.close()
     assert read[3].closed_by is not None
 
@@ -100,10 +105,10 @@ def test_closing_ends_also_what_is_begun_meanwhile() -> None:
 
     def chained() -> Iterator[int]:
         yield 1
-        ahead.begin(splits(2), lambda _: begun(second))
+        ahead.begin(splits(2), LIMITS, lambda _: begun(second))
 
-    ahead.begin(splits(1), lambda _: (ReadAhead(chained()), BadLater()))
-    taken = ahead.take(*splits(1))
+    ahead.begin(splits(1), LIMITS, lambda _: (ReadAhead(chained()), Told()))
+    taken = ahead.take(*splits(1), LIMITS)
     assert taken is not None
     assert list(taken[0]) == [1]
     ahead.close()
@@ -112,17 +117,56 @@ def test_closing_ends_also_what_is_begun_meanwhile() -> None:
 
 def test_another_process_begins_with_nothing() -> None:
     ahead = Ahead()
-    ahead.begin(splits(1), lambda _: begun(Rows(1)))
+    ahead.begin(splits(1), LIMITS, lambda _: begun(Rows(1)))
     try:
-        assert pickle.loads(pickle.dumps(ahead)).take(*splits(1)) is None
+        assert pickle.loads(pickle.dumps(ahead)).take(*splits(1), LIMITS) is None
     finally:
         ahead.close()
 
 
-def test_bad_ranges_are_told_to_whoever_opens_the_split() -> None:
-    later, told = BadLater(), list[BadRange]()
-    bad = [BadRange("a", i, 1, DataError("broken")) for i in range(2)]
-    later(bad[0])
-    later.hand_to(told.append)
-    later(bad[1])
-    assert told == bad
+def test_the_first_block_comes_again_for_whoever_opens_the_split() -> None:
+    ahead, rows = Ahead(), Rows(1, 2, 3)
+    assert ahead.first(*splits(0), LIMITS, lambda _: begun(rows)) == 1
+    taken = ahead.take(*splits(0), LIMITS)
+    assert taken is not None
+    assert list(taken[0]) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("other", [Split(0, (), 2), Split(0, (), 1, 7)])
+def test_a_split_cut_otherwise_is_read_from_its_start(other: Split) -> None:
+    ahead, rows = Ahead(), [Rows(1, 2), Rows(1, 2)]
+    ahead.first(*splits(0), LIMITS, lambda _: begun(rows[0]))
+    assert ahead.take(other, LIMITS) is None
+    ahead.first(*splits(1), LIMITS, lambda _: begun(rows[1]))
+    assert ahead.take(*splits(1), BlockLimits(max_rows=5)) is None
+    assert all(r.closed_by is not None for r in rows)
+
+
+def test_what_broke_at_its_first_block_is_read_from_its_start() -> None:
+    ahead = Ahead()
+    with pytest.raises(DataError):
+        ahead.first(*splits(0), LIMITS, lambda _: begun(Rows(DataError("broken"))))
+    assert ahead.first(*splits(1), LIMITS, lambda _: begun(Rows())) is None
+    assert ahead.take(*splits(0), LIMITS) is ahead.take(*splits(1), LIMITS) is None
+
+
+def test_what_is_told_early_reaches_whoever_opens_the_split() -> None:
+    told, bad, mostly = Told(), list[BadRange](), list[str]()
+    ranges = [BadRange("a", i, 1, DataError("broken")) for i in range(2)]
+    told.bad(ranges[0])
+    told.mostly()
+    told.hand_to(bad.append, lambda: mostly.append("mostly"))
+    told.bad(ranges[1])
+    told.mostly()
+    assert bad == ranges
+    assert mostly == ["mostly"]
+
+
+def test_a_reading_tells_when_most_is_read() -> None:
+    source = ArrowSource(pa.table({"x": range(8)}))
+    (split,) = source.splits(per_input=False)
+    blocks, told = begin_reading(source, split, LIMITS, fails=True)
+    assert sum(batch.num_rows for batch, _ in blocks) == 8
+    mostly: list[int] = []
+    told.hand_to(lambda bad: None, lambda: mostly.append(split.index))
+    assert mostly == [0]
