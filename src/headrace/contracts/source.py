@@ -36,7 +36,7 @@ OnBad = Callable[[BadRange], None]
 class Source(Protocol):
     """Immutable and picklable (cloudpickle). `open` runs in workers, the rest in the driver.
 
-    name: "parquet", "csv", ... remote: reads wait for a network, so the worker reads one block ahead.
+    name: "parquet", "csv", ... remote: reads wait for a network, so a thread reads one block ahead.
     """
 
     name: str
