@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import obstore
@@ -13,7 +15,8 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from headrace.connectors import storage
+import headrace as hr
+from headrace.connectors import packing, storage
 from headrace.connectors.listing import Listing
 from headrace.connectors.sinks.csv import CsvSink
 from headrace.connectors.sinks.json import JsonSink
@@ -26,6 +29,7 @@ from headrace.core.errors import DataError, DestinationError, InputChanged
 from headrace.core.options import BlockLimits
 from headrace.testing.check_sink import Session, check_per_input, check_sink
 from headrace.testing.check_source import check_source, read_all
+from headrace.testing.s3 import Faults, S3Server
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -168,3 +172,93 @@ def test_large_outputs_go_in_parts(bucket: str, monkeypatch: pytest.MonkeyPatch)
     session.schema = table(0, 1).schema
     session.finish()
     assert read_all(ParquetSource(f"s3://{bucket}/out")).equals(table(0, 1000))
+
+
+class Asked(Faults):
+    """No faults: what was asked, in order, as "METHOD /bucket/key" and the range of bytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.requests: list[str] = []
+        self.ranges: list[tuple[str, tuple[int, int] | None]] = []
+        real = storage._fetch
+
+        def fetch(uri: str, version: str, span: tuple[int, int] | None) -> pa.Buffer:
+            self.ranges.append((uri, span))
+            return real(uri, version, span)
+
+        monkeypatch.setattr(storage, "_fetch", fetch)
+
+    def draw(self, request: str) -> str:
+        self.requests.append(request)
+        return ""
+
+
+@pytest.fixture
+def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of 60 kB are large ones, read a row group of 5 kB at a time."""
+    monkeypatch.setattr(storage, "WHOLE_S3_BYTES", 1000)
+    monkeypatch.setattr(storage, "FOOTER_BYTES", 4000)
+    monkeypatch.setattr(packing, "DIVIDE_OVER_BYTES", 10_000)
+    monkeypatch.setattr(packing, "DIVIDE_BYTES", 15_000)
+
+
+@pytest.mark.parametrize("engine", ["inline", "threads", "auto"])
+def test_a_run_asks_for_nothing_twice(
+    strict: S3Server, small_ranges: None, engine: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for n in range(3):
+        put("b", f"in/{n}.parquet", parquet(table(n * 3000, 3000), row_group_size=300, compression="none"))
+    strict.faults = asked = Asked(monkeypatch)
+    source = hr.read_parquet("s3://b/in")
+    options: Any = {"engine": engine, "cpus": 2, "progress": "quiet"}
+    done = source.map_batches(lambda batch: batch).write_parquet(tmp_path / "out", **options)
+    assert done.rows == 9000
+    assert sorted(pq.read_table(tmp_path / "out")["id"].to_pylist()) == list(range(9000))
+    listings = [r for r in asked.requests if "list-type" in r]
+    assert len(listings) == 1
+    assert len([r for r in asked.requests if r.startswith("HEAD")]) == 1
+    assert max(Counter(asked.ranges).values()) == 1
+    # Two actions are two listings: the second sees what is there then.
+    put("b", "in/3.parquet", parquet(table(9000, 10)))
+    assert source.map_batches(lambda batch: batch).write_parquet(tmp_path / "again", **options).rows == 9010
+
+
+def test_row_groups_are_on_their_way_before_they_are_read(
+    strict: S3Server, small_ranges: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put("b", "a.parquet", parquet(table(0, 3000), row_group_size=1000, compression="none"))
+    asked = Asked(monkeypatch)
+    (split, *_) = splits = list(ParquetSource("s3://b/a.parquet").splits(per_input=True))
+    assert len(splits) == 1
+    blocks = ParquetSource("s3://b/a.parquet").open(split, BlockLimits(max_rows=100))
+    seen: list[int] = []
+    rows = 0
+    for batch, _ in blocks:
+        rows += batch.num_rows
+        seen.append(len(asked.ranges) if rows % 1000 in (100, 900) else 0)
+    assert rows == 3000
+    first, later = [n for n in seen if n][:2]
+    assert later > first, "the second row group was asked for while the first was read"
+    assert max(Counter(asked.ranges).values()) == 1
+
+
+def test_an_object_changed_behind_a_remembered_footer_is_told(
+    strict: S3Server, small_ranges: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put("b", "a.parquet", parquet(table(0, 3000), row_group_size=1000, compression="none"))
+    source = ParquetSource("s3://b/a.parquet")
+    splits = list(source.splits(per_input=False))
+    put("b", "a.parquet", parquet(table(7, 3000), row_group_size=1000, compression="none"))
+    for split in splits:
+        with pytest.raises(InputChanged):
+            list(source.open(split, BlockLimits()))
+    again = [pa.Table.from_batches([b for b, _ in source.open(s, BlockLimits())]) for s in source.splits(per_input=False)]
+    assert pa.concat_tables(again)["id"].to_pylist() == list(range(7, 3007))
+
+
+def test_an_object_that_may_be_read_but_not_listed(strict: S3Server) -> None:
+    put("b", "model", b"bytes")
+    strict.faults.once("500", "list-type", times=100)
+    (found,) = Listing.of("s3://b/model", ()).objects()
+    assert found.size == 5

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from headrace.api.placing import cluster_machine, gpus_may_come, place_on_cluster
 from headrace.contracts.model import ModelAdapter
+from headrace.contracts.source import ListedSource
 from headrace.core.errors import PlanError
 from headrace.core.extras import is_instance, require
 from headrace.core.options import ActionOptions, RunOptions
@@ -35,6 +36,7 @@ from headrace.plan.nodes import (
     Plan,
     Predict,
     Project,
+    Read,
     Reshape,
 )
 from headrace.plan.physical import PhysicalPlan, is_stream, make_physical
@@ -109,9 +111,17 @@ def _check_number(name: str, value: object, wanted: str, good: Callable[[float],
         raise PlanError(f"{name} is {value!r}", hint=f"use {wanted}")
 
 
+def for_action(plan: Plan) -> Plan:
+    """The plan for one action: what it finds out about the input by listing it, it finds out once."""
+    source = plan.read.source
+    return replace(plan, read=Read(source.snapshot())) if isinstance(source, ListedSource) else plan
+
+
 def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
     """Everything that is decided before work starts. Raises PlanError for what can never run."""
-    return choose(lay_out(plan, options, at_end))
+    ready = choose(lay_out(plan, options, at_end))
+    ready.program.ahead.close()
+    return ready
 
 
 def lay_out(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
@@ -148,13 +158,21 @@ def lay_out(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
 
 
 def choose(ready: Prepared, *, after_crash: bool | None = None) -> Prepared:
-    """The plan with an engine; as it is where it has one.
+    """The plan with an engine; as it is where it has one. What was read to choose it waits in `program.ahead` for workers of
+    this process; the caller closes that in the end.
 
     after_crash: an earlier session of this run died at work, maybe of the user's code; None: it keeps no log.
     """
     if ready.engine != "auto":
         return ready
-    choice = choose_engine(ready.program, ready.options.cpus or ready.machine.cores, after_crash=after_crash)
+    ahead = ready.program.ahead
+    try:
+        choice = choose_engine(ready.program, ready.options.cpus or ready.machine.cores, after_crash=after_crash)
+    except BaseException:
+        ahead.close()
+        raise
+    if choice.engine == "processes":
+        ahead.close()
     return _with_engine(ready, choice, _PoolChoice(ready.machine, waiting=choice.models_wait))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from headrace.api.placing import reach
-from headrace.api.planning import Prepared, choose, lay_out, parse_options, prepare, resolve, static_schema
+from headrace.api.planning import Prepared, choose, for_action, lay_out, parse_options, prepare, resolve, static_schema
 from headrace.api.reproduce import reproduce
 from headrace.connectors import environment
 from headrace.connectors.storage import is_remote
@@ -107,6 +107,7 @@ def make_driver(
         budget_bytes=prepared.budget_bytes,
         fail_on_bad_rows=options.on_error == "fail",
         frail_blocks=prepared.engine == "ray",
+        read_next=prepared.engine in ("inline", "threads") and prepared.program.source.remote,
         join_bytes=JOIN_BYTES if prepared.engine == "ray" else 0,
         bulk=options.execution == "bulk",
         max_bad_rows=options.max_bad_rows,
@@ -171,7 +172,7 @@ def write(plan: Plan, sink: Sink, options: ActionOptions, at_end: Columns = ALL)
 
     Raises what the run raises; whatever was settled until then stays settled, and the same call goes on from there.
     """
-    parsed = parse_options(options)
+    parsed, plan = parse_options(options), for_action(plan)
     schema = static_schema(plan.read.source.schema(), resolve(plan).ops)
     _refuse_own_output(plan, sink)
     sink.check(schema)
@@ -233,7 +234,10 @@ def _write_logged(
     ready = _chosen(laid_out, opened) if laid_out.engine == "auto" else laid_out
     if server is not None and ready.engine != "processes":
         server.close()
-    return _run_logged(replace(ready, program=replace(ready.program, sink=bound)), bound, opened, schema, server)
+    try:
+        return _run_logged(replace(ready, program=replace(ready.program, sink=bound)), bound, opened, schema, server)
+    finally:
+        ready.program.ahead.close()
 
 
 def _chosen(laid_out: Prepared, opened: OpenedRun) -> Prepared:
@@ -246,6 +250,8 @@ def _chosen(laid_out: Prepared, opened: OpenedRun) -> Prepared:
     except BaseException:
         leave(opened)
         raise
+    if opened.epoch > 1:  # what was read to choose may be of a split that is settled, which nobody opens
+        ready.program.ahead.close()
     if opened.after_crash and laid_out.options.progress != "quiet":
         print(f"headrace: {ready.notes[len(laid_out.notes)]}", file=sys.stderr, flush=True)
     return ready
@@ -397,7 +403,7 @@ def stream(plan: Plan, options: ActionOptions, *, refs: bool = False) -> Iterato
         raise _no_place_for_bad_rows()
     with contextlib.ExitStack() as reached:
         reached.enter_context(reach(parsed))
-        ready = prepare(plan, parsed)
+        ready = prepare(for_action(plan), parsed)
         observers = make_observers(parsed.progress)
 
         def driver(deliver: Callable[[Any], None]) -> Driver:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -23,6 +25,8 @@ from headrace.core.errors import DataError
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 COMPRESSED = (".gz", ".bz2", ".zst")
+
+MOST_KEPT = 1024  # objects that a listing kept for an action remembers: a page, and about 300 kB
 
 _MAGIC = re.compile(r"[*?\[]")
 _UNTIDY = re.compile(r"(^|/)\.?(/|\Z)")  # what PurePosixPath would put in order
@@ -71,8 +75,17 @@ class Listing:
         more = f" and {len(self.entries) - 1} more" if len(self.entries) > 1 else ""
         return "".join(self.entries[:1]) + more
 
+    @property
+    def paged(self) -> bool:
+        """Do many objects come with one request? Of single objects each takes one of its own."""
+        return all(_is_broad(e) for e in self.entries)
+
     def first(self) -> Stored:
         return next(self.objects())
+
+    def kept(self) -> Listing:
+        """The same listing, made once as far as it is short: whoever asks for its objects sees the same ones."""
+        return _KeptListing(self.entries, self.extensions, self.compressed)
 
     def objects(self) -> Iterator[Stored]:
         """All objects. Raises DataError for an entry that is missing or holds nothing to read."""
@@ -116,13 +129,14 @@ class Listing:
                 if pattern.fullmatch(storage.split_s3(o.uri)[1]):
                     yield o
             return
+        prefix = key.rstrip("/") + "/" if key else ""
+        listed = _list_s3(bucket, prefix)
         if key and not key.endswith("/"):
-            found = storage.stat(entry)
+            found, listed = _object_or_listed(entry, listed)
             if found is not None:
                 yield found
                 return
-        prefix = key.rstrip("/") + "/" if key else ""
-        for o in _list_s3(bucket, prefix):
+        for o in listed:
             inner = storage.split_s3(o.uri)[1][len(prefix) :]
             hidden = any(part[:1] in ("_", ".") for part in inner.split("/"))
             if inner and not inner.endswith("/") and not hidden and self._wanted(inner):
@@ -148,6 +162,60 @@ class Listing:
             hint = f"a directory is read for {kinds}, names that begin with _ or . apart; name other files by a glob"
             return DataError("the directory holds nothing to read", where=(("path", entry),), hint=hint)
         return DataError("no such file or directory", where=(("path", entry),), hint="check the path")
+
+
+class _Kept:
+    """The first objects of a listing, as far as anyone asked for them. In another process nothing is kept."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.objects: list[Stored] = []
+        self.rest: Iterator[Stored] | None = None
+
+    def __reduce__(self) -> tuple[type[_Kept], tuple[()]]:
+        return _Kept, ()
+
+
+@dataclass(frozen=True)
+class _KeptListing(Listing):
+    """A listing that remembers its first MOST_KEPT objects. Who goes beyond them ends the memory and lists on; thread-safe."""
+
+    _kept: _Kept = field(default_factory=_Kept, compare=False, repr=False)
+
+    def objects(self) -> Iterator[Stored]:
+        kept = self._kept
+        with kept.lock:
+            if kept.rest is None:
+                kept.objects, kept.rest = [], super().objects()
+            objects, rest = kept.objects, kept.rest
+        at = 0
+        while at < MOST_KEPT:
+            with kept.lock:
+                if at == len(objects):
+                    if kept.rest is not rest:
+                        break
+                    try:
+                        found = next(rest, None)
+                    except BaseException:
+                        kept.rest = None  # it is broken: the next one begins anew
+                        raise
+                    if found is None:
+                        return
+                    objects.append(found)
+            yield objects[at]
+            at += 1
+        with kept.lock:
+            mine = kept.rest is rest
+            if mine:
+                kept.rest = None
+        yield from rest if mine else self._anew(objects)
+
+    def _anew(self, before: Sequence[Stored]) -> Iterator[Stored]:
+        """What comes behind these, for one who was among them when another took the rest."""
+        objects = super().objects()
+        if list(islice(objects, len(before))) != before:
+            raise storage.changed(self.entries[0])
+        yield from objects
 
 
 def _normalise(path: str | os.PathLike[str]) -> str:
@@ -327,6 +395,24 @@ def _glob_pattern(glob: str) -> re.Pattern[str]:
             out += re.escape(glob[i])
             i += 1
     return re.compile(out, re.DOTALL)
+
+
+def _object_or_listed(entry: str, listed: Iterator[Stored]) -> tuple[Stored | None, Iterator[Stored]]:
+    """(the object of just this name, None if there is none; what is listed under it). A name without a suffix is a prefix more
+    often than not, and both are asked for at once.
+    """
+    if not _is_broad(entry):
+        return storage.stat(entry), listed
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1, thread_name_prefix="headrace-list") as thread:
+        first = thread.submit(next, listed, None)
+        found = storage.stat(entry)
+        if found is not None:
+            first.exception()  # who may read an object need not be allowed to list
+            return found, listed
+        head = first.result()
+    return None, iter(()) if head is None else chain((head,), listed)
 
 
 def _list_s3(bucket: str, prefix: str) -> Iterator[Stored]:

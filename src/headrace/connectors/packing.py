@@ -6,11 +6,17 @@ format allows it; nothing depends on the number of workers. Memory is one split.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from itertools import pairwise
+from contextlib import ExitStack
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING
 
 from headrace.connectors.storage import Stored
 from headrace.core.splits import Fragment, Split
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 # A split is what is lost when a worker dies and what one core holds on to at the end of a run: a second or two of work.
 # Parquet decodes at 0.5-1 GB/s a core and image pipelines eat 50-60 MB/s, so 128 MiB is 0.2-2.5 s.
@@ -22,6 +28,8 @@ FILE_COST_BYTES = 4 << 20
 DIVIDE_OVER_BYTES = 32 << 20
 DIVIDE_BYTES = 64 << 20
 SPLIT_MAX_ROWS = 4_000_000
+
+DIVIDED_AHEAD = 16  # large objects of a remote store that are looked at at once: each takes a request's time, and little else
 
 Divide = Callable[[Stored], list[Fragment]]
 
@@ -60,6 +68,37 @@ def pack(
         cost += o.size + file_cost
     if held:
         yield Split(index, tuple(held), held_bytes)
+
+
+def pack_remote(objects: Iterable[Stored], divide: Divide, *, file_cost: int = FILE_COST_BYTES) -> Iterator[Split]:
+    """As `pack`; while an object is packed, the next large ones are being divided."""
+    divided: deque[tuple[Stored, Future[list[Fragment]]]] = deque()
+
+    def taken(o: Stored) -> list[Fragment]:
+        of, parts = divided.popleft()
+        assert of is o
+        return parts.result()
+
+    def looked_at(threads: ExitStack) -> Iterator[Stored]:
+        pool: ThreadPoolExecutor | None = None
+        ahead: deque[Stored] = deque()
+        rest = iter(objects)
+        while True:
+            for o in islice(rest, DIVIDED_AHEAD - len(ahead)):
+                ahead.append(o)
+                if o.size > DIVIDE_OVER_BYTES:
+                    if pool is None:
+                        from concurrent.futures import ThreadPoolExecutor
+
+                        pool = threads.enter_context(ThreadPoolExecutor(DIVIDED_AHEAD, thread_name_prefix="headrace-divide"))
+                    divided.append((o, pool.submit(divide, o)))
+            if not ahead:
+                return
+            yield ahead.popleft()
+
+    with ExitStack() as threads:
+        threads.callback(lambda: [parts.cancel() for _, parts in divided])
+        yield from pack(looked_at(threads), taken, file_cost=file_cost)
 
 
 def even_ranges(size: int, target: int) -> list[tuple[int, int]]:

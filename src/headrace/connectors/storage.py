@@ -22,7 +22,7 @@ from headrace.connectors.redact import redact
 from headrace.core.errors import DataError, HeadraceError, InputChanged, TransientError
 
 if TYPE_CHECKING:
-    from concurrent.futures import ThreadPoolExecutor
+    from concurrent.futures import Future, ThreadPoolExecutor
 
     from obstore.store import S3Store
 
@@ -61,6 +61,7 @@ class Reader(Protocol):
 
     uri: str
     size: int
+    version: str
     whole: bool
 
     def native(self, ahead_bytes: int = 0) -> pa.NativeFile:
@@ -69,6 +70,10 @@ class Reader(Protocol):
 
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
         """The (start, stop) ranges will be read next, in one go where that saves requests; earlier ones no more."""
+        ...
+
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """These ranges will be prefetched after those that are being read: a remote store is asked for them now."""
         ...
 
     def check(self) -> None: ...
@@ -165,6 +170,11 @@ def meta_version(meta: Any) -> str:
     return meta["e_tag"] or f"{meta['size']}-{meta['last_modified'].timestamp()}"
 
 
+def is_etag(version: str) -> bool:
+    """Does it tell contents apart? A size and a time are what servers without etags leave."""
+    return bool(version) and (version.startswith('"') or "-" not in version)
+
+
 def stat(uri: str) -> Stored | None:
     """The object, or None when there is no such file or key."""
     if not is_remote(uri):
@@ -246,7 +256,7 @@ class _LocalReader:
         self.uri = uri
         self.size = size
         self.whole = size <= WHOLE_LOCAL_BYTES
-        self._version = version
+        self.version = version
         self._file: pa.NativeFile | None = None
         if not self.whole:
             self.check()
@@ -280,6 +290,9 @@ class _LocalReader:
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
         """The kernel's read-ahead does it."""
 
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """The same."""
+
     def check(self) -> None:
         if self.whole:
             return  # compared while it was read
@@ -292,7 +305,7 @@ class _LocalReader:
         self._compare(now)
 
     def _compare(self, now: os.stat_result) -> None:
-        if self._version and stat_version(now) != self._version:
+        if self.version and stat_version(now) != self.version:
             raise changed(self.uri)
 
     def close(self) -> None:
@@ -311,18 +324,22 @@ class _S3Reader:
         self.uri = uri
         self.size = size
         self.whole = size <= WHOLE_S3_BYTES
-        self._version = version
+        self.version = version
         self._file: RangedFile | None = None
 
     def native(self, ahead_bytes: int = 0) -> pa.NativeFile:
         if self.whole:
-            return pa.BufferReader(_fetch(self.uri, self._version, None))
-        self._file = RangedFile(self.uri, self.size, self._version, ahead_bytes)
+            return pa.BufferReader(_fetch(self.uri, self.version, None))
+        self._file = RangedFile(self.uri, self.size, self.version, ahead_bytes)
         return pa.PythonFile(self._file, "r")
 
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
         if self._file is not None:
             self._file.prefetch(ranges)
+
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
+        if self._file is not None:
+            self._file.announce(ranges)
 
     def check(self) -> None:
         """Nothing to do: each request was conditional."""
@@ -341,7 +358,7 @@ def _fetch(uri: str, version: str, span: tuple[int, int] | None) -> pa.Buffer:
     options: dict[str, Any] = {}
     if span is not None:
         options["range"] = span
-    if version and "-" in version and not version.startswith('"'):
+    if not is_etag(version):
         version = ""  # no etag from this server: sizes are all that can be compared
     if version:
         options["if_match"] = version
@@ -363,8 +380,8 @@ def _fetch(uri: str, version: str, span: tuple[int, int] | None) -> pa.Buffer:
 class RangedFile:
     """A seekable file over ranged GETs, for readers that name ahead what they will read. Not thread-safe.
 
-    Holds the file's tail and the ranges last announced with `prefetch`; any other read is one request, of its own size or
-    of `ahead_bytes`.
+    Holds the file's tail, the ranges of the last `prefetch`, and what comes of those of the last `announce`; any other read is
+    one request, of its own size or of `ahead_bytes`.
     """
 
     def __init__(self, uri: str, size: int, version: str, ahead_bytes: int = 0) -> None:
@@ -375,19 +392,37 @@ class RangedFile:
         self._at = 0
         self._tail: tuple[int, pa.Buffer] | None = None
         self._spans: list[tuple[int, pa.Buffer]] = []
+        self._coming: dict[tuple[int, int], Future[pa.Buffer]] = {}
         self._threads: ThreadPoolExecutor | None = None
         self.closed = False
 
     def prefetch(self, ranges: Sequence[tuple[int, int]]) -> None:
         self._spans = []
         pieces = [piece for span in coalesce(ranges) for piece in _pieces(span)]
-        if len(pieces) > 1 and self._threads is None:
+        announced, self._coming = self._coming, {}
+        if len(pieces) == 1 and not announced:
+            buffers = [self._fetch(pieces[0])]
+        else:
+            coming = [announced.pop(p, None) or self._ask(p) for p in pieces]
+            for unwanted in announced.values():
+                unwanted.cancel()
+            buffers = [c.result() for c in coming]
+        self._spans = [(start, buffer) for (start, _), buffer in zip(pieces, buffers, strict=True)]
+
+    def announce(self, ranges: Sequence[tuple[int, int]]) -> None:
+        for unwanted in self._coming.values():
+            unwanted.cancel()
+        self._coming = {piece: self._ask(piece) for span in coalesce(ranges) for piece in _pieces(span)}
+
+    def _ask(self, piece: tuple[int, int]) -> Future[pa.Buffer]:
+        if self._threads is None:
             from concurrent.futures import ThreadPoolExecutor
 
             self._threads = ThreadPoolExecutor(REQUEST_THREADS, thread_name_prefix="headrace-get")
-        fetch = self._threads.map if self._threads is not None else map
-        buffers = fetch(lambda p: _fetch(self._uri, self._version, p), pieces)
-        self._spans = [(start, buffer) for (start, _), buffer in zip(pieces, buffers, strict=True)]
+        return self._threads.submit(self._fetch, piece)
+
+    def _fetch(self, span: tuple[int, int]) -> pa.Buffer:
+        return _fetch(self._uri, self._version, span)
 
     def read(self, size: int = -1) -> Any:
         stop = self._size if size < 0 else min(self._at + size, self._size)
@@ -398,22 +433,21 @@ class RangedFile:
     def _range(self, start: int, stop: int) -> Any:
         if stop <= start:
             return b""
-        tail_from = max(0, self._size - FOOTER_BYTES)
-        if start >= tail_from:
-            if self._tail is None:
-                self._tail = (tail_from, _fetch(self._uri, self._version, (tail_from, self._size)))
-            return self._tail[1].slice(start - tail_from, stop - start)
         held = [(at, b) for at, b in self._spans if at < stop and at + b.size > start]
         if len(held) == 1 and held[0][0] <= start and held[0][0] + held[0][1].size >= stop:
             return held[0][1].slice(start - held[0][0], stop - start)
         if held and held[0][0] <= start and sum(b.size for _, b in held) >= stop - held[0][0]:
-            joined = b"".join(memoryview(b) for _, b in held)
-            return joined[start - held[0][0] : stop - held[0][0]]
+            return b"".join(memoryview(b)[max(0, start - at) : stop - at] for at, b in held)
+        tail_from = max(0, self._size - FOOTER_BYTES)
+        if start >= tail_from:
+            if self._tail is None:
+                self._tail = (tail_from, self._fetch((tail_from, self._size)))
+            return self._tail[1].slice(start - tail_from, stop - start)
         if self._ahead > stop - start:
-            buffer = _fetch(self._uri, self._version, (start, min(start + self._ahead, self._size)))
+            buffer = self._fetch((start, min(start + self._ahead, self._size)))
             self._spans = [(start, buffer)]
             return buffer.slice(0, stop - start)
-        return _fetch(self._uri, self._version, (start, stop))
+        return self._fetch((start, stop))
 
     def seek(self, offset: int, whence: int = 0) -> int:
         self._at = offset + (0, self._at, self._size)[whence]
@@ -436,7 +470,7 @@ class RangedFile:
 
     def close(self) -> None:
         self.closed = True
-        self._spans = []
+        self._spans, self._coming = [], {}
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
             self._threads = None

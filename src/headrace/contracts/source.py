@@ -36,7 +36,7 @@ OnBad = Callable[[BadRange], None]
 class Source(Protocol):
     """Immutable and picklable (cloudpickle). `open` runs in workers, the rest in the driver.
 
-    name: "parquet", "csv", ... remote: reads wait for a network, so the worker reads one block ahead.
+    name: "parquet", "csv", ... remote: reads wait for a network, so a thread reads one block ahead.
     """
 
     name: str
@@ -94,4 +94,11 @@ class LeavingSource(Source, Protocol):
         """The same source, whose blocks may lack these columns, those of a split all or none: its sink takes them from the
         input. The schema still names them.
         """
+        ...
+
+
+@runtime_checkable
+class ListedSource(Source, Protocol):
+    def snapshot(self) -> Source:
+        """The same source for one action, whose steps may share what they listed; used in the driver's process only."""
         ...

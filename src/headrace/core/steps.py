@@ -61,6 +61,7 @@ class Advance(Struct, frozen=True):
     boundary after this many seconds. join_bytes: smaller outputs of this step travel as one block, up to this much.
     limit_left: for a stage that starts with `limit`: how many rows may still pass, None elsewhere.
     suspects: sent with a cursor's first step: what the split's earlier attempts died on.
+    next: sent to a source: splits to be opened soon, by this worker or others of its process. A hint.
     """
 
     id: int
@@ -77,6 +78,7 @@ class Advance(Struct, frozen=True):
     join_bytes: int = 0
     limit_left: int | None = None
     suspects: tuple[Suspect, ...] = ()
+    next: tuple[Split, ...] = ()
 
 
 class Apply(Struct, frozen=True):

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from headrace.connectors.storage import is_remote
 from headrace.contracts.source import Source
-from headrace.core.errors import PlanError
+from headrace.core.errors import DataError, PlanError
 from headrace.core.options import Engine
 from headrace.core.resources import CPU_POOL, WorkerSpec
 from headrace.core.splits import Split
@@ -28,6 +28,7 @@ from headrace.core.stages import End, Order, Stage
 from headrace.plan.nodes import AUTO_BATCH_ROWS, FilterRows, FlatMap, MapBatches, MapRows, Predict
 from headrace.runtime.trial_mark import died_of, key_of, mark
 from headrace.worker.program import Program
+from headrace.worker.readahead import Ahead, Begun, begin_reading
 
 PROBE_S = 0.03  # enough for about 40 samples of the interpreter lock, too short to be felt
 PROBE_AIM_S = 0.04  # what the next sample may take if it takes as long for each row as the one before
@@ -102,10 +103,10 @@ def may_want_processes(asked: Engine, source: Source, cores: int) -> bool:
     """Is it likely enough that what they need is worth preparing before the choice is made? Lists no more than tells."""
     if sys.platform != "linux" or cores < 2 or asked not in ("auto", "processes"):
         return False
-    if asked == "processes" or source.remote:
+    if asked == "processes":
         return True
     size = overhead_s = 0.0
-    for split in source.splits(per_input=False):
+    for split in source.splits(per_input=True):  # whole: nothing is read to divide it
         size += split.bytes
         overhead_s += SPLIT_S + len(split.fragments) * FRAGMENT_S
         if size > SMALL_BYTES or overhead_s > SMALL_S:
@@ -299,8 +300,10 @@ def _grown(trial: _Trial, block: Any, work: Work) -> Probe | None:
 
 
 def _first_block(program: Program) -> tuple[Split | None, Any]:
-    """Of what can be read; where that is nothing, the run will say."""
+    """Of what can be read; where that is nothing, the run will say. What came of a remote split is left to its workers."""
     for split in program.source.splits(per_input=False):
+        if program.source.remote:
+            return _first_remote_block(program, split)
         blocks = program.source.open(split, program.limits, lambda bad: None)
         try:
             for block, _ in blocks:
@@ -314,6 +317,17 @@ def _first_block(program: Program) -> tuple[Split | None, Any]:
     return None, None
 
 
+def _first_remote_block(program: Program, split: Split) -> tuple[Split | None, Any]:
+    def read(split: Split) -> Begun:
+        return begin_reading(program.source, split, program.limits, fails=program.on_error == "fail")
+
+    try:
+        found = program.ahead.first(split, program.limits, read)
+    except DataError:
+        return None, None
+    return (None, None) if found is None else (split, found[0])
+
+
 class _Trial:
     """The CPU operators in a worker body of their own, run over one sample after the other."""
 
@@ -324,7 +338,9 @@ class _Trial:
         stage = Stage(0, "probe", CPU_POOL, Order.SOURCE, End.DELIVER, 0, ops)
         self._source = _Sample(program.source)
         source: Any = self._source
-        trial = replace(program, source=source, ops=program.ops[:ops], stages=(stage,), sink=None, on_error="fail")
+        trial = replace(
+            program, source=source, ops=program.ops[:ops], stages=(stage,), sink=None, on_error="fail", ahead=Ahead()
+        )
         self._body = WorkerBody(trial, WorkerSpec(0, CPU_POOL, "cpu"), LocalStore(0, itertools.count().__next__))
         self._split = split
         self._models = [i for i, op in enumerate(program.ops[:ops]) if isinstance(op, Predict)]

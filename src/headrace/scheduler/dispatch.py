@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from itertools import islice
 
 from headrace.core.errors import InternalError
 from headrace.core.refs import BlockRef
@@ -552,6 +553,7 @@ class Dispatcher:
             join_bytes,
             self._limit_left(stage, split),
             () if cursor.started else split.history.suspects,
+            self._next_splits() if cursor is split.source else (),
         )
         cursor.started = True
         cursor.more = False
@@ -560,6 +562,12 @@ class Dispatcher:
         worker.cursors[cursor.id] = cursor
         cursor.state = CursorState.RUNNING
         self._submit(worker, stage, step, (), cursor)
+
+    def _next_splits(self) -> tuple[Split, ...]:
+        """One for each worker, and one more: while a step runs, others may open some of them."""
+        if not self.limits.read_next or self.pressure or self.draining:
+            return ()
+        return tuple(islice(self.pending, self.pools[CPU_POOL].awake + 1))
 
     def _join_bytes(self, stage: Stage, split: SplitState) -> int:
         """Only blocks for a model are joined: those that several workers share come as cut."""

@@ -33,6 +33,7 @@ class Limits(Struct, frozen=True):
     deliver_blocks: blocks that the consumer may have waiting.
     frail_blocks: a block may be lost before the consumer has it: each Deliver is answered by Delivered before anything else.
     bulk: a stage begins when all stages before it have ended; blocks beyond the budget are spilled, where that is possible.
+    read_next: tell sources which splits come next: their workers share a process, and wait for a network.
     fail_on_bad_rows: a row that kills its worker ends the run (on_error="fail"). max_bad_rows, max_bad_fraction: see
     RunOptions. settled_before: rows of splits that earlier sessions of this run settled.
     """
@@ -46,6 +47,7 @@ class Limits(Struct, frozen=True):
     deliver_blocks: int = 4
     fail_on_bad_rows: bool = True
     frail_blocks: bool = False
+    read_next: bool = False
     max_bad_rows: int | None = None
     max_bad_fraction: float | None = None
     settled_before: Tally = NO_ROWS

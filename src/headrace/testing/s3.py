@@ -184,7 +184,7 @@ class _Refused(Exception):
 @dataclass
 class _Answer:
     status: int = 200
-    body: bytes = b""
+    body: bytes | memoryview = b""
     headers: dict[str, str] = field(default_factory=dict[str, str])
 
 
@@ -331,7 +331,7 @@ class _Handler(BaseHTTPRequestHandler):
             return _Answer(200, found.data, {**headers, "Content-Length": str(len(found.data))})
         start, stop = span
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(found.data)}"
-        return _Answer(206, found.data[start:stop], {**headers, "Content-Length": str(stop - start)})
+        return _Answer(206, memoryview(found.data)[start:stop], {**headers, "Content-Length": str(stop - start)})
 
     def _list(self, there: dict[str, Stored], bucket: str, query: dict[str, str]) -> _Answer:
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from msgspec import Struct, field
 from msgspec.structs import replace
 
 from headrace.contracts.sink import CarryingSink
+from headrace.contracts.source import BadRange
 from headrace.contracts.substrate import BlockStore
 from headrace.core.errors import HeadraceError, InternalError, UserCodeError
 from headrace.core.origins import join_origins
@@ -32,7 +34,7 @@ from headrace.worker.cursor import Clock, Cursor, Progress, read_error
 from headrace.worker.model_step import ModelStep
 from headrace.worker.operators import Counts, Host, make
 from headrace.worker.program import Program
-from headrace.worker.readahead import read_ahead
+from headrace.worker.readahead import Begun, begin_reading
 from headrace.worker.sink_output import SinkOutput
 from headrace.worker.threads import fair_threads
 from headrace.worker.user_code import Functions, internal_error
@@ -55,6 +57,7 @@ class WorkerBody:
         )
         groups = (op for op in program.ops if isinstance(op, Predict) and op.group is not None)
         self._host = Host(self._functions, program.deterministic, gaps=frozenset(name for op in groups for name in op.output))
+        self._next: tuple[Split, ...] = ()  # to be opened soon, as told last
         self._begun: dict[int, _Begun] = {}  # by step
         self._last_begun_s = 0.0  # when the last of those was answered
 
@@ -126,6 +129,7 @@ class WorkerBody:
         """Abort all cursors and close models and functions. Idempotent."""
         for cursor in list(self._cursors):
             self.discard(cursor)
+        self._program.ahead.close()
         for runner in self._host.models.values():
             runner.close()
         self._begun.clear()
@@ -135,6 +139,8 @@ class WorkerBody:
     # --- cursors -----------------------------------------------------------------------------------------------------
 
     def _advance(self, stage: Stage, step: Advance, clock: Clock) -> Progress:
+        if stage.order is Order.SOURCE:
+            self._next = step.next
         cursor = self._cursors.get(step.cursor)
         if cursor is None:
             cursor = self._cursors[step.cursor] = self._open(stage, step)
@@ -185,13 +191,18 @@ class WorkerBody:
         return SinkOutput(sink.open(split, step.attempt), self._program.out_schema)
 
     def _feed(self, split: Split, bad: BadRows | None) -> Iterator[Piece]:
-        source, limits = self._program.source, self._program.limits
+        program = self._program
+        blocks: Any
         try:
-            blocks = source.open(split, limits) if bad is None else source.open(split, limits, bad.found.append)
+            if program.source.remote:
+                blocks, told = program.ahead.take(split, program.limits) or self._begin(split)
+                told.hand_to(_no_bad if bad is None else bad.found.append, self._begin_next)
+            elif bad is None:
+                blocks = program.source.open(split, program.limits)
+            else:
+                blocks = program.source.open(split, program.limits, bad.found.append)
         except Exception as exc:
             raise read_error(exc) from exc
-        if source.remote:
-            blocks = read_ahead(blocks)
         try:
             for batch, origin in blocks:
                 yield Piece(batch, origin)
@@ -199,6 +210,13 @@ class WorkerBody:
             close = getattr(blocks, "close", None)
             if close is not None:
                 close()
+
+    def _begin(self, split: Split) -> Begun:
+        program = self._program
+        return begin_reading(program.source, split, program.limits, fails=program.on_error == "fail")
+
+    def _begin_next(self) -> None:
+        self._program.ahead.begin(self._next, self._program.limits, self._begin)
 
     # --- failure -----------------------------------------------------------------------------------------------------
 
@@ -249,6 +267,11 @@ def _told(step: Advance | Apply, progress: Progress, timing: Timing) -> StepDone
         aside=progress.aside,
         unreadable=progress.unreadable,
     )
+
+
+def _no_bad(bad: BadRange) -> None:
+    """Where the first range that can't be read ends the run, none is told."""
+    raise InternalError("a bad range was told, and passed over") from bad.error
 
 
 def _split_of(step: Advance, stage: Stage) -> Split:

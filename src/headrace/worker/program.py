@@ -12,13 +12,15 @@ from headrace.core.carried import Carried
 from headrace.core.options import BlockLimits, OnError
 from headrace.core.stages import Stage
 from headrace.plan.nodes import Op
+from headrace.worker.readahead import Ahead
 
 
 class Program(Struct, frozen=True):
     """ops: the plan's operators; a stage runs ops[stage.first:stage.stop]. sink: None when blocks are delivered.
 
     out_schema: what blocks are cast to before the sink, field by field where it is safe; None when not known before the run.
-    on_error: what becomes of rows that fail. carried: columns that the sink takes from the source, None for none.
+    on_error: what becomes of rows that fail. carried: columns that the sink takes from the source, None for none. ahead: what
+    the workers of a process have begun to read for each other.
     """
 
     source: Source
@@ -31,3 +33,4 @@ class Program(Struct, frozen=True):
     sys_path: tuple[str, ...] = field(default=())
     on_error: OnError = "fail"
     carried: Carried | None = None
+    ahead: Ahead = field(default_factory=Ahead)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import pickle
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
+from headrace.connectors import listing as listing_module
 from headrace.connectors.listing import Listing, output_stem
-from headrace.core.errors import DataError
+from headrace.connectors.storage import Stored
+from headrace.core.errors import DataError, InputChanged
 
 
 @pytest.fixture
@@ -93,3 +98,72 @@ def test_unknown_scheme_and_empty_list() -> None:
         names("gopher://x/y")
     with pytest.raises(DataError, match="empty"):
         names([])
+
+
+class Listed:
+    """Stands for a remote listing: what it holds, how often it was begun, and what was asked of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+        self.there = [Stored(f"s3://b/in/{i:03d}", 1, f'"{i}"', f"{i:03d}") for i in range(count)]
+        self.begun = 0
+        self.asked: list[int] = []
+        self.broken_at: int | None = None
+        monkeypatch.setattr(Listing, "objects", lambda _: self._objects())
+        self.kept = Listing(("s3://b/in",), ()).kept()
+
+    def _objects(self) -> Iterator[Stored]:
+        self.begun += 1
+        for i, o in enumerate(list(self.there)):
+            if i == self.broken_at:
+                raise DataError("the connection is gone")
+            self.asked.append(i)
+            yield o
+
+
+def test_a_kept_listing_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = Listed(monkeypatch, 5)
+    assert listed.kept.first() == listed.there[0]
+    assert listed.asked == [0], "no more is listed than is asked for"
+    one, other = listed.kept.objects(), listed.kept.objects()
+    assert [next(one), next(other), next(other)] == [listed.there[i] for i in (0, 0, 1)]
+    assert [*one] == listed.there[1:]
+    assert [*other] == listed.there[2:]
+    before, listed.there = listed.there, listed.there[:1]
+    assert [*listed.kept.objects()] == before
+    assert listed.begun == 1
+    assert listed.asked == [0, 1, 2, 3, 4]
+
+
+def test_a_kept_listing_that_breaks_begins_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = Listed(monkeypatch, 5)
+    listed.broken_at = 3
+    early = listed.kept.objects()
+    assert [*islice(early, 3)] == listed.there[:3]
+    with pytest.raises(DataError, match="the connection is gone"):
+        list(listed.kept.objects())
+    listed.broken_at = None
+    assert [*early] == listed.there[3:], "who was in the middle goes on"
+    assert [*listed.kept.objects()] == listed.there
+
+
+def test_a_long_listing_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listing_module, "MOST_KEPT", 3)
+    listed = Listed(monkeypatch, 8)
+    slow = listed.kept.objects()
+    assert [*islice(slow, 2)] == listed.there[:2]
+    assert [*listed.kept.objects()] == listed.there
+    assert listed.begun == 1, "the first to go beyond what is kept goes on with the same listing"
+    assert [*listed.kept.objects()] == listed.there
+    assert listed.begun == 2
+    listed.there = listed.there[1:]
+    with pytest.raises(InputChanged):
+        list(slow)
+
+
+def test_a_kept_listing_travels_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = Listed(monkeypatch, 2)
+    assert list(listed.kept.objects()) == listed.there
+    there = pickle.loads(pickle.dumps(listed.kept))
+    assert there == listed.kept
+    assert list(there.objects()) == listed.there
+    assert listed.begun == 2

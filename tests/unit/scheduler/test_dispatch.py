@@ -280,3 +280,14 @@ def test_a_consumer_that_does_not_take_stops_the_work() -> None:
     commands = desk.tell(ConsumerTook(2))
     assert len(of(commands, Deliver)) == 2
     assert desk.running, "what it takes is made again"
+
+
+def test_sources_are_told_what_comes_next_where_they_wait_for_a_network() -> None:
+    for tells, wanted in ((True, (2, 3, 4)), (False, ())):
+        desk = Desk((stage(0, Order.SOURCE, End.SINK),), {CPU_POOL: 2}, limits=Limits(read_next=tells))
+        desk.list_splits(*(split(i) for i in range(6)))
+        first, second = desk.at(0)
+        desk.answer(first, more=True)
+        desk.answer(second, more=True)
+        told = [tuple(s.index for s in step.next) for step in desk.at(0) if isinstance(step, Advance)]
+        assert told == [wanted, wanted]

@@ -36,6 +36,7 @@ class FileSource(ABC):
     name: str = ""
     extensions: ClassVar[tuple[str, ...]] = ()
     compressed: ClassVar[bool] = False
+    reads_to_divide: ClassVar[bool] = False  # does `divide` look into the object?
     file_cost_bytes: ClassVar[int] = packing.FILE_COST_BYTES
 
     def __init__(self, paths: Paths) -> None:
@@ -78,7 +79,15 @@ class FileSource(ABC):
         objects = self._listing.objects()
         if per_input:
             return packing.one_each(objects)
-        return packing.pack(objects, self.divide, file_cost=self.file_cost_bytes)
+        pack = packing.pack_remote if self.reads_to_divide and self.remote and self._listing.paged else packing.pack
+        return pack(objects, self.divide, file_cost=self.file_cost_bytes)
+
+    def snapshot(self) -> Self:
+        """The same source for one action: planning, trying and running list a remote store once, and see the same objects."""
+        out = copy.copy(self)
+        if self.remote:
+            out._listing = self._listing.kept()
+        return out
 
     def project(self, columns: tuple[str, ...]) -> Self:
         names = self._full_schema().names

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any, Self
 
 import pyarrow as pa
 from msgspec.structs import replace
 
-from headrace.connectors import packing, storage
+from headrace.connectors import footers, packing, storage
 from headrace.connectors.blocks import Piece, conform, no_columns, rows_per_block, shareable
 from headrace.connectors.listing import Paths
 from headrace.connectors.parquet_splice import worth_copying
@@ -34,7 +35,8 @@ from headrace.core.tensors import vector_to_numpy
 # buffers at the same speed (memory maps save a little less and count as resident).
 LOCAL_BUFFER_BYTES = 64 << 10
 # On S3 a row group is fetched ahead when its chosen columns fit in this; larger ones are streamed through buffers that
-# share it, each at least a request worth making.
+# share it, each at least a request worth making. The next row group is on its way when half of one is used, so that two of the
+# former kind are held at most.
 S3_AHEAD_BYTES = 32 << 20
 S3_BUFFER_BYTES = 64 << 20
 S3_BUFFER_LEAST_BYTES = 512 << 10
@@ -52,6 +54,7 @@ class ParquetSource(FileSource):
 
     name = "parquet"
     extensions = (".parquet", ".pq", ".parq")
+    reads_to_divide = True
     _left: frozenset[str] = frozenset()  # columns that splits worth copying are read without
 
     def __init__(self, paths: Paths, columns: tuple[str, ...] | list[str] | None = None) -> None:
@@ -155,13 +158,14 @@ class ParquetSource(FileSource):
             wanted = set(range(fragment.start, stop))
             if self._predicate is not None:
                 wanted &= _may_match(reader, file, self._predicate)
+            following = dict(pairwise(sorted(wanted)))
             rows = sum(file.metadata.row_group(g).num_rows for g in range(fragment.start, stop))
             limits = shareable(limits, rows * limits.inputs)
             first_row = sum(file.metadata.row_group(g).num_rows for g in range(fragment.start))
             for g in range(fragment.start, stop):
                 rows = file.metadata.row_group(g).num_rows
                 if rows and g in wanted:
-                    yield from self._group_pieces(reader, file, g, first_row, schema, limits, on_bad)
+                    yield from self._group_pieces(reader, file, g, first_row, schema, limits, on_bad, following.get(g))
                 first_row += rows
             reader.check()
 
@@ -174,7 +178,9 @@ class ParquetSource(FileSource):
         schema: pa.Schema,
         limits: BlockLimits,
         on_bad: OnBad | None,
+        following: int | None = None,
     ) -> Iterator[Piece]:
+        """The rows of row group `g`, whose first is number `row` of the file. following: the row group to be read after it."""
         where = (("file", reader.uri), ("row group", str(g)))
         read_schema = self._read_columns(schema)
         metadata = file.metadata.row_group(g)
@@ -195,6 +201,9 @@ class ParquetSource(FileSource):
                 return
             origin = Origin((Segment(reader.uri, row + done, batch.num_rows),))
             done += batch.num_rows
+            if following is not None and 2 * done >= metadata.num_rows:
+                _announce(reader, file, g, following, read_schema)
+                following = None
             for part, of in self._conformed(batch, origin, read_schema, where, on_bad):
                 yield Piece(part.select(schema.names), of, row_bytes, limits.max_rows)
 
@@ -211,16 +220,15 @@ class ParquetSource(FileSource):
     ) -> tuple[Iterator[pa.RecordBatch], float]:
         """(the row group's batches, estimated bytes of a row)."""
         metadata = file.metadata.row_group(g)
-        there = frozenset(file.schema_arrow.names)
-        present = [n for n in schema.names if n in there]
+        present = _present(file, schema)
         if reader.whole and metadata.num_rows < PROBE_FROM_ROWS and metadata.total_byte_size <= TINY_BYTES:
             row_bytes = metadata.total_byte_size / metadata.num_rows
         else:
             leaves = _leaves(metadata, set(present))
-            row_bytes = _row_bytes(file, g, metadata, leaves, present, schema, where)
-            ranges = [_chunk_range(metadata.column(i)) for i in leaves]
-            if sum(b - a for a, b in ranges) <= S3_AHEAD_BYTES:
+            ranges, size = _ranges(metadata, leaves)
+            if size <= S3_AHEAD_BYTES:
                 reader.prefetch(ranges)
+            row_bytes = _row_bytes(file, g, metadata, leaves, present, schema, where)
         rows = rows_per_block(row_bytes, limits)
         with _explained(where):
             return file.iter_batches(batch_size=rows, row_groups=[g], columns=present, use_threads=False), row_bytes
@@ -303,18 +311,41 @@ def _opened(uri: str, size: int, version: str, columns: int = 1) -> Iterator[tup
 
     reader = storage.open_reader(uri, size, version)
     try:
-        if reader.whole:
-            buffer = 0
-        elif storage.is_remote(uri):
-            buffer = min(storage.REQUEST_BYTES, max(S3_BUFFER_LEAST_BYTES, S3_BUFFER_BYTES // max(1, columns)))
-        else:
-            buffer = LOCAL_BUFFER_BYTES
         native = reader.native()
         with _explained((("file", uri),), "this is not a readable Parquet file"):
-            file = pq.ParquetFile(native, pre_buffer=False, buffer_size=buffer)
+            metadata, buffer = None, 0
+            if not reader.whole and storage.is_remote(uri):
+                metadata = _remote_metadata(native, uri, size, version)
+                buffer = _remote_buffer_bytes(metadata, columns)
+            elif not reader.whole:
+                buffer = LOCAL_BUFFER_BYTES
+            file = pq.ParquetFile(native, metadata=metadata, pre_buffer=False, buffer_size=buffer)
         yield reader, file
     finally:
         reader.close()
+
+
+def _remote_metadata(native: pa.NativeFile, uri: str, size: int, version: str) -> Any:
+    """What this process knows of the file, or reads now."""
+    import pyarrow.parquet as pq
+
+    footer = footers.remembered.find(uri, version)
+    if footer is not None:
+        return pq.read_metadata(pa.BufferReader(footer))
+    metadata = pq.read_metadata(native)
+    native.seek(size - 8)
+    length = int.from_bytes(native.read(4), "little") + 8
+    if length <= storage.FOOTER_BYTES:  # the reader holds that much
+        native.seek(size - length)
+        footers.remembered.keep(uri, version, bytes(native.read(length)))
+    return metadata
+
+
+def _remote_buffer_bytes(metadata: Any, columns: int) -> int:
+    """Of the stream that a column chunk is read through, when so many columns are read."""
+    if all(metadata.row_group(g).total_byte_size <= S3_AHEAD_BYTES for g in range(metadata.num_row_groups)):
+        return S3_BUFFER_LEAST_BYTES  # it comes from what was fetched ahead: small buffers stay in the cores' caches
+    return min(storage.REQUEST_BYTES, max(S3_BUFFER_LEAST_BYTES, S3_BUFFER_BYTES // max(1, columns)))
 
 
 @contextmanager
@@ -340,6 +371,29 @@ def _leaves(group: Any, names: set[str]) -> list[int]:
         if path in names or path.split(".", 1)[0] in names or any(path.startswith(f"{n}.") for n in names if "." in n):
             out.append(i)
     return out
+
+
+def _present(file: Any, schema: pa.Schema) -> list[str]:
+    """Those of the schema's columns that the file has."""
+    there = frozenset(file.schema_arrow.names)
+    return [n for n in schema.names if n in there]
+
+
+def _ranges(group: Any, leaves: list[int]) -> tuple[list[tuple[int, int]], int]:
+    """(where the chunks of these leaf columns are, their bytes)."""
+    ranges = [_chunk_range(group.column(i)) for i in leaves]
+    return ranges, sum(stop - start for start, stop in ranges)
+
+
+def _announce(reader: Reader, file: Any, g: int, following: int, schema: pa.Schema) -> None:
+    """Row group `following` is on its way while the rest of `g` is used, if both fit in what a reader may buffer."""
+    if not storage.is_remote(reader.uri):
+        return
+    names = set(_present(file, schema))
+    groups = [file.metadata.row_group(i) for i in (g, following)]
+    (_, held), (ranges, size) = (_ranges(group, _leaves(group, names)) for group in groups)
+    if size <= S3_AHEAD_BYTES and min(held, S3_AHEAD_BYTES) + size <= S3_BUFFER_BYTES:
+        reader.announce(ranges)
 
 
 def _chunk_range(chunk: Any) -> tuple[int, int]:
@@ -407,9 +461,10 @@ def _may_match(reader: Reader, file: Any, predicate: Any) -> set[int]:
     every = set(range(file.num_row_groups))
     if len(every) < 2 and not any(_has_statistics(file, g) for g in every):
         return every
+    footer = footers.remembered.find(reader.uri, reader.version)
     again = storage.open_reader(reader.uri, reader.size, "")
     try:
-        fragment = ds.ParquetFileFormat().make_fragment(again.native())
+        fragment = ds.ParquetFileFormat().make_fragment(again.native() if footer is None else pa.BufferReader(footer))
         kept = fragment.subset(filter=predicate, schema=fragment.physical_schema).row_groups
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError):
         return every  # the filter itself will be applied, and explain, row by row
