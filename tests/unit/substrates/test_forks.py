@@ -251,7 +251,8 @@ def test_few_workers_need_no_server_after_all() -> None:
     substrate.start(None, [WorkerSpec(0, "cuda", "cuda:0")])
     try:
         assert psutil.Process(substrate.pids[0]).ppid() == os.getpid()
-        assert len(psutil.Process().children()) == 1
+        assert server is not None
+        assert not server.serves(environment()), "it is closed"
     finally:
         substrate.stop()
 

@@ -118,10 +118,14 @@ def _run(body: Any, store: ArenaStore, step: Step) -> Any:
 
 
 class _Channel:
-    """The worker's end of the control socket, and what it does while no step is at hand."""
+    """The worker's end of the control socket, and what it does while no step is at hand.
+
+    A child that user code forked and that came back to our code ends when it would use it: what it took, its parent would miss.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        self._pid = os.getpid()
         self._reader = wire.FrameReader()
         self._inbox: deque[Any] = deque()
         self._fds: deque[int] = deque()
@@ -201,6 +205,8 @@ class _Channel:
             self._receive(block=False)
 
     def _receive(self, *, block: bool) -> bool:
+        if os.getpid() != self._pid:
+            os._exit(1)
         data = wire.receive(self._sock, self._fds, block=block)
         for message in self._reader.feed(data):
             self._take(message)

@@ -54,6 +54,7 @@ class ArenaStore:
         self.crumb = crumb
         self._worker = worker
         self._own_fd = fd
+        self._pid = os.getpid()
         self._allocator = Allocator(size, lambda start, stop: punch(fd, start, stop))
         self._write_map: Mapping | None = None
         self._fds: dict[int, int] = {}  # arenas that were announced and not mapped yet
@@ -72,6 +73,8 @@ class ArenaStore:
     # -- what the body sees
 
     def put(self, batch: pa.RecordBatch) -> PartRef:
+        if os.getpid() != self._pid:  # a child that user code forked has come back: the arena is its parent's
+            os._exit(1)
         length = encoded_bytes(batch)
         if not self._allocator.fits_warm(length):
             self._drain()
