@@ -190,17 +190,17 @@ def _write(written: Plan, sink: Sink, schema: pa.Schema | None, parsed: RunOptio
     if store is None:
         return _run_unlogged(written, parsed, at_end)
     with contextlib.ExitStack() as prepared:
-        server = _fork_server(written, parsed)
+        server = _fork_server(written, sink, parsed)
         if server is not None:
             prepared.callback(server.close)
         return _write_logged(written, sink, store, schema, parsed, at_end, server)
 
 
-def _fork_server(plan: Plan, options: RunOptions) -> ForkServer | None:
+def _fork_server(plan: Plan, sink: Sink, options: RunOptions) -> ForkServer | None:
     """Worker processes may well be wanted: what they import is imported while the run is prepared, on another core."""
     cores = usable_cores()
     workers = options.cpus or cores
-    if not may_want_processes(options.engine, plan.read.source, workers):
+    if not may_want_processes(options.engine, plan.read.source, sink, workers):
         return None
     from headrace.substrates.processes.forks import ForkServer, imported
 

@@ -19,6 +19,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from headrace.connectors.storage import is_remote
+from headrace.contracts.sink import Sink
 from headrace.contracts.source import Source
 from headrace.core.errors import DataError, PlanError
 from headrace.core.options import Engine
@@ -99,17 +100,17 @@ def asked_engine(asked: Engine, program: Program, timeout: float | None = None) 
     return None if asked == "auto" else Choice(asked, "asked for")
 
 
-def may_want_processes(asked: Engine, source: Source, cores: int) -> bool:
+def may_want_processes(asked: Engine, source: Source, sink: Sink, cores: int) -> bool:
     """Is it likely enough that what they need is worth preparing before the choice is made? Lists no more than tells."""
     if sys.platform != "linux" or cores < 2 or asked not in ("auto", "processes"):
         return False
     if asked == "processes":
         return True
     size = overhead_s = 0.0
-    for split in source.splits(per_input=True):  # whole: nothing is read to divide it
+    for split in source.splits(per_input=sink.per_input or source.remote):  # far away nothing is read to divide it
         size += split.bytes
         overhead_s += SPLIT_S + len(split.fragments) * FRAGMENT_S
-        if size > SMALL_BYTES or overhead_s > SMALL_S:
+        if size > SMALL_BYTES or overhead_s >= WORTH_S:
             return True
     return False
 
