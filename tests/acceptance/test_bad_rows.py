@@ -232,10 +232,10 @@ def forking(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def test_a_forked_child_that_comes_back_answers_nothing(data: Path, tmp_path: Path, quiet: Options) -> None:
+def test_a_forked_child_that_comes_back_answers_nothing(data: Path, tmp_path: Path) -> None:
     """Nor does it take what its parent is sent."""
     for name in ("a", "b", "c"):
-        run = hr.read_parquet(data).map(forking).write_parquet(tmp_path / name, **{**quiet, "engine": "processes"})
+        run = hr.read_parquet(data).map(forking).write_parquet(tmp_path / name, engine="processes", cpus=2, progress="quiet")
         assert run.rows == 200
         assert read_back(tmp_path / name)["id"].to_pylist() == list(range(200))
 
