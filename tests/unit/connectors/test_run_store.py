@@ -222,9 +222,8 @@ def test_everything_is_durable_before_it_is_relied_on(store: LocalRunStore, monk
     assert temporary < calls.index("link log/0") < len(calls) - 1 - calls[::-1].index("fsync log")
 
 
-def test_folders_that_somebody_removed_are_made_durable_again(store: LocalRunStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    store.create("a/b/1", b"1")
-    shutil.rmtree(f"{store.root}/a")
+def log_fsyncs(store: LocalRunStore, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Where paths in the store go that are synced from now on."""
     synced: list[str] = []
     fsync = os.fsync
 
@@ -233,6 +232,13 @@ def test_folders_that_somebody_removed_are_made_durable_again(store: LocalRunSto
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", log_fsync)
+    return synced
+
+
+def test_folders_that_somebody_removed_are_made_durable_again(store: LocalRunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.create("a/b/1", b"1")
+    shutil.rmtree(f"{store.root}/a")
+    synced = log_fsyncs(store, monkeypatch)
     store.write("a/b/2", b"2", durable=False)
     assert synced == []
     store.write("a/b/3", b"3")
@@ -242,14 +248,7 @@ def test_folders_that_somebody_removed_are_made_durable_again(store: LocalRunSto
 def test_folders_that_a_run_needs_are_made_durable_with_its_first_object(
     store: LocalRunStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    synced: list[str] = []
-    fsync = os.fsync
-
-    def log_fsync(descriptor: int) -> None:
-        synced.append(os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), store.root))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", log_fsync)
+    synced = log_fsyncs(store, monkeypatch)
     run = "_headrace/run-00000"
     assert store.create(f"{run}/plan.json", b"1", (f"{run}/log", f"{run}/staging", "elsewhere"))
     assert all(os.path.isdir(f"{store.root}/{name}") for name in (f"{run}/log", f"{run}/staging", "elsewhere"))
