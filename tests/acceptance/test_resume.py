@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -351,3 +353,70 @@ def test_the_functions_of_a_finished_run_are_not_called(data: Path, tmp_path: Pa
     os.unlink(marker)
     assert ds.write_parquet(tmp_path / "out", progress="quiet").already_done
     assert not os.path.exists(marker)
+
+
+def test_fresh_goes_past_an_unfinished_fresh_run_whose_input_has_changed(data: Path, tmp_path: Path, quiet: Options) -> None:
+    marker, out = tmp_path / "marker", tmp_path / "out"
+    ds = hr.read_parquet(data).map(breaking_at(marker, 150))
+    marker.touch()
+    with pytest.raises(UserCodeError):
+        ds.write_parquet(out, outputs="per_input", fresh=True, **quiet)
+    marker.unlink()
+    pq.write_table(pq.read_table(data / "f0.parquet").slice(0, 3), data / "f00.parquet")
+    run = ds.write_parquet(out, outputs="per_input", fresh=True, **quiet)
+    assert run.rows == 203
+    assert len(rows_of(out)) == 203
+    assert hr.verify(str(out)).ok
+
+
+def test_fresh_goes_past_a_finished_run_that_was_never_shown(data: Path, tmp_path: Path, quiet: Options) -> None:
+    out = tmp_path / "out"
+    hr.read_parquet(data).write_parquet(out, fresh=True, **quiet)
+    (out / "_headrace" / "run-00000" / "complete").unlink()
+    (data / "f4.parquet").unlink()
+    run = hr.read_parquet(data).write_parquet(out, fresh=True, **quiet)
+    assert run.rows == 160
+    assert [row["id"] for row in rows_of(out)] == list(range(160))
+
+
+@pytest.mark.parametrize("damage", ["garbage", "gap"])
+def test_fresh_goes_past_a_damaged_log(data: Path, tmp_path: Path, quiet: Options, damage: str) -> None:
+    marker, out = tmp_path / "marker", tmp_path / "out"
+    ds = hr.read_parquet(data).map(breaking_at(marker, 150))
+    marker.touch()
+    with pytest.raises(UserCodeError):
+        ds.write_parquet(out, **quiet)
+    marker.unlink()
+    log = out / "_headrace" / "run-00000" / "log"
+    segments = sorted(log.iterdir())
+    if damage == "garbage":
+        segments[-1].write_bytes(b"garbage")
+    else:
+        segments[0].unlink()
+    (out / "_headrace" / "run-00000" / "heartbeat.json").unlink(missing_ok=True)
+    (out / "part-00-000009.parquet").write_bytes((data / "f0.parquet").read_bytes())  # published, and not known any more
+    with pytest.raises(DestinationError, match="run log"):
+        ds.write_parquet(out, **quiet)
+    ds.write_parquet(out, fresh=True, **quiet)
+    assert [row["id"] for row in rows_of(out)] == list(range(200))
+    assert hr.verify(str(out)).ok
+
+
+def test_a_destination_that_is_removed_at_work_can_be_used_again(data: Path, tmp_path: Path, quiet: Options) -> None:
+    marker, out = tmp_path / "marker", tmp_path / "out"
+    place, path = str(out), str(marker)
+
+    def score(row: dict[str, Any]) -> dict[str, Any]:
+        if row["id"] == 150 and os.path.exists(path):
+            shutil.rmtree(place)
+            os.unlink(path)
+        return row
+
+    marker.touch()
+    ds = hr.read_parquet(data).map(score)
+    with contextlib.suppress(HeadraceError):  # a split may be written whole before it is looked for
+        ds.write_parquet(out, **quiet)
+    assert not marker.exists()
+    assert ds.write_parquet(out, **quiet).rows == 200
+    assert [row["id"] for row in rows_of(out)] == list(range(200))
+    assert hr.verify(str(out)).ok

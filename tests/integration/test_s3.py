@@ -262,3 +262,32 @@ def test_an_object_that_may_be_read_but_not_listed(strict: S3Server) -> None:
     strict.faults.once("500", "list-type", times=100)
     (found,) = Listing.of("s3://b/model", ()).objects()
     assert found.size == 5
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+def test_what_the_storage_refuses_is_no_bad_row(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_error: Any
+) -> None:
+    for i in range(4):
+        put(bucket, f"in/{i}.parquet", parquet(table(i * 10, 10)))
+    get = obstore.get
+
+    def expired(store: Any, key: str, **options: Any) -> Any:
+        if key >= "in/2":
+            raise obstore.exceptions.PermissionDeniedError("status 403: <Code>ExpiredToken</Code>")
+        return get(store, key, **options)
+
+    monkeypatch.setattr(obstore, "get", expired)
+    ds = hr.read_parquet(f"s3://{bucket}/in")
+    with pytest.raises(hr.StorageRefused, match="access denied"):
+        ds.write_parquet(tmp_path / "out", engine="inline", progress="quiet", on_error=on_error)
+    assert not (tmp_path / "out" / "_SUCCESS").exists()
+
+
+def test_large_gaps_between_few_bytes_are_not_fetched() -> None:
+    mib = 1 << 20
+    far = [(i * mib, i * mib + 1000) for i in range(100)]
+    assert storage.coalesce(far) == far
+    near = [(i * 60_000, i * 60_000 + 1000) for i in range(100)]
+    assert storage.coalesce(near) == [(0, 99 * 60_000 + 1000)]
+    assert storage.coalesce([(0, mib), (mib + 500_000, 3 * mib)]) == [(0, 3 * mib)]

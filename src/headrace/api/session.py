@@ -20,7 +20,7 @@ from headrace.connectors.storage import is_remote
 from headrace.contracts.accumulator import Accumulator
 from headrace.contracts.observer import Observer
 from headrace.contracts.sink import Sink
-from headrace.core.errors import HeadraceError, InternalError, PlanError
+from headrace.core.errors import HeadraceError, InputChanged, InternalError, PlanError
 from headrace.core.events import RunStarted
 from headrace.core.guards import guard_name
 from headrace.core.options import ActionOptions, RunOptions
@@ -219,15 +219,29 @@ def _write_logged(
     # Before the user's functions are tried: what they change is no part of what they mean.
     meaning = fingerprint(written, settings={"on_error": parsed.on_error, "deterministic": parsed.deterministic})
     laid_out = lay_out(written, parsed, at_end)  # all that can be refused is refused before the destination is touched
-    opened = open_run(
-        store,
-        meaning,
-        fresh=sink.fresh,
-        take_over=parsed.take_over,
-        identity=this_process(),
-        differences=differences,
-        sleep=_Waiting(parsed.progress != "quiet"),
-    )
+
+    def opened_run(anew: str = "") -> OpenedRun:
+        return open_run(
+            store,
+            meaning,
+            fresh=sink.fresh,
+            take_over=parsed.take_over,
+            identity=this_process(),
+            differences=differences,
+            sleep=_Waiting(parsed.progress != "quiet"),
+            anew=anew,
+        )
+
+    opened = opened_run()
+    try:
+        return _run_opened(laid_out, sink, opened, schema, server)
+    except InputChanged:
+        if not sink.fresh or (opened.epoch == 1 and not opened.finished):
+            raise
+    return _run_opened(laid_out, sink, opened_run(anew=opened.run), schema, server)  # its listing is of another day
+
+
+def _run_opened(laid_out: Prepared, sink: Sink, opened: OpenedRun, schema: pa.Schema | None, server: ForkServer | None) -> Run:
     bound = sink.bind(opened.run, opened.epoch, schema)
     if opened.finished:
         return _finished_before(laid_out, bound, opened, schema)

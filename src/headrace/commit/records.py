@@ -144,6 +144,10 @@ def _settled_to_json(r: Settled) -> dict[str, Any]:
 # ---------------------------------------------------------------- reading
 
 
+class DamagedLog(DestinationError):
+    """A run's log does not say what a log can say: nothing can be gone on with."""
+
+
 class _Bad(Exception):
     """What is wrong with a segment."""
 
@@ -168,8 +172,8 @@ def decode(run: str, index: int, data: bytes) -> Segment:
         raise problem.at(*where) from None
 
 
-def corrupt(run: str, index: int, why: str) -> DestinationError:
-    return DestinationError(
+def corrupt(run: str, index: int, why: str) -> DamagedLog:
+    return DamagedLog(
         f"the run log can't be used: {why}",
         where=(("log", log_name(run, index)),),
         hint="has something else written there? fresh=True begins a new run, another path keeps both",

@@ -76,6 +76,8 @@ def disk_error(e: OSError, path: str) -> DestinationError:
     if e.errno in _FULL or "No space left" in str(e) or "quota exceeded" in str(e).lower():
         return DestinationError("the disk is full", where=where, hint="make space and run the same command again")
     hint = "check its permissions" if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ""
+    if e.errno == errno.ENOENT:
+        hint = "was the destination removed? Then the same command begins anew"
     return DestinationError(f"can't write there: {e.strerror or redact(str(e))}", where=where, hint=hint)
 
 
@@ -122,6 +124,7 @@ class LocalRunStore:
     # -- RunStore
 
     def create(self, name: str, data: bytes, folders: Sequence[str] = ()) -> bool:
+        self._check_there(os.path.dirname(name))
         path = self._path(name, make=True)
         needed = [os.path.dirname(self._path(f"{folder}/0", make=True, sync=False)) for folder in folders]
         with self._errors(path):
@@ -280,12 +283,12 @@ class LocalRunStore:
         except OSError as e:
             raise DestinationError(f"can't list the directory: {e.strerror}", where=(("destination", self.root),)) from e
 
-    def remove_all(self, names: Iterable[str]) -> None:
-        """Files, and the folders that they leave empty."""
+    def remove_all(self, names: Iterable[str], below: str = "") -> None:
+        """Files, and the folders below `below` that they leave empty."""
         folders: set[str] = set()
         for name in names:
             self.remove(name)
-            while name := name.rpartition("/")[0]:
+            while (name := name.rpartition("/")[0]) and name != below:
                 folders.add(name)
         for folder in sorted(folders, reverse=True):
             with contextlib.suppress(OSError):
@@ -342,6 +345,15 @@ class LocalRunStore:
                 self._sync_above(where)
         return f"{where}/{base}"
 
+    def _check_there(self, folder: str) -> None:
+        """Raise DestinationError if the folder was there and is gone: what was begun in it can't be gone on with."""
+        where = f"{self.root}/{folder}"
+        if where in self._inside and not os.path.isdir(where):
+            hint = "whatever was written there is gone, too; the same command begins anew"
+            raise DestinationError(
+                "the destination was removed while the run was at work", where=(("folder", where),), hint=hint
+            )
+
     def _forget(self, folder: str) -> None:
         """The folder may be gone, with those below it."""
         below = folder + "/"
@@ -364,7 +376,11 @@ class LocalRunStore:
         """Make the folder's own name durable, and those of the folders that it lies in, up to the root's."""
         at, above = folder, list[str]()
         while at not in self._durable:
-            _sync_folder(os.path.dirname(at))
+            try:
+                _sync_folder(os.path.dirname(at))
+            except PermissionError:
+                if at != self.root:  # what is above it may be another's, and was there before
+                    raise
             above.append(at)
             if at == self.root or at in ("/", ""):
                 break
@@ -449,7 +465,7 @@ _made_folders: set[str] = set()  # staging folders that this process has made
 
 def forget_folders(root: str) -> None:
     """Folders below the root may be gone."""
-    _made_folders.difference_update([made for made in _made_folders if made.startswith(root)])
+    _made_folders.difference_update([made for made in tuple(_made_folders) if made == root or made.startswith(f"{root}/")])
 
 
 def write_whole(path: str, data: Any) -> None:
@@ -717,7 +733,7 @@ class S3RunStore:
         found = storage.requested(self.root, lambda: obstore.list_with_delimiter(self._store(), self._prefix or None))
         return sorted(meta["path"][cut:] for meta in found["objects"])
 
-    def remove_all(self, names: Iterable[str]) -> None:
+    def remove_all(self, names: Iterable[str], below: str = "") -> None:
         self._delete(map(self._key, names))
 
     def size_and_digest(self, name: str) -> tuple[int, str] | None:

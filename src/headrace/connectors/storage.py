@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from headrace.connectors import environment, retries
 from headrace.connectors.redact import redact
-from headrace.core.errors import DataError, HeadraceError, InputChanged, TransientError
+from headrace.core.errors import DataError, HeadraceError, InputChanged, StorageRefused, TransientError
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,6 +35,8 @@ WHOLE_S3_BYTES = 8 << 20
 
 REQUEST_BYTES = 8 << 20  # one ranged GET: large enough that the first-byte time is small beside it
 REQUEST_THREADS = 4  # concurrent GETs of one reader; every worker has a reader of its own
+GAP_BYTES = 1 << 20  # arrives in about 10 ms, in which another request would just have begun to answer
+SMALL_GAP_BYTES = 64 << 10
 FOOTER_BYTES = 256 << 10  # the tail of a file, fetched once: holds the footer of almost every Parquet file
 
 # No request may hang for ever on a connection that is dead. A request carries at most REQUEST_BYTES, so a minute is long.
@@ -229,18 +231,18 @@ def s3_errors(uri: str) -> Iterator[None]:
         raise changed(uri) from e
     except (oe.PermissionDeniedError, oe.UnauthenticatedError) as e:
         hint = "check AWS_PROFILE or AWS_ACCESS_KEY_ID, and the bucket's policy"
-        raise DataError(f"access denied: {_brief(e)}", where=where, hint=hint) from None
+        raise StorageRefused(f"access denied: {_brief(e)}", where=where, hint=hint) from None
     except (oe.BaseError, ConnectionError, TimeoutError) as e:
         # The client has no exception for this; the code is part of S3's protocol.
         if "NoSuchBucket" in str(e):
             raise _no_bucket(uri) from e
         if retries.transient(e):
             raise TransientError(f"storage trouble: {_brief(e)}", where=where) from None
-        raise DataError(f"the storage refused a request: {_brief(e)}", where=where) from None
+        raise StorageRefused(f"the storage refused a request: {_brief(e)}", where=where) from None
 
 
-def _no_bucket(uri: str) -> DataError:
-    return DataError("no such bucket", where=(("file", redact(uri)),), hint="check the bucket's name and region")
+def _no_bucket(uri: str) -> StorageRefused:
+    return StorageRefused("no such bucket", where=(("file", redact(uri)),), hint="check the bucket's name and region")
 
 
 def _brief(error: BaseException) -> str:
@@ -476,8 +478,16 @@ class RangedFile:
             self._threads = None
 
 
-def coalesce(ranges: Sequence[tuple[int, int]], gap: int = 1 << 20) -> list[tuple[int, int]]:
-    """Sorted ranges, joined where the gap costs less than another request (1 MiB arrives in about 10 ms)."""
+def coalesce(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Sorted ranges, joined where the gap costs less than another request; only over small gaps where large ones would come to
+    more bytes than are wanted.
+    """
+    spans = _joined(ranges, GAP_BYTES)
+    wanted = sum(stop - start for start, stop in ranges)
+    return spans if sum(stop - start for start, stop in spans) <= 2 * wanted else _joined(ranges, SMALL_GAP_BYTES)
+
+
+def _joined(ranges: Sequence[tuple[int, int]], gap: int) -> list[tuple[int, int]]:
     out: list[tuple[int, int]] = []
     for start, stop in sorted(ranges):
         if out and start - out[-1][1] <= gap:

@@ -71,6 +71,12 @@ class InputChanged(DataError):
     """An input object changed between planning and reading."""
 
 
+class StorageRefused(DataError):
+    """The storage refuses a request for input: credentials, a policy, a bucket that is not there. No object is to blame for it:
+    it ends the run, whatever `on_error` says.
+    """
+
+
 class StopConditionMet(HeadraceError):
     """A metric met the condition of evaluate(stop_if=...). What was settled until then is kept."""
 

@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -38,7 +39,7 @@ from headrace.commit.names import (
     staging_folder,
 )
 from headrace.commit.protocol import taken_over
-from headrace.commit.records import Claim, Listed, Record, Released, Replaced, Segment, decode, encode
+from headrace.commit.records import Claim, DamagedLog, Listed, Record, Released, Replaced, Segment, corrupt, decode, encode
 from headrace.commit.state import LogState
 from headrace.connectors.name_set import NameSet
 from headrace.connectors.sinks.manifest import value_in
@@ -71,9 +72,15 @@ class Identity(Struct, frozen=True):
 
 def this_process() -> Identity:
     """A new identity for a driver in this process."""
+    return Identity(_host(), os.getpid(), _start_of(os.getpid()), secrets.token_hex(8))
+
+
+@lru_cache(maxsize=1)
+def _start_of(pid: int) -> float:
+    """When this process began, whose number is that: a forked one has another."""
     import psutil
 
-    return Identity(_host(), os.getpid(), psutil.Process().create_time(), secrets.token_hex(8))
+    return psutil.Process(pid).create_time()
 
 
 def _host() -> str:
@@ -132,16 +139,17 @@ def open_run(
     sleep: Callable[[float], None] = time.sleep,
     now: Callable[[], float] = time.time,
     alive: Callable[[int, float], bool] = process_alive,
+    anew: str = "",
 ) -> OpenedRun:
     """Begin a run with this plan, go on with the one that is there, or say that it is finished.
 
     plan: JSON-able, what the output depends on. differences(old, new): lines for people, none when both mean the same.
-    alive(pid, started): of a process on this machine.
+    alive(pid, started): of a process on this machine. anew: a run that is not to be gone on with, though `fresh` would.
 
     Raises DestinationError when the destination holds splits of another run (and not `fresh`), when another driver is at work
-    (and not `take_over`), or when the log is damaged.
+    (and not `take_over`), or when the log is damaged or files that it names are gone (and not `fresh`).
     """
-    opening = _Opening(store, json.loads(json.dumps(plan)), fresh, take_over, identity, differences, sleep, now, alive)
+    opening = _Opening(store, json.loads(json.dumps(plan)), fresh, take_over, identity, differences, sleep, now, alive, anew)
     for _ in range(ROUNDS):
         opened = opening.attempt()
         if opened is not None:
@@ -172,15 +180,22 @@ class _Opening(Struct, frozen=True):
     sleep: Callable[[float], None]
     now: Callable[[], float]
     alive: Callable[[int, float], bool]
+    anew: str
 
     def attempt(self) -> OpenedRun | None:
         """None: things have changed, by this driver or by another; look again."""
-        run = self._patiently(self._latest)
+        newest, run = self._patiently(self._latest)
         if run is None:
-            self._begin_first()
+            self._begin_first(newest + 1)
             return None
         header = self._header(run)
-        state = self._patiently(lambda: replay(self.store, run))
+        try:
+            state = self._patiently(lambda: replay(self.store, run))
+        except DamagedLog:
+            if not self.fresh:
+                raise
+            self._leave_behind(run)
+            return None
         differing = self.differences(header.plan, self.plan)
         # What is visible stays until the new output is complete; names of per-input outputs are taken until then, too.
         holds = header.holds or len(state.settled) > 0
@@ -189,12 +204,16 @@ class _Opening(Struct, frozen=True):
             return None
         if state.finished is not None:
             return self._finished(run, header, state, differing)
-        goes_on = not differing and (not self.fresh or header.fresh)
+        goes_on = not differing and (not self.fresh or header.fresh) and run != self.anew
         if not goes_on and not self.fresh and holds:  # else nobody loses anything: the run failed before its first split
             raise self._other(run, "an unfinished run of another plan", differing)
         dead = self._check_owner(run, state)
         if goes_on:
-            return self._go_on(run, header, state, dead)
+            try:
+                return self._go_on(run, header, state, dead)
+            except OutputGone:
+                if not self.fresh:
+                    raise
         successor = run_name(generation_of(run) + 1)
         if self._claim(state, Replaced(successor)):
             self._begin(generation_of(successor), holds=holds, replaces=run)
@@ -202,17 +221,21 @@ class _Opening(Struct, frozen=True):
 
     # ---------------------------------------------------------------- which run
 
-    def _latest(self) -> str | None:
-        """The newest run that has a plan. Walks over all that runs keep, in little memory."""
-        found: set[int] = set()
+    def _latest(self) -> tuple[int, str | None]:
+        """(the newest generation that there is anything of, -1 for none; the newest run that has a plan). Walks over all that
+        runs keep, in little memory.
+        """
+        newest = planned = -1
         for name in self.store.names(PRIVATE):
             parts = name.split("/")
-            if len(parts) == 3 and parts[2] == "plan.json":
-                found.add(generation_of(parts[1]))
-        newest = max(found, default=-1)
-        return run_name(newest) if newest >= 0 else None
+            if len(parts) > 2:
+                newest = max(newest, generation_of(parts[1]))
+                if parts[2:] == ["plan.json"]:
+                    planned = max(planned, generation_of(parts[1]))
+        return newest, run_name(planned) if planned >= 0 else None
 
-    def _begin_first(self) -> None:
+    def _begin_first(self, least: int) -> None:
+        """least: its generation: where a destination was removed, a driver that lived on may have left something."""
         finished = self._read(SUCCESS) is not None or self._read(MANIFEST) is not None
         if finished and not self.fresh:
             raise DestinationError(
@@ -221,7 +244,15 @@ class _Opening(Struct, frozen=True):
                 hint="fresh=True replaces it once the new output is complete; another path keeps both",
             )
         used = self._patiently(lambda: max((output_generation(name) for name in self.store.names("")), default=-1))
-        self._begin(used + 1, holds=finished, replaces="")
+        self._begin(max(used + 1, least), holds=finished, replaces="")
+
+    def _leave_behind(self, run: str) -> None:
+        """Begin the run after one whose log can't be used, unless its driver still beats. What it may have made visible stays
+        until then.
+        """
+        if not self.take_over and self._may_live(run):
+            raise self._at_work((("run", run),))
+        self._begin(generation_of(run) + 1, holds=True, replaces=run)
 
     def _begin(self, generation: int, *, holds: bool, replaces: str) -> None:
         """Two drivers may do this at once: the one who comes first decides, and both look again."""
@@ -256,7 +287,7 @@ class _Opening(Struct, frozen=True):
     def _finished(self, run: str, header: _Header, state: LogState, differing: list[str]) -> OpenedRun | None:
         complete = self._complete(run)
         # A fresh run that had only to be shown: calling it again is no wish for yet another one.
-        unshown = header.fresh and not complete and not differing
+        unshown = header.fresh and not complete and not differing and run != self.anew
         if self.fresh and not unshown:
             self._begin(generation_of(run) + 1, holds=True, replaces=run)
             return None
@@ -291,12 +322,25 @@ class _Opening(Struct, frozen=True):
             living = self._beats(run)
         if living and not self.take_over:
             since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner.at))
-            raise DestinationError(
-                "another driver is at work on this run",
-                where=(("destination", self.store.root), ("driver", f"process {owner.pid} on {owner.host}, since {since}")),
-                hint="wait for it; or take_over=True stops it and goes on from what it has settled",
-            )
+            raise self._at_work((("driver", f"process {owner.pid} on {owner.host}, since {since}"),))
         return not living
+
+    def _at_work(self, where: tuple[tuple[str, str], ...]) -> DestinationError:
+        return DestinationError(
+            "another driver is at work on this run",
+            where=(("destination", self.store.root), *where),
+            hint="wait for it; or take_over=True stops it and goes on from what it has settled",
+        )
+
+    def _may_live(self, run: str) -> bool:
+        """Does the driver of a run, of which only the heartbeat tells?"""
+        try:
+            last = json.loads(self._read(heartbeat_name(run)) or b"")
+            host, who = last["host"], (int(last["pid"]), float(last["started"]))
+        except (ValueError, KeyError, TypeError):
+            return False
+        here = host == self.identity.host and who != (self.identity.pid, self.identity.started)
+        return self.alive(*who) if here else self._beats(run)
 
     def _beats(self, run: str) -> bool:
         """Does the heartbeat change while we watch?"""
@@ -374,7 +418,7 @@ class _Opening(Struct, frozen=True):
             elif file.staged and file.name not in there:
                 missing.add(file.name)
         if missing.count:
-            raise DestinationError(
+            raise OutputGone(
                 f"{missing.count:,} files that the run log names are neither published nor staged",
                 where=(("destination", self.store.root), ("run", run), ("missing", ", ".join(missing.first))),
                 hint="was the destination cleaned up? fresh=True begins a new run, another path keeps what is there",
@@ -393,6 +437,10 @@ class _Opening(Struct, frozen=True):
             except TransientError:
                 self.sleep(1.0)
         return action()
+
+
+class OutputGone(DestinationError):
+    """What a run has settled is not there any more."""
 
 
 class _Missing:
@@ -502,14 +550,14 @@ def read_log(store: RunStore, run: str, start: int) -> Iterator[bytes]:
                 names = [log_name(run, i) for i in range(index, min(index + 16 * READ_AHEAD, known))]
                 for data in pool.map(store.read, names):
                     if data is None:
-                        raise DestinationError("a part of the run log is missing", where=(("log", log_name(run, index)),))
+                        raise corrupt(run, index, "it is missing")
                     yield data
                     index += 1
     while (data := store.read(log_name(run, index))) is not None:
         yield data
         index += 1
     if index < known:
-        raise DestinationError("a part of the run log is missing", where=(("log", log_name(run, index)),))
+        raise corrupt(run, index, "it is missing")
 
 
 # ---------------------------------------------------------------- the listing

@@ -15,7 +15,7 @@ from msgspec import Struct, field
 
 from headrace.contracts.sink import Sink
 from headrace.contracts.source import BadRange
-from headrace.core.errors import DataError, DestinationError, HeadraceError, InputChanged, UserCodeError
+from headrace.core.errors import DataError, DestinationError, HeadraceError, InputChanged, StorageRefused, UserCodeError
 from headrace.core.receipts import OutputFile, Tally
 from headrace.core.redact import redact
 from headrace.worker.batching import Piece
@@ -47,7 +47,7 @@ def blames_rows(exc: BaseException) -> bool:
     if isinstance(exc, KeyboardInterrupt):
         return threading.current_thread() is not threading.main_thread()
     if isinstance(exc, HeadraceError):
-        return isinstance(exc, (DataError, UserCodeError)) and not isinstance(exc, InputChanged)
+        return isinstance(exc, (DataError, UserCodeError)) and not isinstance(exc, InputChanged | StorageRefused)
     return not isinstance(exc, BrokenModel)
 
 

@@ -29,7 +29,7 @@ FILE = "batch-sizes.json"
 VERSION = 1
 MOST_ENTRIES = 1000
 LEAST_S = 2.0  # of batches measured: a shorter search says too little to be kept
-SHORT_MOST = 1024  # rows, of a short search: models of one name may differ in what a row costs
+SHORT_MOST = 4096  # rows, of a short search: models of one name may differ in what a row costs
 
 _LOCK = threading.Lock()
 _known: dict[str, dict[str, int]] = {}  # path -> the sizes

@@ -196,7 +196,11 @@ class WorkerBody:
         try:
             if program.source.remote:
                 blocks, told = program.ahead.take(split, program.limits) or self._begin(split)
-                told.hand_to(_no_bad if bad is None else bad.found.append, self._begin_next)
+                try:
+                    told.hand_to(_no_bad if bad is None else bad.found.append, self._begin_next)
+                except BaseException:
+                    blocks.close()
+                    raise
             elif bad is None:
                 blocks = program.source.open(split, program.limits)
             else:

@@ -395,3 +395,35 @@ def test_whole_writes_survive_short_ones(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
     run_store.write_whole(str(tmp_path / "x"), b"0123456789")
     assert (tmp_path / "x").read_bytes() == b"0123456789"
+
+
+def test_nothing_is_appended_where_the_destination_is_gone(store: LocalRunStore) -> None:
+    assert store.create("_headrace/run-00000/log/0.json", b"0")
+    shutil.rmtree(store.root)
+    with pytest.raises(DestinationError, match="was removed while the run was at work"):
+        store.create("_headrace/run-00000/log/1.json", b"1")
+    assert not os.path.exists(store.root)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
+def test_a_folder_above_that_may_not_be_read(tmp_path: Path) -> None:
+    above = tmp_path / "above"
+    (above / "out").mkdir(parents=True)
+    os.chown(above / "out", 65534, 65534)
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        os.chmod(folder, 0o755)
+    os.chmod(above, 0o711)
+    os.seteuid(65534)
+    try:
+        assert LocalRunStore(str(above / "out")).create("_headrace/plan.json", b"x", ("_headrace/log",))
+    finally:
+        os.seteuid(0)
+
+
+def test_release_leaves_the_staging_folder_to_who_has_taken_over(store: LocalRunStore) -> None:
+    theirs = store.begin("_headrace/run-00000/staging/2-000000-1.csv")
+    mine = store.begin("_headrace/run-00000/staging/1/7-7/000000-1.csv")
+    Path(mine).write_bytes(b"x")
+    LocalRunStore(store.root).remove_all(["_headrace/run-00000/staging/1/7-7/000000-1.csv"], "_headrace/run-00000/staging")
+    Path(theirs).write_bytes(b"y")
+    assert os.listdir(os.path.dirname(theirs)) == ["2-000000-1.csv"]

@@ -468,3 +468,52 @@ def test_who_has_taken_over_is_named_whatever_else_went_wrong() -> None:
     error = successor(first)
     assert error is not None
     assert "taken over" in error.message
+
+
+# ---------------------------------------------------------------- fresh, whatever is there
+
+
+def damaged() -> MemoryRunStore:
+    store = MemoryRunStore()
+    work(store, opened(store), 2)
+    last = max(name for name in store.objects if "/log/" in name)
+    store.objects[last] = b"garbage"
+    return store
+
+
+def test_fresh_begins_the_run_after_one_whose_log_is_damaged() -> None:
+    store = damaged()
+    with pytest.raises(DestinationError, match="can't be used"):
+        opened(store, identity=YOU)
+    run = opened(store, identity=YOU, fresh=True)
+    assert (run.run, run.epoch, run.holds) == ("run-00001", 1, True)
+
+
+def test_not_while_its_driver_is_alive() -> None:
+    store = damaged()
+    with pytest.raises(DestinationError, match="at work"):
+        opened(store, identity=YOU, fresh=True, alive=lambda pid, started: True)
+    assert opened(store, identity=YOU, fresh=True, take_over=True, alive=lambda pid, started: True).run == "run-00001"
+
+
+def test_fresh_begins_anew_where_settled_files_are_gone() -> None:
+    store = MemoryRunStore()
+    work(store, opened(store, fresh=True), 2)
+    del store.objects["part-00-000000.bin"]
+    with pytest.raises(DestinationError, match="neither published nor staged"):
+        opened(store, identity=YOU)
+    assert opened(store, identity=YOU, fresh=True).run == "run-00001"
+
+
+def test_what_is_left_of_a_removed_destination_is_in_nobody_s_way() -> None:
+    store = MemoryRunStore()
+    store.objects["_headrace/run-00004/log/00000000000000000003.json"] = b"by a driver that lived on"
+    assert opened(store).run == "run-00005"
+
+
+@pytest.mark.parametrize("finish", [False, True])
+def test_anew(finish: bool) -> None:
+    store = MemoryRunStore()
+    work(store, opened(store, fresh=True), 2 + 2 * finish, finish=finish)
+    assert opened(store, fresh=True).run == "run-00000"
+    assert opened(store, fresh=True, anew="run-00000").run == "run-00001"

@@ -40,6 +40,7 @@ from headrace.commit.names import (
     complete_name,
     generation_of,
     lineage_name,
+    log_folder,
     log_name,
     quarantine_name,
     run_name,
@@ -353,7 +354,8 @@ class FileSink(ABC):
         numbers = itertools.count()
         for some in _groups(f for f in whole if _waits(f)):
             made = [self._stage_empty(there, f, next(numbers), schema, whole) for f in some]
-            there.sync(made)
+            if there.sync(made):
+                raise DestinationError("empty outputs could not be made durable", where=(("destination", redact(self.path)),))
             there.publish(made, older)
         whole.waits = False
         return whole
@@ -387,9 +389,10 @@ class FileSink(ABC):
         if held:
             older.extend(n for n in names_in(there.chunks(MANIFEST), "files") if _is_output(n))
         for run in self._earlier(given_up=held):
-            state = _replay(there, run)
-            if state is not None:
-                older.extend(f.name for f in state.settled.files if f.kind == "output" and _is_output(f.name))
+            state, whole = _replay(there, run)
+            older.extend(f.name for f in state.settled.files if f.kind == "output" and _is_output(f.name))
+            if not whole:
+                older.extend(name for name in there.top() if (m := _PART.fullmatch(name)) and int(m[1]) == generation_of(run))
         return older
 
     def _earlier(self, *, given_up: bool) -> list[str]:
@@ -408,10 +411,11 @@ class FileSink(ABC):
         first = next(staged, None)
         if first is None:
             return
-        state = _replay(there, self._run)
-        if state is not None:
+        state, whole = _replay(there, self._run)
+        if whole and state.next:
             logged = NameSet(f.staged for f in state.settled.files)
-            there.remove_all(name for name in itertools.chain((first,), staged) if name not in logged)
+            unlogged = (name for name in itertools.chain((first,), staged) if name not in logged)
+            there.remove_all(unlogged, staging_folder(self._run))  # which a driver that has taken over may be about to use
 
     def _let_go(self) -> None:
         if self._scratch:
@@ -613,16 +617,16 @@ def _close_broken(encoder: Encoder) -> None:
         return
 
 
-def _replay(store: LocalRunStore | S3RunStore, run: str) -> LogState | None:
-    """What a run's log amounts to; None for one that is missing or damaged."""
+def _replay(store: LocalRunStore | S3RunStore, run: str) -> tuple[LogState, bool]:
+    """(what a run's log amounts to, as far as it can be read; False where that is not to its end)."""
     state = LogState(run, FileSpool())
     try:
         while (data := store.read(log_name(run, state.next))) is not None:
             state.apply(decode(run, state.next, data))
             state.deltas.clear()
     except DestinationError:
-        return None
-    return state if state.next else None
+        return state, False
+    return state, sum(1 for _ in store.names(log_folder(run))) <= state.next
 
 
 def _is_same(path: str, other: str) -> bool:

@@ -23,7 +23,7 @@ from headrace.connectors.sources.files import FileSource
 from headrace.connectors.sources.unreadable import halves, reported
 from headrace.connectors.storage import Reader, Stored
 from headrace.contracts.source import OnBad
-from headrace.core.errors import DataError, InputChanged, PlanError
+from headrace.core.errors import DataError, InputChanged, PlanError, StorageRefused
 from headrace.core.expressions import columns_of, passing
 from headrace.core.options import BlockLimits
 from headrace.core.origins import chosen
@@ -117,7 +117,7 @@ class ParquetSource(FileSource):
             with _opened(o.uri, o.size, o.version) as (_, file):
                 metadata = file.metadata
                 groups = [(metadata.row_group(g).num_rows, _stored(metadata.row_group(g))) for g in range(file.num_row_groups)]
-        except InputChanged:
+        except (InputChanged, StorageRefused):
             raise
         except DataError:  # whoever reads it will say so, or set it aside
             return [packing.whole(o)]
@@ -380,9 +380,9 @@ def _present(file: Any, schema: pa.Schema) -> list[str]:
 
 
 def _ranges(group: Any, leaves: list[int]) -> tuple[list[tuple[int, int]], int]:
-    """(where the chunks of these leaf columns are, their bytes)."""
+    """(where the chunks of these leaf columns are; the bytes that come with them, those of small gaps too)."""
     ranges = [_chunk_range(group.column(i)) for i in leaves]
-    return ranges, sum(stop - start for start, stop in ranges)
+    return ranges, sum(stop - start for start, stop in storage.coalesce(ranges))
 
 
 def _announce(reader: Reader, file: Any, g: int, following: int, schema: pa.Schema) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from headrace.contracts.source import BadRange, OnBad
-from headrace.core.errors import DataError, InputChanged
+from headrace.core.errors import DataError, InputChanged, StorageRefused
 
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ class Mismatch(DataError):
     """An object lacks a column that was promised: no row is to blame."""
 
 
-_NOT_BAD = (InputChanged, Mismatch)
+_NOT_BAD = (InputChanged, Mismatch, StorageRefused)
 
 
 def is_bad(error: DataError) -> bool:
