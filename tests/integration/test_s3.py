@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -291,3 +292,38 @@ def test_large_gaps_between_few_bytes_are_not_fetched() -> None:
     near = [(i * 60_000, i * 60_000 + 1000) for i in range(100)]
     assert storage.coalesce(near) == [(0, 99 * 60_000 + 1000)]
     assert storage.coalesce([(0, mib), (mib + 500_000, 3 * mib)]) == [(0, 3 * mib)]
+
+
+def test_small_objects_of_a_split_are_fetched_side_by_side(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(40):
+        put(bucket, f"in/{i:02d}.parquet", parquet(table(i * 10, 10)))
+    get, lock, gate = obstore.get, threading.Lock(), threading.Event()
+    asked: list[str] = []
+
+    def slow(store: Any, key: str, **options: Any) -> Any:
+        with lock:
+            asked.append(key)
+            if len(asked) >= 10:
+                gate.set()
+        assert gate.wait(20), "one after the other"
+        return get(store, key, **options)
+
+    source = ParquetSource(f"s3://{bucket}/in")
+    source.schema()
+    monkeypatch.setattr(obstore, "get", slow)
+    got = read_all(source)
+    assert got["id"].to_pylist() == list(range(400))
+    assert sorted(asked) == [f"in/{i:02d}.parquet" for i in range(40)], "each once"
+    assert not storage._coming
+
+
+def test_what_was_fetched_ahead_and_not_wanted_is_let_go(bucket: str) -> None:
+    for i in range(40):
+        put(bucket, f"in/{i:02d}.parquet", parquet(table(i * 10, 10)))
+    source = ParquetSource(f"s3://{bucket}/in")
+    (split,) = list(source.splits(per_input=False))[:1]
+    blocks = source.open(split, BlockLimits(target_bytes=1))
+    next(blocks)
+    blocks.close()
+    assert not storage._coming
+    assert not [t for t in threading.enumerate() if t.name.startswith("headrace-get")]

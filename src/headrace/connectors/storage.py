@@ -9,7 +9,8 @@ A uri is an absolute local path or "s3://bucket/key".
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -34,6 +35,7 @@ WHOLE_LOCAL_BYTES = 1 << 20
 WHOLE_S3_BYTES = 8 << 20
 
 REQUEST_BYTES = 8 << 20  # one ranged GET: large enough that the first-byte time is small beside it
+OBJECTS_AHEAD = 16  # small objects of a split on their way at once: the first byte of each takes 30-100 ms
 REQUEST_THREADS = 4  # concurrent GETs of one reader; every worker has a reader of its own
 GAP_BYTES = 1 << 20  # arrives in about 10 ms, in which another request would just have begun to answer
 SMALL_GAP_BYTES = 64 << 10
@@ -331,7 +333,8 @@ class _S3Reader:
 
     def native(self, ahead_bytes: int = 0) -> pa.NativeFile:
         if self.whole:
-            return pa.BufferReader(_fetch(self.uri, self.version, None))
+            coming = _coming.pop((self.uri, self.version), None)
+            return pa.BufferReader(_fetch(self.uri, self.version, None) if coming is None else coming.result())
         self._file = RangedFile(self.uri, self.size, self.version, ahead_bytes)
         return pa.PythonFile(self._file, "r")
 
@@ -377,6 +380,48 @@ def _fetch(uri: str, version: str, span: tuple[int, int] | None) -> pa.Buffer:
         return pa.py_buffer(got.buffer())
 
     return requested(uri, get)
+
+
+_coming: dict[tuple[str, str], Future[pa.Buffer]] = {}  # (uri, version) -> a whole object, for the one who opens it next
+
+
+class FetchAhead:
+    """Small remote objects that are to be opened one after the other: the next ones are on their way, some at a time, and no
+    more than `most_bytes` of them. Large ones come by ranges, which their readers ask for.
+    """
+
+    def __init__(self, objects: Iterable[Stored], most_bytes: int) -> None:
+        self._left = deque(o for o in objects if o.size <= WHOLE_S3_BYTES)
+        self._most_bytes = most_bytes
+        self._asked: deque[tuple[Stored, Future[pa.Buffer]]] = deque()
+        self._threads: ThreadPoolExecutor | None = None
+
+    def go_on(self) -> None:
+        """Ask for as many as may be on their way, now that those before have been opened."""
+        self._asked = deque((o, coming) for o, coming in self._asked if _coming.get((o.uri, o.version)) is coming)
+        size = sum(o.size for o, _ in self._asked)
+        while (
+            self._left
+            and len(self._asked) < OBJECTS_AHEAD
+            and (not self._asked or size + self._left[0].size <= self._most_bytes)
+        ):
+            if self._threads is None:
+                from concurrent.futures import ThreadPoolExecutor
+
+                self._threads = ThreadPoolExecutor(OBJECTS_AHEAD, thread_name_prefix="headrace-get")
+            o = self._left.popleft()
+            coming = _coming[o.uri, o.version] = self._threads.submit(_fetch, o.uri, o.version, None)
+            self._asked.append((o, coming))
+            size += o.size
+
+    def close(self) -> None:
+        for o, coming in self._asked:
+            if _coming.get((o.uri, o.version)) is coming:
+                _coming.pop((o.uri, o.version), None)
+        self._asked.clear()
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+            self._threads = None
 
 
 class RangedFile:

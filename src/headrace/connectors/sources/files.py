@@ -20,7 +20,7 @@ from headrace.connectors import packing
 from headrace.connectors.blocks import Piece, rechunk
 from headrace.connectors.listing import Listing, Paths
 from headrace.connectors.sources.unreadable import is_bad
-from headrace.connectors.storage import Stored
+from headrace.connectors.storage import FetchAhead, Stored
 from headrace.contracts.source import OnBad
 from headrace.core.errors import DataError, PlanError
 from headrace.core.options import BlockLimits
@@ -108,8 +108,15 @@ class FileSource(ABC):
             yield from rechunk(pieces, limits)
 
     def _split_pieces(self, split: Split, limits: BlockLimits, on_bad: OnBad | None) -> Generator[Piece, None, None]:
-        for fragment in split.fragments:
-            yield from self._pieces(fragment, limits, on_bad)
+        if not self.remote or len(split.fragments) == 1:
+            for fragment in split.fragments:
+                yield from self._pieces(fragment, limits, on_bad)
+            return
+        objects = (Stored(f.uri, f.size_bytes, f.version) for f in split.fragments)
+        with closing(FetchAhead(objects, limits.target_bytes)) as ahead:
+            for fragment in split.fragments:
+                ahead.go_on()
+                yield from self._pieces(fragment, limits, on_bad)
 
     def count(self) -> int | None:
         return None
