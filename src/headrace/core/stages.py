@@ -37,6 +37,8 @@ class Stage(Struct, frozen=True):
     max_workers: at most this many workers open this stage (replicas), None for the whole pool.
     stream: the model works on the rows of several steps at once: they are begun as they come, and answered in any order.
     limit: rows that may pass, for a GLOBAL stage. batch_rows: for a model stage, rows worth gathering for one Apply.
+    cut_rows: a stage that sees a split's rows in sequence gives them on in pieces of exactly so many (the last one: what is
+    left), so that the next stage, whose batches they are, may take its blocks in any order; None: as they come.
     """
 
     id: int
@@ -55,6 +57,7 @@ class Stage(Struct, frozen=True):
     limit: int | None = None
     batch_rows: int = 256
     stream: bool = False
+    cut_rows: int | None = None
 
 
 class Route(Struct, frozen=True):

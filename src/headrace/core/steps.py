@@ -106,7 +106,9 @@ Step = Advance | Apply
 
 
 class OpTime(Struct, frozen=True):
-    """What one operator did in one step. op: index of the plan node; -1 reading, -2 writing."""
+    """What one operator did in one step. op: index of the plan node; -1 reading, -2 writing, -3 cutting batches
+    for the next stage.
+    """
 
     op: int
     wall_s: float

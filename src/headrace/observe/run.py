@@ -37,7 +37,7 @@ from headrace.core.guards import split_guards
 from headrace.core.receipts import OutputFile, Tally
 
 MOST_NOTES = 20  # of what happened on the way, in the report
-OP_NAMES = {-1: "read", -2: "write"}  # where core.steps.OpTime has no plan node to name
+OP_NAMES = {-1: "read", -2: "write", -3: "cut batches"}  # where core.steps.OpTime has no plan node to name
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,7 +390,7 @@ class RunRecorder:
     def _stage_time(self, started: RunStarted, id: int) -> StageTime:
         total = self._stages[id]
         name, pool = started.stages.get(id, (f"stage {id}", self._stage_pool[id]))
-        order = sorted(total.ops, key=lambda op: (op == -2, op))  # reading, the plan's operators, writing
+        order = sorted(total.ops, key=lambda op: (op < -1, op))  # reading, the plan's operators, cutting, writing
         operators = tuple(
             OperatorTime(op, started.ops.get(op) or OP_NAMES.get(op, f"operator {op}"), wall_s, int(rows_in), int(rows_out))
             for op in order

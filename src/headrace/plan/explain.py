@@ -83,6 +83,8 @@ def _stage(stage: Stage, pools: Mapping[str, Sequence[str]]) -> str:
     if stage.max_workers is not None:
         workers = min(workers, stage.max_workers)
     text = f"[{stage.id}] {stage.name}  on {stage.pool} x{workers}, {_ORDERS[stage.order]}"
+    if stage.cut_rows is not None:
+        text += f"; gives whole batches of {stage.cut_rows} rows"
     if stage.columns_in is not None:
         text += f"; gets only {', '.join(stage.columns_in)}"
     if stage.transient:

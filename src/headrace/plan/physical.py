@@ -1,8 +1,13 @@
 """From operators to stages and routes: where the plan is cut, in what order a stage takes its blocks, what travels.
 
 Two routes may come out. `fused`: a split is read, computed and (if no device is needed) written in one stage. `spread`: reading
-apart from computing, so that several workers share one split. A row's way does not change what becomes of it: operators are
-defined on the split's stream of blocks, and cuts between blocks depend on the input alone.
+apart from computing, so that several workers share one split; blocks for a consumer are always read apart. A row's way does not
+change what becomes of it: operators are defined on the split's stream of blocks, and cuts between blocks depend on the input
+alone.
+
+Batches of n rows of the split (map_batches) are cut in sequence where the reader's blocks don't hold whole ones: once rows may
+have been added or dropped. On `fused` the function runs in that sequence, too, since other splits keep the other workers busy.
+On `spread` only the cutting does, and the function takes blocks of whole batches in any order.
 
 Invariant: stage ids grow along every route (the scheduler's "downstream first" is "highest id first").
 """
@@ -52,6 +57,7 @@ class _Cut(Struct):
     limit: int | None = None
     batch_rows: int = MODEL_ROWS
     stream: bool = False
+    cut_rows: int | None = None
     end: End = End.NEXT
 
 
@@ -64,12 +70,11 @@ def make_physical(
     ops = plan.ops
     aligned, multiple = _alignment(ops)
     cutter = _Cutter(ops, aligned, delivers, pool_of)
-    fused, spread = cutter.route(spread=False), cutter.route(spread=True)
+    # rows are delivered in order, so several workers on one split beat one worker on each
+    fused, spread = cutter.route(spread=delivers, cutting=False), cutter.route(spread=True, cutting=True)
     routes = {"fused": fused, "spread": spread}
     if fused == spread:
-        routes = {"fused": fused}
-    elif delivers:  # rows are delivered in order, so several workers on one split beat one worker on each
-        routes = {"spread": spread}
+        routes = {"spread" if delivers else "fused": fused}
     cuts: list[_Cut] = []
     for cut in (c for route in routes.values() for c in route):
         if cut not in cuts:
@@ -121,8 +126,8 @@ class _Cutter:
         self.delivers = delivers
         self.pool_of = pool_of
 
-    def route(self, *, spread: bool) -> list[_Cut]:
-        """The stages of one route, without ids."""
+    def route(self, *, spread: bool, cutting: bool) -> list[_Cut]:
+        """The stages of one route, without ids. spread: reading is apart from computing; cutting: so is that of batches."""
         cuts = [_Cut(0, 0, Order.SOURCE)]
         for i, op in enumerate(self.ops):
             last = cuts[-1]
@@ -135,9 +140,13 @@ class _Cutter:
                 cuts.append(self._model_cut(i, op) if isinstance(op, Predict) else self._capped_cut(i, op))
             elif self._joins(last, op, i, spread):
                 last.stop = i + 1
+            elif self._free(i, i):
+                cuts.append(_Cut(i, i + 1, Order.FREE))
+            elif cutting:
+                self._cut_before(i, cuts)
+                cuts.append(_Cut(i, i + 1, Order.FREE))
             else:
-                order = Order.FREE if self._free(i, i) else Order.SPLIT
-                cuts.append(_Cut(i, i + 1, order))
+                cuts.append(_Cut(i, i + 1, Order.SPLIT))
         return self._finish(cuts, spread)
 
     def _shares(self, last: _Cut, op: Predict, i: int) -> bool:
@@ -178,6 +187,14 @@ class _Cutter:
     def _recuts(self, op: Op) -> bool:
         """May operator `op` answer a block in pieces, which an earlier stage then gives on as blocks of their own?"""
         return isinstance(op, MapRows | Apply) or (isinstance(op, Predict) and not self._alone(op))
+
+    def _cut_before(self, i: int, cuts: list[_Cut]) -> None:
+        """Let the blocks that come to map_batches i hold whole batches: a reader cuts them itself, else a stage does it."""
+        op = self.ops[i]
+        assert isinstance(op, MapBatches)
+        if cuts[-1].order is not Order.SOURCE:
+            cuts.append(_Cut(i, i, Order.SPLIT))
+        cuts[-1].cut_rows = op.batch_rows
 
     def _joins(self, last: _Cut, op: Op, i: int, spread: bool) -> bool:
         """May operator i run in the stage that is being built?"""
@@ -234,7 +251,7 @@ def _stage(id: int, cut: _Cut, plan: Plan, wanted: Sequence[Columns]) -> Stage:
             keep = tuple(sorted(after - {name for op in models for name in op.output}))
     return Stage(
         id=id,
-        name=" > ".join(names) or "pass",
+        name=" > ".join(names) or ("pass" if cut.cut_rows is None else "cut batches"),
         pool=cut.pool,
         order=cut.order,
         end=cut.end,
@@ -247,6 +264,7 @@ def _stage(id: int, cut: _Cut, plan: Plan, wanted: Sequence[Columns]) -> Stage:
         limit=cut.limit,
         batch_rows=cut.batch_rows,
         stream=cut.stream,
+        cut_rows=cut.cut_rows,
     )
 
 

@@ -750,7 +750,7 @@ class Dispatcher:
         for route in self.plan.routes:
             for here, there in zip(route.stages, route.stages[1:], strict=False):
                 stage, following = self.stages[here], self.stages[there]
-                makes = stage.order in (Order.SOURCE, Order.FREE) and not stage.model
+                makes = stage.order is not Order.GLOBAL and not stage.model
                 if makes and following.order is Order.FREE and following.pool == stage.pool:
                     found[here, there] = None
         return tuple((self.stages[here], there) for here, there in sorted(found, reverse=True))

@@ -1,7 +1,7 @@
 """Batch functions and models as operators of a cursor.
 
-Invariants: map_batches' batches are cut from the first row of the cursor on; predict hands a model its input columns
-alone, and carries the others along without touching them.
+Invariants: map_batches' batches are cut from the first row of the cursor on (a cursor of one block is given whole batches);
+predict hands a model its input columns alone, and carries the others along without touching them.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ from headrace.worker.batching import Piece
 from headrace.worker.blocks import BlockOutput
 from headrace.worker.cursor import Clock, Cursor, Progress, read_error
 from headrace.worker.model_step import ModelStep
-from headrace.worker.operators import Counts, Host, make
+from headrace.worker.operators import Counts, CutOp, Host, make
 from headrace.worker.program import Program
 from headrace.worker.readahead import Begun, begin_reading
 from headrace.worker.sink_output import SinkOutput
@@ -167,6 +167,8 @@ class WorkerBody:
         operators = [make(program.ops[i], i, self._host, counts, bad, watch) for i in range(stage.first, stage.stop)]
         if operators:
             operators[-1].joins = not program.deterministic
+        if stage.cut_rows is not None:
+            operators.append(CutOp(stage.cut_rows, program.ops[stage.stop].name, counts))
         feed = self._feed(_split_of(step, stage), bad) if stage.order is Order.SOURCE else None
         return Cursor(
             operators,

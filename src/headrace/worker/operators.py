@@ -22,7 +22,7 @@ from headrace.core.expressions import passing
 from headrace.core.tensors import vector_to_numpy
 from headrace.plan import nodes
 from headrace.worker.bad_rows import BadRows, Lost, RowError, blames_rows, failure_of
-from headrace.worker.batching import Piece, join
+from headrace.worker.batching import Batcher, Piece, join
 from headrace.worker.formats import SharedArrays
 from headrace.worker.refused import Refused
 from headrace.worker.results import make_batch, with_columns
@@ -30,6 +30,7 @@ from headrace.worker.user_code import Functions, explain
 from headrace.worker.watch import NOBODY, Watch
 
 TARGET_BYTES = 16 << 20  # of a block that an operator cuts by itself; as BlockLimits.target_bytes
+CUT = -3  # operator number in OpTime
 _COMPUTING = (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError, pa.ArrowKeyError)
 
 
@@ -300,6 +301,20 @@ class LimitOp(Operator):
         self.counts.taken += taken
         if taken:
             yield piece if taken == rows else piece.slice(0, taken)
+
+
+class CutOp(Operator):
+    """Cuts the batches of the map_batches that the next stage begins with. name: that one's, for messages."""
+
+    def __init__(self, rows: int, name: str, counts: Counts) -> None:
+        super().__init__(CUT, name, counts)
+        self._batcher = Batcher(rows)
+
+    def push(self, piece: Piece) -> Iterator[Piece]:
+        return self._batcher.push(piece)
+
+    def finish(self) -> Iterator[Piece]:
+        return self._batcher.finish()
 
 
 class ApplyOp(BatchOperator):

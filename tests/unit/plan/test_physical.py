@@ -8,6 +8,7 @@ from headrace.core.resources import CPU_POOL
 from headrace.core.stages import End, Order
 from headrace.plan.nodes import (
     Evaluate,
+    FilterExpr,
     FilterRows,
     FlatMap,
     Limit,
@@ -20,7 +21,7 @@ from headrace.plan.nodes import (
     UserFunction,
     Write,
 )
-from headrace.plan.physical import PhysicalPlan, make_physical
+from headrace.plan.physical import ALIGN_MAX_ROWS, PhysicalPlan, make_physical
 
 
 class _Source:
@@ -59,6 +60,11 @@ def shape(physical: PhysicalPlan, route: str) -> list[tuple[int, int, Order, End
     return [(s.first, s.stop, s.order, s.end, s.pool) for s in stages]
 
 
+def cutting(physical: PhysicalPlan) -> dict[int, int]:
+    """Operator whose batches an earlier stage cuts -> their rows."""
+    return {s.stop: s.cut_rows for s in physical.stages if s.cut_rows is not None}
+
+
 def test_a_plan_of_cpu_work_is_one_stage_when_fused() -> None:
     physical = cut(MapBatches(FN), CPU, Evaluate({}))
     assert shape(physical, "fused") == [(0, 3, Order.SOURCE, End.SINK, "cpu")]
@@ -88,7 +94,10 @@ def test_a_device_model_is_a_stage_of_its_own_and_shared_by_routes() -> None:
 
 
 def test_stage_ids_grow_along_every_route() -> None:
-    physical = cut(MapRows(FN), DEVICE, MapBatches(FN), Predict(FN, ("x",), True, ("q",), device="sim:1"), Evaluate({}))
+    model = Predict(FN, ("x",), True, ("q",), device="sim:1")
+    physical = cut(
+        MapRows(FN), DEVICE, MapBatches(FN, batch_rows=20), Limit(9), MapBatches(FN, batch_rows=7), model, Evaluate({})
+    )
     for route in physical.routes:
         assert list(route.stages) == sorted(route.stages)
 
@@ -100,10 +109,62 @@ def test_batches_that_fit_blocks_stay_free_and_set_the_cut() -> None:
 
 
 @pytest.mark.parametrize("before", [FilterRows(FN), FlatMap(FN), MapBatches(FN)])
-def test_batches_after_a_change_of_rows_are_cut_in_sequence(before: object) -> None:
-    physical = cut(before, MapBatches(FN, batch_rows=1000))
+def test_batches_after_a_change_of_rows_are_cut_in_sequence_and_computed_in_any_order(before: object) -> None:
+    physical = cut(before, MapBatches(FN, batch_rows=1000), CPU)
     assert physical.limits.rows_multiple == 1
-    assert [s[2] for s in shape(physical, "spread")] == [Order.SOURCE, Order.FREE, Order.SPLIT]
+    assert shape(physical, "fused") == [(0, 3, Order.SOURCE, End.SINK, "cpu")]
+    assert shape(physical, "spread") == [
+        (0, 0, Order.SOURCE, End.NEXT, "cpu"),
+        (0, 1, Order.FREE, End.NEXT, "cpu"),
+        (1, 1, Order.SPLIT, End.NEXT, "cpu"),
+        (1, 3, Order.FREE, End.NEXT, "cpu"),
+        (3, 3, Order.SPLIT, End.SINK, "cpu"),
+    ]
+    assert cutting(physical) == {1: 1000}
+
+
+def test_each_further_size_of_batches_is_cut_by_itself() -> None:
+    physical = cut(*(MapBatches(FN, batch_rows=n) for n in (100, 64, 64)))
+    assert physical.limits.rows_multiple == 100
+    assert cutting(physical) == {1: 64, 2: 64}
+    assert [s[2] for s in shape(physical, "spread")] == [
+        *(Order.SOURCE, Order.FREE),
+        *(Order.SPLIT, Order.FREE),
+        *(Order.SPLIT, Order.FREE, Order.SPLIT),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "rows"), [((), ALIGN_MAX_ROWS + 1), ((FilterExpr(None, ("x",)),), 64)], ids=["too large to align", "filter"]
+)
+def test_a_reader_cuts_batches_itself(before: tuple[object, ...], rows: int) -> None:
+    physical = cut(*before, MapBatches(FN, batch_rows=rows))
+    at = len(before)
+    assert shape(physical, "spread") == [
+        (0, at, Order.SOURCE, End.NEXT, "cpu"),
+        (at, at + 1, Order.FREE, End.NEXT, "cpu"),
+        (at + 1, at + 1, Order.SPLIT, End.SINK, "cpu"),
+    ]
+    assert cutting(physical) == {at: rows}
+
+
+def test_after_a_model_the_function_runs_in_sequence_when_fused_and_in_any_order_when_spread() -> None:
+    physical = cut(FilterRows(FN), DEVICE, MapBatches(FN, batch_rows=64))
+    assert [s[2] for s in shape(physical, "fused")] == [Order.SOURCE, Order.FREE, Order.SPLIT]
+    assert [s[2] for s in shape(physical, "spread")][2:] == [Order.FREE, Order.SPLIT, Order.FREE, Order.SPLIT]
+    assert sum(s.model for s in physical.stages) == 1
+
+
+def test_a_function_for_few_workers_is_one_stage_on_both_routes() -> None:
+    physical = cut(FilterRows(FN), MapBatches(FN, batch_rows=64, max_workers=2))
+    assert [(s.order, s.cut_rows) for s in physical.stages if s.max_workers] == [(Order.SPLIT, None)]
+    assert cutting(physical) == {}
+
+
+def test_batches_after_a_limit_are_cut_apart_from_it() -> None:
+    physical = cut(MapBatches(FN), Limit(10), MapBatches(FN, batch_rows=64))
+    assert sum(s.order is Order.GLOBAL for s in physical.stages) == 1
+    assert cutting(physical) == {2: 64}
 
 
 def test_a_limit_takes_splits_in_order_and_the_rest_is_free_again() -> None:
@@ -114,6 +175,13 @@ def test_a_limit_takes_splits_in_order_and_the_rest_is_free_again() -> None:
 
 def test_a_limit_at_the_end_writes_by_itself() -> None:
     assert shape(cut(MapBatches(FN), Limit(10)), "fused")[-1] == (1, 2, Order.GLOBAL, End.SINK, "cpu")
+
+
+def test_delivery_cuts_batches_apart_where_splits_are_few() -> None:
+    physical = cut(FilterRows(FN), MapBatches(FN, batch_rows=64), delivers=True)
+    assert [s[2] for s in shape(physical, "fused")] == [Order.SOURCE, Order.FREE, Order.SPLIT]
+    assert [s[2] for s in shape(physical, "spread")] == [Order.SOURCE, Order.FREE, Order.SPLIT, Order.FREE]
+    assert {physical.stages[r.stages[-1]].end for r in physical.routes} == {End.DELIVER}
 
 
 def test_delivery_needs_no_writer_and_spreads() -> None:

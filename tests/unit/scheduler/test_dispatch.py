@@ -160,6 +160,20 @@ def test_a_reader_goes_on_while_the_others_have_too_little_for_as_long_as_it_rea
         assert len(desk.at(0)) == (blocks == ahead)
 
 
+def test_a_sequence_goes_on_before_its_worker_takes_up_what_it_made() -> None:
+    """Only that worker can, and the other lives on what it makes."""
+    stages = (stage(0, Order.SOURCE), stage(1, Order.SPLIT), stage(2, Order.FREE), stage(3, Order.SPLIT, End.SINK))
+    desk = Desk(stages, {CPU_POOL: 2})
+    desk.list_splits(split(0))
+    desk.answer(desk.at(0)[0], blocks=6, finished=True)
+    (cut,) = desk.at(1)
+    desk.answer(cut, blocks=3, more=True)
+    assert sorted(desk.workers_at(2)) == [0, 1]
+    assert desk.scheduler.waiting[2] == 1
+    desk.answer(next(s for s in desk.at(2) if s.worker == cut.worker), blocks=1, finished=True)
+    assert desk.workers_at(1) == [cut.worker]
+
+
 def test_a_worker_reads_one_split_at_a_time() -> None:
     desk = Desk(READ_MODEL_WRITE, {CPU_POOL: 1, DEVICE: 1})
     desk.list_splits(split(0), split(1), split(2))

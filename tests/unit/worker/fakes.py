@@ -158,7 +158,9 @@ class KeepingSink:
 
 
 class Bench:
-    """A worker with a program of one stage over `ops`, and the steps to drive it."""
+    """A worker with a program of one stage over `ops`, and the steps to drive it. cut_rows: the last of them is the next
+    stage's, and gets batches of so many rows.
+    """
 
     def __init__(
         self,
@@ -177,13 +179,20 @@ class Bench:
         on_error: OnError = "fail",
         keep: tuple[str, ...] | None = None,
         store: DictStore | None = None,
+        cut_rows: int | None = None,
     ) -> None:
         ops = tuple(ops)
+        stop = len(ops) - (cut_rows is not None)
         self.store = store or DictStore()
         self.sink = sink
         end = end or (End.NEXT if sink is None or model else End.SINK)
         stage = Stage(
-            0, "stage", "cpu", order, end, 0, len(ops), model=model, columns_in=columns_in, keep=keep, transient=transient
+            *(0, "stage", "cpu", order, end, 0, stop),
+            model=model,
+            columns_in=columns_in,
+            keep=keep,
+            transient=transient,
+            cut_rows=cut_rows,
         )
         program = Program(
             source or BatchSource([]),

@@ -19,7 +19,7 @@ from headrace.core.refs import BlockRef
 from headrace.core.stages import End, Order
 from headrace.core.steps import StepDone, StepFailed
 from headrace.plan import nodes
-from headrace.worker.blocks import read_block
+from headrace.worker.blocks import read_block, read_origin
 
 
 def add_y(batch):
@@ -116,6 +116,28 @@ def test_pieces_keep_their_cuts_on_the_way():
     given = replace(later.block(batch), cuts=block.cuts)
     assert isinstance(later.advance(inputs=(given,), end=True), StepDone)
     assert sizes == [2, 2]
+
+
+def test_batches_for_the_next_stage_are_cut_across_blocks_and_keep_their_places():
+    keep = [nodes.FilterExpr(pc.field("x") != 1, ("x",)), nodes.MapBatches(fn(add_y), batch_rows=4)]
+    bench = Bench(keep, order=Order.SPLIT, cut_rows=4)
+    first = bench.advance(inputs=(bench.block(numbers(8)),))
+    last = bench.advance(inputs=(bench.block(numbers(3, 8), 8),), end=True)
+    assert isinstance(first, StepDone)
+    assert isinstance(last, StepDone)
+    blocks = (*first.outputs, *last.outputs)
+    assert [b.cuts or (b.rows,) for b in first.outputs] == [(4,)], "the rest waits"
+    assert [rows for b in blocks for rows in b.cuts or (b.rows,)] == [4, 4, 2]
+    assert column([bench.batch(b) for b in blocks], "x") == [0, *range(2, 11)]
+    for block in blocks:
+        origin = read_origin(bench.store, block)
+        assert [origin.locate(i) for i in range(block.rows)] == [("a.parquet", x) for x in column([bench.batch(block)], "x")]
+
+
+def test_a_reader_cuts_batches_for_the_next_stage():
+    bench = Bench([nodes.MapBatches(fn(add_y), batch_rows=4)], source=BatchSource([numbers(6), numbers(5, 6)]), cut_rows=4)
+    assert column(bench.run(), "x") == list(range(11))
+    assert bench.pieces == [4, 4, 3]
 
 
 def test_transient_columns_are_a_part_of_their_own():
