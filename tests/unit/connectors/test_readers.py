@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -42,6 +46,73 @@ def test_repeated_wide_values_do_not_swell_a_block(tmp_path: Path) -> None:
     limits = BlockLimits(target_bytes=1 << 20)
     sizes = [b.nbytes for s in source.splits(per_input=False) for b, _ in source.open(s, limits)]
     assert max(sizes) <= 1.1 * limits.target_bytes
+
+
+def block_bytes(path: Path, limits: BlockLimits) -> list[int]:
+    source = ParquetSource(path)
+    return [b.nbytes for s in source.splits(per_input=False) for b, _ in source.open(s, limits)]
+
+
+def lists_of_ones(rows: int) -> pa.Array:
+    return pa.array([np.ones(1000, np.int64)] * rows)
+
+
+def repeated_texts(rows: int) -> pa.Array:
+    return pa.array(["word " * 2000] * rows)
+
+
+@pytest.mark.parametrize("column", [lists_of_ones, repeated_texts])
+@pytest.mark.parametrize("group_rows", [4000, 200])
+def test_repeated_values_do_not_swell_a_block(tmp_path: Path, column: Callable[[int], pa.Array], group_rows: int) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": column(4000)}), path, row_group_size=group_rows)
+    sizes = block_bytes(path, BlockLimits(target_bytes=1 << 20))
+    assert max(sizes) <= 1.1 * (1 << 20)
+    assert len(sizes) < 60, "and they are no smaller than need be"
+
+
+def test_rows_sorted_by_size_do_not_swell_the_last_block(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write(path, x=[b"short"] * 3750 + [random.Random(i).randbytes(20_000) for i in range(250)])
+    source = ParquetSource(path)
+    (split,) = source.splits(per_input=False)
+    blocks = list(source.open(split, BlockLimits(target_bytes=1 << 20)))
+    assert max(batch.nbytes for batch, _ in blocks) <= 1 << 20
+    assert len(blocks) < 30
+    assert [o.segments[0].row for _, o in blocks] == [0, *np.cumsum([b.num_rows for b, _ in blocks])[:-1]]
+    assert pa.Table.from_batches([b for b, _ in blocks]) == pq.read_table(path)
+
+
+def test_large_values_are_not_decoded_for_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow writes a dictionary of the first ones."""
+    path = tmp_path / "a.parquet"
+    write(path, photo=[random.Random(i).randbytes(20_000) for i in range(1000)])
+    begun: list[int] = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def spy(file: pq.ParquetFile, **given: Any) -> Iterator[pa.RecordBatch]:
+        begun.append(given["batch_size"])
+        return iter_batches(file, **given)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
+    sizes = block_bytes(path, BlockLimits(target_bytes=1 << 20))
+    assert begun == [52]
+    assert sorted(sizes)[1] > 0.9 * (1 << 20), "blocks but the last are of the size that was asked for"
+
+
+def test_nested_columns_are_told_apart_from_names_with_dots(tmp_path: Path) -> None:
+    rows = 300
+    table = pa.table(
+        {
+            "a": pa.array([{"b": i, "c": [{"d": str(i)}]} for i in range(rows)]),
+            "a.b": ["dotted"] * rows,
+            "m": pa.array([[("k", i)] for i in range(rows)], pa.map_(pa.string(), pa.int64())),
+            "t": pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((rows, 2, 3), np.uint8)),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    for names in (["a"], ["a.b"], ["m", "a.b"], ["t", "a"]):
+        assert read_all(ParquetSource(tmp_path, names)) == table.select(names)
 
 
 def test_types_that_fit_are_cast(tmp_path: Path) -> None:
