@@ -100,6 +100,37 @@ def test_large_values_are_not_decoded_for_their_size(tmp_path: Path, monkeypatch
     assert sorted(sizes)[1] > 0.9 * (1 << 20), "blocks but the last are of the size that was asked for"
 
 
+def test_small_row_groups_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": range(3000), "y": range(3000)}), path, row_group_size=10)
+    read: list[list[int]] = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def spy(file: pq.ParquetFile, **given: Any) -> Iterator[pa.RecordBatch]:
+        read.append(given["row_groups"])
+        return iter_batches(file, **given)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
+    assert read_all(ParquetSource(path, ["y"]))["y"].to_pylist() == list(range(3000))
+    assert [len(groups) for groups in read] == [102, 102, 96]
+    read.clear()
+    source, _ = ParquetSource(path, ["y"]).prune((pc.field("x") < 25) | (pc.field("x") == 1999))
+    (split,) = source.splits(per_input=False)
+    places = [o.locate(i) for b, o in source.open(split, BlockLimits()) for i in range(b.num_rows)]
+    assert read == [[0, 1, 2], [199]], "groups without a row that passes are not read"
+    assert places == [(str(path), i) for i in (*range(25), 1999)]
+
+
+def test_empty_row_groups_between_others(tmp_path: Path) -> None:
+    schema = pa.schema([("x", pa.int64())])
+    for name, sizes in {"a": [0, 0, 3, 0, 2, 0], "b": [0, 0]}.items():
+        with pq.ParquetWriter(tmp_path / f"{name}.parquet", schema) as writer:
+            for rows in sizes:
+                writer.write_table(pa.table({"x": range(rows)}, schema=schema))
+        assert pq.read_metadata(tmp_path / f"{name}.parquet").num_row_groups == len(sizes)
+    assert read_all(ParquetSource(tmp_path))["x"].to_pylist() == [0, 1, 2, 0, 1]
+
+
 def test_nested_columns_are_told_apart_from_names_with_dots(tmp_path: Path) -> None:
     rows = 300
     table = pa.table(
