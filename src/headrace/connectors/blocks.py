@@ -29,6 +29,7 @@ class Piece(Struct, frozen=True):
     most_rows: int = 1 << 62
 
 
+SURPRISE = 1.5  # rows this many times larger than estimated are measured
 # A split is cut into at least this many blocks, so that several workers can share it whatever its rows cost.
 BLOCKS_PER_SPLIT = 16
 # A split that packs this many inputs is one of many like it: workers take a split each, and blocks need not be that small.
@@ -125,6 +126,26 @@ def measured(batch: pa.RecordBatch, origin: Origin, limits: BlockLimits) -> Piec
     """A piece whose row size is its own Arrow size; a block of its own when its split is to be shared."""
     most = 1 << 62 if limits.inputs >= MANY_INPUTS else max(limits.least_rows, batch.num_rows)
     return Piece(batch, origin, batch.nbytes / max(1, batch.num_rows), most)
+
+
+def sized(piece: Piece, limits: BlockLimits) -> Iterator[Piece]:
+    """The piece, when its rows are about as large as was estimated. Otherwise its rows in pieces of at most target_bytes (or
+    one row), each with the size that its own rows have.
+    """
+    rows, real = piece.batch.num_rows, piece.batch.nbytes
+    if real <= SURPRISE * rows * piece.row_bytes:
+        yield piece
+        return
+    middle = rows // 2
+    parts = [(0, middle), (middle, rows - middle)]
+    batches = [piece.batch.slice(start, n) for start, n in parts]
+    if rows > 1 and sum(b.nbytes for b in batches) > SURPRISE * real:
+        yield piece  # what all rows share (dictionaries, views) counts for each part: it tells nothing of a row
+    elif rows == 1 or real <= limits.target_bytes:
+        yield replace(piece, row_bytes=real / rows)
+    else:
+        for (start, n), batch in zip(parts, batches, strict=True):
+            yield from sized(replace(piece, batch=batch, origin=piece.origin.slice(start, n)), limits)
 
 
 def conform(batch: pa.RecordBatch, schema: pa.Schema, where: tuple[tuple[str, str], ...]) -> pa.RecordBatch:

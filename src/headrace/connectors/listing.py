@@ -1,8 +1,8 @@
 """Listing: what the user wrote (files, directories, globs, lists, s3://) becomes a stream of stored objects.
 
 What must not live here: formats and splits. Invariants: objects come out in a fixed order (entries as written, each sorted by
-path); memory is one directory (local) or one page of keys (S3), whatever the length of the listing; names, which outputs
-are called after, are unique.
+path); memory is one directory (local) or one page of keys (S3), whatever the length of the listing, and 8 bytes an object
+where entries share a folder; names, which outputs are called after, are unique.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, count, islice, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlparse
 
 from headrace.connectors import storage
+from headrace.connectors.name_set import GrowingNames
 from headrace.connectors.redact import redact
 from headrace.connectors.storage import Stored
 from headrace.core.errors import DataError
@@ -89,8 +90,9 @@ class Listing:
 
     def objects(self) -> Iterator[Stored]:
         """All objects. Raises DataError for an entry that is missing or holds nothing to read."""
-        root = _common_root(self.entries)
-        names = _Names(bounded=any(_is_broad(e) for e in self.entries))
+        roots = [_fixed_root(e) for e in self.entries]
+        root = _common_root(roots)
+        names = _Names(in_order=_apart(roots))
         earlier: list[_Matcher] = []
         for entry in self.entries:
             found = False
@@ -256,12 +258,18 @@ def _fixed_root(entry: str) -> str:
     return entry.rstrip("/") if _is_broad(entry) else entry.rpartition("/")[0]
 
 
-def _common_root(entries: Sequence[str]) -> str:
-    roots = [_fixed_root(e).split("/") for e in entries]
+def _common_root(roots: Sequence[str]) -> str:
+    parts = [r.split("/") for r in roots]
     depth = 0
-    while all(len(r) > depth for r in roots) and len({r[depth] for r in roots}) == 1:
+    while all(len(p) > depth for p in parts) and len({p[depth] for p in parts}) == 1:
         depth += 1
-    return "/".join(roots[0][:depth])
+    return "/".join(parts[0][:depth])
+
+
+def _apart(roots: Sequence[str]) -> bool:
+    """Does none of these directories lie in another?"""
+    folders = sorted(r.removeprefix(storage.S3_PREFIX).strip("/") + "/" for r in roots)
+    return not any(below.startswith(above) for above, below in pairwise(folders))
 
 
 def _relative(uri: str, root: str) -> str:
@@ -284,32 +292,44 @@ class _Matcher:
 
 
 class _Names:
-    """Hands out names whose output stems differ. bounded: names arrive sorted, so that only neighbours with the same
-    beginning can clash and older ones are forgotten; an explicit list of files is remembered whole.
+    """Hands out names whose output stems differ. in_order: names that begin alike come one after another, as those of one
+    sorted entry do, so that a stem is forgotten with the last name that begins with it.
     """
 
-    def __init__(self, *, bounded: bool) -> None:
-        self._bounded = bounded
-        self._seen: set[str] = set()
-        self._head = ""
+    def __init__(self, *, in_order: bool) -> None:
+        self._in_order = in_order
+        self._near: list[str] = []  # in order: stems that the last name begins with
+        self._kept = GrowingNames()  # all other stems; in order, those with a number
 
     def unique(self, name: str, repeats: int) -> str:
         if repeats:
             suffix = PurePosixPath(name).suffix
             name = f"{name.removesuffix(suffix)}.again{repeats}{suffix}"
-        if self._bounded and not (self._head and name.startswith(self._head)):
-            self._seen.clear()
-            folder, slash, base = name.rpartition("/")
-            self._head = f"{folder}{slash}{base.partition('.')[0]}."
-        suffix = ""
-        n = 2
-        while (stem := output_stem(name)) in self._seen:
-            suffix = suffix or PurePosixPath(name).suffix or ".x"
-            # a.jpg, a.png -> a, a.png; the same file listed twice -> a, a.jpg, a-2.jpg, ...
-            name = f"{name}{suffix}" if n == 2 else f"{stem}-{n}{suffix}"
-            n += 1
-        self._seen.add(stem)
+        self._near = [stem for stem in self._near if name.startswith(stem)]
+        for n in count(1):
+            offered = _offer(name, n)
+            stem = output_stem(offered)
+            if stem in self._near or stem in self._kept:
+                continue
+            if self._in_order and n < 3:
+                self._near.append(stem)
+            else:
+                self._kept.add(stem)
+            return offered
+        raise AssertionError
+
+
+def _offer(name: str, n: int) -> str:
+    """The n-th of the names that an object may get: a.jpg, a.jpg.jpg, a.jpg-3.jpg, ... Their stems are a, a.jpg, a.jpg-3.
+
+    With a number, the stem begins with the whole name: no name that comes before this one in order has it.
+    """
+    if n == 1:
         return name
+    suffix = _suffix(name) or ".x"
+    if n == 2:
+        return f"{name}{suffix}"
+    return f"{name}-{n}{'.x' if suffix.lower() in COMPRESSED else suffix}"
 
 
 def _walk(top: str, keep: Any) -> Iterator[Stored]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from headrace.connectors.blocks import Piece, rechunk, rows_per_block
+from headrace.connectors.blocks import Piece, rechunk, rows_per_block, sized
 from headrace.connectors.packing import even_ranges, pack, whole
 from headrace.connectors.storage import Stored
 from headrace.core.options import BlockLimits
@@ -35,6 +36,38 @@ def test_rechunk_keeps_rows_order_and_limits(seed: int) -> None:
         assert [origin.locate(r) for r in range(len(values))] == [("u", v) for v in values]
         seen += values
     assert seen == list(range(at))
+
+
+def piece_of(column: pa.Array, row_bytes: float) -> Piece:
+    return Piece(pa.record_batch({"x": column}), Origin((Segment("a", 7, len(column)),)), row_bytes)
+
+
+def test_rows_larger_than_estimated_are_divided_by_their_size() -> None:
+    column = pa.array([b"small"] * 90 + [bytes(1000)] * 10)
+    pieces = list(sized(piece_of(column, 8.0), BlockLimits(target_bytes=4000)))
+    assert max(p.batch.nbytes for p in pieces) <= 4000
+    assert pa.chunked_array([p.batch.column("x") for p in pieces]).to_pylist() == column.to_pylist()
+    assert [p.origin.segments[0].row for p in pieces] == [7, *(7 + np.cumsum([p.batch.num_rows for p in pieces])[:-1])]
+    assert 1000 < max(p.row_bytes for p in pieces) < 1010
+
+
+@pytest.mark.parametrize("row_bytes", [8.0, 40.0])
+def test_rows_about_as_large_as_estimated_stay_together(row_bytes: float) -> None:
+    piece = piece_of(pa.array(range(100)), row_bytes)
+    assert list(sized(piece, BlockLimits(target_bytes=10))) == [piece]
+
+
+@pytest.mark.parametrize("kind", [pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_what_all_rows_share_is_no_reason_to_divide_them(kind: pa.DataType) -> None:
+    texts = pa.array([str(i) * 50 for i in range(100)])
+    column = texts.cast(kind) if pa.types.is_string_view(kind) else texts.dictionary_encode().take(list(range(100)))
+    piece = piece_of(column, 8.0)
+    assert list(sized(piece, BlockLimits(target_bytes=1000))) == [piece]
+
+
+def test_one_row_is_a_piece_whatever_its_size() -> None:
+    (piece,) = sized(piece_of(pa.array([bytes(5000)]), 8.0), BlockLimits(target_bytes=100))
+    assert piece.row_bytes > 5000
 
 
 def test_rows_per_block() -> None:

@@ -7,10 +7,12 @@ import pickle
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from random import Random
 
 import pytest
 
 from headrace.connectors import listing as listing_module
+from headrace.connectors import name_set
 from headrace.connectors.listing import Listing, output_stem
 from headrace.connectors.storage import Stored
 from headrace.core.errors import DataError, InputChanged
@@ -65,6 +67,62 @@ def test_stems_never_clash(tmp_path: Path) -> None:
     stems = [output_stem(n) for n in names(tmp_path)]
     assert len(set(stems)) == 4
     assert "a" in stems
+
+
+def touch(folder: Path, *files: str) -> Path:
+    for name in files:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return folder
+
+
+def test_stems_of_several_globs_never_clash(tmp_path: Path) -> None:
+    folder = touch(tmp_path / "in", "a.jpg", "a.png", "b.jpg", "b.png", "c.png")
+    found = names([f"{folder}/*.jpg", f"{folder}/*.png"])
+    assert [output_stem(n) for n in found] == ["a", "b", "a.png", "b.png", "c"]
+    inside = names([f"{tmp_path}/*/*.jpg", f"{folder}/*.png"])
+    assert [output_stem(n) for n in inside] == ["in/a", "in/b", "in/a.png", "in/b.png", "in/c"]
+
+
+@pytest.mark.parametrize(
+    ("files", "stems"),
+    [
+        (("a", "a-b", "a.csv"), ["a", "a-b", "a.csv"]),
+        (("a-4.csv", "a.csv", "a.csv.bz2", "a.csv.gz"), ["a-4", "a", "a.csv", "a.csv.gz-3"]),
+        (("a.gz", "a.gz-3.csv", "a"), ["a", "a.gz-3", "a.gz-3.csv"]),
+    ],
+)
+def test_stems_of_names_that_are_no_neighbours_never_clash(tmp_path: Path, files: tuple[str, ...], stems: list[str]) -> None:
+    assert [output_stem(n) for n in names(f"{touch(tmp_path, *files)}/*")] == stems
+
+
+def test_stems_of_any_files_never_clash(tmp_path: Path) -> None:
+    random = Random(1)
+    letters = ["a", "b", "-", ".", "-3", ".csv", ".gz", ".jpg"]
+    for case in range(60):
+        folder = tmp_path / str(case)
+        drawn = {"".join(random.choices(letters, k=random.randint(1, 5))) for _ in range(60)}
+        touch(folder / "sub", *(name for name in drawn if not name.startswith(".")))
+        touch(folder, "a.gz", *(name for name in drawn if not name.startswith(".")))
+        for paths in (f"{folder}/*", f"{folder}/**", [f"{folder}/sub/*", f"{folder}/*"], [f"{folder}/*.gz", f"{folder}/*/*"]):
+            stems = [output_stem(n) for n in names(paths)]
+            assert len(set(stems)) == len(stems), paths
+
+
+def test_folders_apart_are_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, *(f"{folder}/{i}.csv" for folder in "ab" for i in range(9)))
+    monkeypatch.setattr(listing_module.GrowingNames, "add", None)
+    assert len(names([tmp_path / "a", tmp_path / "b"])) == 18
+
+
+def test_names_that_grow_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(name_set, "_LOOSE", 4)
+    growing = name_set.GrowingNames()
+    for i in range(100):
+        assert str(i) not in growing
+        growing.add(str(i))
+        assert all(str(n) in growing for n in range(i + 1))
 
 
 def test_lazy(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:

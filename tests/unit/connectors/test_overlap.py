@@ -30,6 +30,19 @@ def test_per_input_output_never_replaces_its_input(tmp_path: Path) -> None:
         assert pq.read_table(tmp_path / "in/a.parquet").num_rows == 10
 
 
+def test_per_input_outputs_of_several_patterns_never_replace_each_other(tmp_path: Path) -> None:
+    for i, name in enumerate(("a.parquet", "a.pq", "b.parquet", "b.pq")):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        pq.write_table(pa.table({"id": [i]}), tmp_path / "in" / name)
+    for _ in range(2):
+        run = hr.read_parquet([tmp_path / "in/*.parquet", tmp_path / "in/*.pq"]).write_parquet(
+            str(tmp_path / "out"), outputs="per_input", fresh=True, progress="quiet", engine="inline"
+        )
+        outputs = {f.name: pq.read_table(f)["id"].to_pylist() for f in (tmp_path / "out").glob("*.parquet")}
+        assert outputs == {"a.parquet": [0], "b.parquet": [2], "a.pq.parquet": [1], "b.pq.parquet": [3]}
+        assert run.rows == 4
+
+
 @pytest.mark.parametrize(("read", "write"), [("in", "in/out"), ("in", "in"), ("in/*.parquet", "in")])
 def test_destination_inside_the_input_is_refused(tmp_path: Path, read: str, write: str) -> None:
     _fill(tmp_path / "in")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -42,6 +46,104 @@ def test_repeated_wide_values_do_not_swell_a_block(tmp_path: Path) -> None:
     limits = BlockLimits(target_bytes=1 << 20)
     sizes = [b.nbytes for s in source.splits(per_input=False) for b, _ in source.open(s, limits)]
     assert max(sizes) <= 1.1 * limits.target_bytes
+
+
+def block_bytes(path: Path, limits: BlockLimits) -> list[int]:
+    source = ParquetSource(path)
+    return [b.nbytes for s in source.splits(per_input=False) for b, _ in source.open(s, limits)]
+
+
+def lists_of_ones(rows: int) -> pa.Array:
+    return pa.array([np.ones(1000, np.int64)] * rows)
+
+
+def repeated_texts(rows: int) -> pa.Array:
+    return pa.array(["word " * 2000] * rows)
+
+
+@pytest.mark.parametrize("column", [lists_of_ones, repeated_texts])
+@pytest.mark.parametrize("group_rows", [4000, 200])
+def test_repeated_values_do_not_swell_a_block(tmp_path: Path, column: Callable[[int], pa.Array], group_rows: int) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": column(4000)}), path, row_group_size=group_rows)
+    sizes = block_bytes(path, BlockLimits(target_bytes=1 << 20))
+    assert max(sizes) <= 1.1 * (1 << 20)
+    assert len(sizes) < 60, "and they are no smaller than need be"
+
+
+def test_rows_sorted_by_size_do_not_swell_the_last_block(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    write(path, x=[b"short"] * 3750 + [random.Random(i).randbytes(20_000) for i in range(250)])
+    source = ParquetSource(path)
+    (split,) = source.splits(per_input=False)
+    blocks = list(source.open(split, BlockLimits(target_bytes=1 << 20)))
+    assert max(batch.nbytes for batch, _ in blocks) <= 1 << 20
+    assert len(blocks) < 30
+    assert [o.segments[0].row for _, o in blocks] == [0, *np.cumsum([b.num_rows for b, _ in blocks])[:-1]]
+    assert pa.Table.from_batches([b for b, _ in blocks]) == pq.read_table(path)
+
+
+def test_large_values_are_not_decoded_for_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pyarrow writes a dictionary of the first ones."""
+    path = tmp_path / "a.parquet"
+    write(path, photo=[random.Random(i).randbytes(20_000) for i in range(1000)])
+    begun: list[int] = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def spy(file: pq.ParquetFile, **given: Any) -> Iterator[pa.RecordBatch]:
+        begun.append(given["batch_size"])
+        return iter_batches(file, **given)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
+    sizes = block_bytes(path, BlockLimits(target_bytes=1 << 20))
+    assert begun == [52]
+    assert sorted(sizes)[1] > 0.9 * (1 << 20), "blocks but the last are of the size that was asked for"
+
+
+def test_small_row_groups_are_read_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": range(3000), "y": range(3000)}), path, row_group_size=10)
+    read: list[list[int]] = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def spy(file: pq.ParquetFile, **given: Any) -> Iterator[pa.RecordBatch]:
+        read.append(given["row_groups"])
+        return iter_batches(file, **given)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
+    assert read_all(ParquetSource(path, ["y"]))["y"].to_pylist() == list(range(3000))
+    assert [len(groups) for groups in read] == [102, 102, 96]
+    read.clear()
+    source, _ = ParquetSource(path, ["y"]).prune((pc.field("x") < 25) | (pc.field("x") == 1999))
+    (split,) = source.splits(per_input=False)
+    places = [o.locate(i) for b, o in source.open(split, BlockLimits()) for i in range(b.num_rows)]
+    assert read == [[0, 1, 2], [199]], "groups without a row that passes are not read"
+    assert places == [(str(path), i) for i in (*range(25), 1999)]
+
+
+def test_empty_row_groups_between_others(tmp_path: Path) -> None:
+    schema = pa.schema([("x", pa.int64())])
+    for name, sizes in {"a": [0, 0, 3, 0, 2, 0], "b": [0, 0]}.items():
+        with pq.ParquetWriter(tmp_path / f"{name}.parquet", schema) as writer:
+            for rows in sizes:
+                writer.write_table(pa.table({"x": range(rows)}, schema=schema))
+        assert pq.read_metadata(tmp_path / f"{name}.parquet").num_row_groups == len(sizes)
+    assert read_all(ParquetSource(tmp_path))["x"].to_pylist() == [0, 1, 2, 0, 1]
+
+
+def test_nested_columns_are_told_apart_from_names_with_dots(tmp_path: Path) -> None:
+    rows = 300
+    table = pa.table(
+        {
+            "a": pa.array([{"b": i, "c": [{"d": str(i)}]} for i in range(rows)]),
+            "a.b": ["dotted"] * rows,
+            "m": pa.array([[("k", i)] for i in range(rows)], pa.map_(pa.string(), pa.int64())),
+            "t": pa.FixedShapeTensorArray.from_numpy_ndarray(np.zeros((rows, 2, 3), np.uint8)),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    for names in (["a"], ["a.b"], ["m", "a.b"], ["t", "a"]):
+        assert read_all(ParquetSource(tmp_path, names)) == table.select(names)
 
 
 def test_types_that_fit_are_cast(tmp_path: Path) -> None:
