@@ -14,6 +14,7 @@ import pytest
 
 import headrace as hr
 from headrace.core.errors import UserCodeError
+from headrace.worker.formats import NumpyReader
 
 QUIET: dict[str, Any] = {"engine": "inline", "progress": "quiet", "fresh": True}
 MAP = pa.map_(pa.string(), pa.int32())
@@ -163,3 +164,10 @@ def test_the_form_of_lists_depends_on_their_own_rows() -> None:
     assert [b["f"].dtype.kind for b in found] == ["O", "i", "i"]
     assert [b["l"][0].dtype.kind for b in found] == ["f", "i", "i"]
     assert [b["l"][0].tolist() for b in found[1:]] == [[2, 3], [4, 5]]
+
+
+def test_lists_of_no_rows() -> None:
+    """Other writers leave their offsets out."""
+    empty = pa.ListArray.from_buffers(pa.list_(pa.int64()), 0, [None, None], children=[pa.array([], pa.int64())])
+    values, _ = NumpyReader().read(pa.record_batch({"l": empty, "f": pa.array([], pa.list_(pa.int64(), 2))}))
+    assert [v.shape for v in values.values()] == [(0,), (0, 2)]

@@ -350,7 +350,7 @@ def _read_only(values: list[Any]) -> np.ndarray:
 
 
 def _own_values(column: pa.Array) -> pa.Array:
-    """The values in these rows of a list column, and in no neighbour's; those under nulls are among them."""
+    """The values in these rows of a list column, of which there is one at least; those under nulls are among them."""
     if pa.types.is_fixed_size_list(column.type):
         size = column.type.list_size
         return column.values.slice(column.offset * size, len(column) * size)
@@ -360,6 +360,8 @@ def _own_values(column: pa.Array) -> pa.Array:
 
 def _lists(column: pa.Array) -> np.ndarray:
     """Lists as read-only arrays: those of numbers as views of the column's memory."""
+    if not len(column):  # it may have no offsets
+        return np.empty(0, dtype=object)
     dtype = numpy_dtype(column.type.value_type)
     if dtype is not None and dtype.kind in "iuf" and not _own_values(column).null_count:
         flat, offsets = vector_to_numpy(_own_values(column)), vector_to_numpy(column.offsets)
@@ -409,7 +411,7 @@ def writable_view(values: Any) -> Any:
 
 
 def to_torch(values: np.ndarray) -> Any:
-    """A tensor over the same memory; not to be written to. Arrays that torch has no type for stay as they are."""
+    """A tensor over the same memory, which is not to be written to: see `torch_inputs`. Arrays without a torch type stay."""
     import torch
 
     if values.dtype.kind not in "biuf" or not values.dtype.isnative:
