@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import headrace as hr
+from headrace.connectors.sinks.csv import CsvSink
+from headrace.connectors.sinks.parquet import ParquetSink
 
 from .conftest import read_back
 
@@ -58,7 +61,7 @@ def test_whole_numbers_that_become_floats_in_a_large_file(tmp_path: Path, quiet:
     assert back["id"].to_pylist() == list(range(100_000))
     first = np.asarray(back["wide"].combine_chunks().storage.values[:50] if back["wide"].num_chunks else [])
     assert np.array_equal(first, np.random.default_rng(0).random((1000, 50))[0])
-    assert not [p for p in (tmp_path / "out").rglob("*") if p.name.endswith(".narrow")]
+    assert not [p for p in (tmp_path / "out").rglob("*") if ".narrow" in p.name]
 
 
 @pytest.mark.parametrize("rows", [1000, 1025, 9000])
@@ -84,3 +87,33 @@ def test_files_that_differ_are_told(tmp_path: Path, quiet: dict[str, Any]) -> No
     assert "'v'" in note
     assert "int64" in note
     assert "string" in note
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv"])
+def test_many_late_columns_write_each_row_twice(
+    tmp_path: Path, quiet: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    for sink in (ParquetSink, CsvSink):
+        original = sink._read_again
+
+        def counted(self: Any, path: str, schema: pa.Schema, original: Any = original) -> Iterator[pa.RecordBatch]:
+            for batch in original(self, path, schema):
+                read.append(batch.num_rows)
+                yield batch
+
+        monkeypatch.setattr(sink, "_read_again", counted)
+
+    def sparse(row: dict[str, Any]) -> dict[str, Any]:
+        key, place = divmod(row["id"], 1024)
+        return {"id": row["id"]} | ({f"k{key}": 1} if place == 7 else {})
+
+    options = {**quiet, "engine": "inline"}
+    getattr(hr.range(20 * 1024).map(sparse), FILES[kind])(str(tmp_path / "out"), **options)
+    assert sum(read) == 20 * 1024
+    back = written(tmp_path / "out", kind)
+    assert [row["id"] for row in back] == list(range(20 * 1024))
+    assert [(k, i) for i, row in enumerate(back) for k in row if k != "id" and row[k]] == [
+        (f"k{k}", k * 1024 + 7) for k in range(20)
+    ]
+    assert not [p for p in (tmp_path / "out").rglob("*") if ".narrow" in p.name]

@@ -132,7 +132,7 @@ class Dataset:
         batch_size: rows per call, cut from the start of each split, the last batch of a split may be shorter; "auto" (or None):
             blocks as they come, at most 1,024 rows.
         batch_format: "numpy" {column: array} (zero-copy, read-only; tensors are (rows, *shape)), "pyarrow" Table,
-            "pandas", "torch".
+            "pandas", "torch" (code that writes to its first batch in place gets copies; where it begins later, the run ends).
         concurrency: at most this many workers run fn at once; None lets the engine decide.
         schema: what it returns, as for `map`.
         The answer: dict of arrays, Arrow table, pandas frame, or an iterator of those.

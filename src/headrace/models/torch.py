@@ -24,7 +24,7 @@ from headrace.contracts.model import Place
 from headrace.core.errors import DataError, PlanError
 from headrace.models.base import Adapter, check_choice, check_columns, refuse_untrusted
 from headrace.models.tensor_columns import makes_tensor
-from headrace.models.torch_device import DevicePath, Pending, is_accelerator, torch_device, torch_threads
+from headrace.models.torch_device import DevicePath, Pending, is_accelerator, keeping, torch_device, torch_threads
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -57,7 +57,8 @@ class Torch(Adapter):
 
     Inputs: columns of numbers, bools, fixed-shape tensors and fixed-size lists. float64 becomes the weights' floating type.
     Outputs: a tensor, a tuple, a dict or a ModelOutput of tensors with a row for each row; bfloat16 becomes float32.
-    The module runs in evaluation mode, under inference_mode. It must not write to its input, which is the block's own memory.
+    The module runs in evaluation mode, under inference_mode. One that writes to its input in place is given copies; one
+    that begins to after a batch that it left as it was ends the run.
     Raises PlanError, before the run, for what can't work.
     """
 
@@ -224,6 +225,7 @@ class TorchModel:
         self._floats = _floating_type(module)
         self._statistics = spec._statistics()
         self._resources = resources
+        self.uploads = self._path.uploads
         resources.callback(self._path.close)
 
     def __call__(self, batch: Any) -> Any:
@@ -234,8 +236,8 @@ class TorchModel:
         import torch
 
         names, tensors = self._tensors(batch)
-        with torch.inference_mode():
-            there = self._path.upload(tensors)
+        there = self._path.upload(tensors)  # outside inference mode, whose tensors do not tell that they were written to
+        with torch.inference_mode(), keeping(there):
             with self._path.compute(), self._precision(), self._repeatable():
                 made = self._run(names, [self._prepared(t) for t in there])
                 form, outputs = self._outputs(made)

@@ -376,6 +376,17 @@ def forget_shared() -> None:
         copies.forget()
 
 
+@contextlib.contextmanager
+def keeping(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """While a model uses what was uploaded for it: should it write to that, models after it do not share it."""
+    versions = [tensor._version for tensor in tensors]
+    try:
+        yield
+    finally:
+        if versions != [tensor._version for tensor in tensors]:
+            forget_shared()
+
+
 # --- the path --------------------------------------------------------------------------------------------------------
 
 
@@ -386,6 +397,11 @@ class DevicePath:
         self.device = torch_device(device)
         self.lanes = lanes_of(device) if lanes is None else lanes
         self._ring = PinnedRing(self.lanes)
+
+    @property
+    def uploads(self) -> bool:
+        """Does `upload` copy?"""
+        return self.lanes.pins or self.device != "cpu"
 
     def upload(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The same values on the device, for use inside `compute()`; on a CPU the very tensors. Returns before they are there.

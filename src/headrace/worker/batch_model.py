@@ -39,7 +39,9 @@ from headrace.worker.formats import Given, NumpyReader, to_format
 from headrace.worker.memory import free_memory, memory_of
 from headrace.worker.model_answers import Answer, ModelRunner, blame, join_columns, name_outputs
 from headrace.worker.operators import Host
+from headrace.worker.refused import BrokenModel
 from headrace.worker.results import call
+from headrace.worker.torch_inputs import TorchReader
 from headrace.worker.tuning import FIXED_ROWS, BatchTuner, is_out_of_memory
 from headrace.worker.user_code import TorchModule
 from headrace.worker.watch import NOBODY, Watch
@@ -64,6 +66,7 @@ class BatchRunner(ModelRunner):
             self._format = cast(BatchFormat, op.model.target.batch_format)
         self._shared = host.shared if op.group is not None and self._format in ("numpy", "torch") else None
         self._reader = NumpyReader(self._shared)
+        self._tensors = TorchReader(self._reader, uploads=getattr(model, "uploads", False))
         self._deterministic = host.deterministic
         self._ahead = callable(getattr(model, "submit", None)) and callable(getattr(model, "collect", None))
         self._device = host.functions.device
@@ -265,7 +268,7 @@ class BatchRunner(ModelRunner):
         began = time.perf_counter()
         argument, given = self._argument(piece)
         try:
-            result, shared = call(self._model, (argument, *self._op.model.args), self._op.model.kwargs)
+            result, shared = self._call(argument, given)
             made = name_outputs(self._op, result, rows, given, shared)
         except RowError as exc:
             failed = self._failed(exc, piece, watch)
@@ -277,11 +280,21 @@ class BatchRunner(ModelRunner):
 
     def _argument(self, piece: Piece) -> tuple[Any, Given]:
         """What the model is called with."""
-        batch, given = to_format(piece.batch, self._format, self._reader)
+        if self._format == "torch":
+            batch, given = self._tensors.read(piece.batch)
+        else:
+            batch, given = to_format(piece.batch, self._format, self._reader)
         if not self._op.single:
             return batch, given
         name = self._op.inputs[0]
         return (batch[name] if self._format != "pyarrow" else piece.batch.column(name)), given
+
+    def _call(self, argument: Any, given: Given) -> tuple[Any, bool]:
+        """As `results.call`."""
+        try:
+            return call(self._model, (argument, *self._op.model.args), self._op.model.kwargs)
+        finally:
+            self._tensors.check(given)
 
     def _learn(self, piece: Piece, made: pa.RecordBatch, seconds: float) -> None:
         """A batch was answered."""
@@ -344,8 +357,16 @@ class BatchRunner(ModelRunner):
             submitted.handle = self._model.submit(argument, *self._op.model.args, **self._op.model.kwargs)
         except RowError as exc:
             submitted.error = exc
+            self._check(submitted)
         submitted.seconds = time.perf_counter() - began
         return submitted
+
+    def _check(self, submitted: _Submitted) -> None:
+        """Fail a batch that was written to."""
+        try:
+            self._tensors.check(submitted.given)
+        except BrokenModel as exc:
+            submitted.error = exc
 
     def _collect(self, submitted: _Submitted) -> None:
         """Wait for the answer, or the failure, once."""
@@ -358,6 +379,7 @@ class BatchRunner(ModelRunner):
             submitted.result, submitted.shared = call(self._model.collect, (handle,), {})
         except RowError as exc:
             submitted.error = exc
+        self._check(submitted)
         submitted.seconds += time.perf_counter() - began
 
     def _finish(self, batch: _Submitted, after: _Submitted | None, watch: Watch) -> _Outcome:

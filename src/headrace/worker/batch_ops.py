@@ -25,6 +25,7 @@ from headrace.worker.model_answers import ModelRunner
 from headrace.worker.models import model_runner
 from headrace.worker.operators import TARGET_BYTES, BatchOperator, Counts, Host, Operator, rejoined, select
 from headrace.worker.results import batch_of, call, with_columns
+from headrace.worker.torch_inputs import TorchReader
 from headrace.worker.user_code import TorchModule, explain
 
 HELD_BYTES = 64 << 20  # of rows that wait for a model whose batch size is "auto": columns that are carried count too
@@ -43,6 +44,7 @@ class MapBatchesOp(BatchOperator):
         self._format: nodes.BatchFormat = "torch" if isinstance(fn, TorchModule) else op.batch_format
         self._batcher = Batcher(op.batch_rows) if op.batch_rows is not None else None
         self._reader = NumpyReader()
+        self._tensors = TorchReader(self._reader, uploads=getattr(fn, "uploads", False))
         self._declared = Declared(op.types)
         self._casts = bool(op.types)
 
@@ -105,7 +107,7 @@ class MapBatchesOp(BatchOperator):
         batch, given = self._prepare(piece)
         kept: tuple[str, ...] = ()
         try:
-            result, shared = call(self._fn, (batch, *self._args), self._kwargs)
+            result, shared = self._called(batch, given)
             if joining is not None and joining.add(piece, given, result):
                 return
             many = hasattr(result, "__next__")
@@ -117,8 +119,8 @@ class MapBatchesOp(BatchOperator):
         rows = 0
         while many:
             try:
-                item, shared = call(next, (result, result), {})
-                if item is result:  # next's default: the generator has ended
+                item, shared = self._next(result, given)
+                if item is result:
                     break
                 made = batch_of(item, given, shared, self._declared)
             except RowError as exc:
@@ -133,20 +135,36 @@ class MapBatchesOp(BatchOperator):
     def _prepare(self, piece: Piece) -> tuple[Any, Given]:
         if self._format == "numpy":
             return self._reader.read(piece.batch, piece.whole, piece.at)
+        if self._format == "torch":
+            return self._tensors.read(piece.batch)
         return to_format(piece.batch, self._format, self._reader)
 
     def _work(self, piece: Piece, given: tuple[Any, Given]) -> list[pa.RecordBatch]:
         """All batches that the function makes of one."""
         batch, source = given
-        result, shared = call(self._fn, (batch, *self._args), self._kwargs)
+        result, shared = self._called(batch, source)
         if not hasattr(result, "__next__"):
             return [batch_of(result, source, shared, self._declared)]
         made: list[pa.RecordBatch] = []
         while True:
-            item, shared = call(next, (result, result), {})
+            item, shared = self._next(result, source)
             if item is result:
                 return made
             made.append(batch_of(item, source, shared, self._declared))
+
+    def _called(self, batch: Any, given: Given) -> tuple[Any, bool]:
+        """As `call`."""
+        try:
+            return call(self._fn, (batch, *self._args), self._kwargs)
+        finally:
+            self._tensors.check(given)
+
+    def _next(self, made: Any, given: Given) -> tuple[Any, bool]:
+        """What a generator yields next, as `call`; the generator itself when it has ended."""
+        try:
+            return call(next, (made, made), {})
+        finally:
+            self._tensors.check(given)
 
     def _blame(self, exc: BaseException, piece: Piece) -> HeadraceError:
         return explain(exc, self.name, piece.origin, columns=piece.batch.schema.names)

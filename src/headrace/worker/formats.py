@@ -10,6 +10,7 @@ The way back is `results`. What NumPy users get, by column type:
 | integers with nulls | float64, NaN for null; floats likewise; timestamps NaT; bools become objects |
 | strings, binary, decimals, dates and times with nulls, structs | objects (str, bytes, Decimal, dict), None for null |
 | lists, ragged tensors | objects, one array a row |
+| what Python has no exact value for (`python_values`) | objects, the Arrow scalar |
 
 Invariants: arrays handed out are read-only, because other code may be reading the same memory; nothing is converted for
 a column that was not asked for; no optional library is imported unless its format is used.
@@ -17,8 +18,12 @@ a column that was not asked for; no optional library is imported unless its form
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import itertools
+import operator
 import sys
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,6 +41,7 @@ from headrace.core.tensors import (
     vector_to_numpy,
 )
 from headrace.plan.nodes import BatchFormat
+from headrace.worker.python_values import UNSHOWN, python_values
 
 # dtype if its memory can be looked at as it is, and the item size; conversion; may be answered by identity
 _How = tuple[Any, int, Callable[[pa.Array], np.ndarray], bool]
@@ -100,6 +106,16 @@ class Given:
         given = zip(self.schema.names, self._values, self._immutable, strict=True)
         return tuple(name for name, value, immutable in given if immutable and result.get(name) is value)
 
+    def given_back(self, name: str, values: Sequence[Any], *, compare: bool = False) -> pa.Array | None:
+        """The column `name`, if these values of rows are its own, each in its place. compare: even if they could be changed
+        inside, when a look shows that they were not.
+        """
+        return None
+
+    def at(self, rows: Sequence[int]) -> Given:
+        """What values of rows are of which only these are looked at."""
+        return self
+
     def holds(self, addresses: Sequence[int]) -> bool:
         """Whether the input's own buffers begin at these addresses, all of them."""
         if self._addresses is None:
@@ -116,7 +132,7 @@ class Given:
 def _holds_the_same(values: np.ndarray, column: pa.Array) -> bool:
     """Objects that may have been changed in place. (Making a column of them would import pandas, which takes 0.1 s.)"""
     try:
-        return values.tolist() == column.to_pylist()
+        return values.tolist() == python_values(column)
     except Exception:  # of arrays, or of what the user's code put there
         return False
 
@@ -198,7 +214,7 @@ def _few_texts(column: pa.Array) -> np.ndarray:
     encoded: Any = column.dictionary_encode()
     codes = encoded.indices.fill_null(-1) if encoded.null_count else encoded.indices
     texts = np.empty(len(encoded.dictionary) + 1, dtype=object)  # the last one is None
-    texts[:-1] = encoded.dictionary.to_pylist()
+    texts[:-1] = python_values(encoded.dictionary)
     return texts.take(vector_to_numpy(codes))
 
 
@@ -276,7 +292,7 @@ def _converter(type: pa.DataType) -> Callable[[pa.Array], np.ndarray]:
     if is_ragged(type):
         return ragged_to_numpy
     if isinstance(type, pa.FixedSizeListType) and numpy_dtype(type.value_type) is not None:
-        return lambda c: _plain(c) if c.null_count or c.values.null_count else fixed_list_to_numpy(c)
+        return lambda c: _plain(c) if c.null_count or _own_values(c).null_count else fixed_list_to_numpy(c)
     if isinstance(type, pa.BaseExtensionType):
         inner = _converter(type.storage_type)
         return lambda c: inner(c.storage)
@@ -304,7 +320,7 @@ def _texts(column: pa.Array) -> np.ndarray:
     _texts_read += len(column)
     if "pandas" in sys.modules or _texts_read > _PANDAS_PAYS:
         return _plain(column)
-    return np.fromiter(column.to_pylist(), dtype=object, count=len(column))
+    return _objects(column)
 
 
 def _only_lists(type: pa.DataType) -> bool:
@@ -315,26 +331,48 @@ def _only_lists(type: pa.DataType) -> bool:
 
 
 def _objects(column: pa.Array) -> np.ndarray:
-    """Structs and maps as Python values. (to_numpy makes floats of the integers in them where a value is missing.)"""
-    return np.fromiter(column.to_pylist(), dtype=object, count=len(column))
+    """Python values, as of structs and maps. (to_numpy makes floats of the integers in them where a value is missing.)"""
+    return np.fromiter(python_values(column), dtype=object, count=len(column))
 
 
 def _plain(column: pa.Array) -> np.ndarray:
-    return column.to_numpy(zero_copy_only=False)
+    try:
+        return column.to_numpy(zero_copy_only=False)
+    except UNSHOWN:
+        values = (_read_only(v) if isinstance(v, list) else v for v in python_values(column))
+        return np.fromiter(values, dtype=object, count=len(column))
+
+
+def _read_only(values: list[Any]) -> np.ndarray:
+    row = np.fromiter(values, dtype=object, count=len(values))
+    row.flags.writeable = False
+    return row
+
+
+def _own_values(column: pa.Array) -> pa.Array:
+    """The values in these rows of a list column, of which there is one at least; those under nulls are among them."""
+    if pa.types.is_fixed_size_list(column.type):
+        size = column.type.list_size
+        return column.values.slice(column.offset * size, len(column) * size)
+    start, end = (column.offsets[i].as_py() for i in (0, len(column)))
+    return column.values.slice(start, end - start)
 
 
 def _lists(column: pa.Array) -> np.ndarray:
     """Lists as read-only arrays: those of numbers as views of the column's memory."""
+    if not len(column):  # it may have no offsets
+        return np.empty(0, dtype=object)
     dtype = numpy_dtype(column.type.value_type)
-    if dtype is not None and dtype.kind in "iuf" and not column.values.null_count:
-        flat, offsets = vector_to_numpy(column.values), vector_to_numpy(column.offsets).tolist()
+    if dtype is not None and dtype.kind in "iuf" and not _own_values(column).null_count:
+        flat, offsets = vector_to_numpy(_own_values(column)), vector_to_numpy(column.offsets)
+        offsets = (offsets - offsets[0]).tolist()
         flat.setflags(write=False)
         there = itertools.repeat(True) if not column.null_count else vector_to_numpy(column.is_valid()).tolist()
         rows = (flat[a:b] if here else None for (a, b), here in zip(itertools.pairwise(offsets), there, strict=False))
         return np.fromiter(rows, dtype=object, count=len(column))
-    out = column.to_numpy(zero_copy_only=False)
+    out = _plain(column)
     for row in out:
-        if row is not None:
+        if isinstance(row, np.ndarray):
             row.flags.writeable = False  # or a change inside would be lost when the column comes back as it was given
     return out
 
@@ -373,7 +411,7 @@ def writable_view(values: Any) -> Any:
 
 
 def to_torch(values: np.ndarray) -> Any:
-    """A tensor over the same memory; not to be written to. Arrays that torch has no type for stay as they are."""
+    """A tensor over the same memory, which is not to be written to: see `torch_inputs`. Arrays without a torch type stay."""
     import torch
 
     if values.dtype.kind not in "biuf" or not values.dtype.isnative:
@@ -389,11 +427,23 @@ def to_pandas(batch: pa.RecordBatch) -> Any:
 
     special = [i for i, field in enumerate(batch.schema) if is_tensor(field.type) or is_ragged(field.type)]
     if not special:
-        return batch.to_pandas()
+        try:
+            return batch.to_pandas()
+        except UNSHOWN:  # a value of some column
+            pass
     columns: dict[str, Any] = {}
     for i, (name, column) in enumerate(zip(batch.schema.names, batch.columns, strict=True)):
-        columns[name] = pd.Series(_tensor_rows(column), dtype=object) if i in special else column.to_pandas()
+        columns[name] = pd.Series(_tensor_rows(column), dtype=object) if i in special else _pandas_column(column)
     return pd.DataFrame(columns)
+
+
+def _pandas_column(column: pa.Array) -> Any:
+    import pandas as pd
+
+    try:
+        return column.to_pandas()
+    except UNSHOWN:
+        return pd.Series(python_values(column), dtype=object)
 
 
 # --- rows ------------------------------------------------------------------------------------------------------------
@@ -407,18 +457,80 @@ def row_chunks(batch: pa.RecordBatch) -> int:
 
 def to_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     """Rows as dicts of Python values; tensors as arrays."""
+    return read_rows(batch)[0]
+
+
+def read_rows(batch: pa.RecordBatch) -> tuple[list[dict[str, Any]], Given]:
+    """The rows, and what tells which of their values a function has given back."""
     names = batch.schema.names
+    values = [_row_values(column) for column in batch.columns]
     if not names:
-        return [{} for _ in range(batch.num_rows)]
-    values = [_python_values(column) for column in batch.columns]
-    return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+        return [{} for _ in range(batch.num_rows)], Given(batch.schema)
+    rows = [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+    return rows, GivenRows(batch, values)
 
 
-def _python_values(column: pa.Array) -> Sequence[Any]:
+class GivenRows(Given):
+    """What a row function was given: columns, and the Python values that they were shown as.
+
+    Identity tells that a value came back as it was given; of one that can be changed inside, a comparison.
+    """
+
+    __slots__ = ("_rows", "_shown")
+
+    def __init__(self, batch: pa.RecordBatch, shown: Sequence[Sequence[Any]], rows: Sequence[int] | None = None) -> None:
+        """rows: which of them the values to come are of. None: all."""
+        super().__init__(batch.schema, batch=batch)
+        self._shown = shown
+        self._rows = rows
+
+    def at(self, rows: Sequence[int]) -> GivenRows:
+        assert self._batch is not None
+        chosen = rows if self._rows is None else [self._rows[i] for i in rows]
+        return GivenRows(self._batch, self._shown, chosen)
+
+    def given_back(self, name: str, values: Sequence[Any], *, compare: bool = False) -> pa.Array | None:
+        index = self.schema.get_field_index(name)
+        if index < 0 or self._batch is None:
+            return None
+        shown, column = self._shown[index], self._batch.column(index)
+        own = shown if self._rows is None else [shown[i] for i in self._rows]
+        if len(own) != len(values) or not all(map(operator.is_, values, own)):
+            return None
+        if not (_are_frozen(own, column.type) or (compare and _are_still(shown, column))):
+            return None
+        return column if self._rows is None else column.take(pa.array(self._rows, pa.int64()))
+
+
+_FROZEN = frozenset((type(None), bool, int, float, str, bytes, decimal.Decimal, datetime.date, datetime.datetime, uuid.UUID))
+_FROZEN |= {datetime.time, datetime.timedelta}
+
+
+def _are_frozen(values: Sequence[Any], type: pa.DataType) -> bool:
+    """Are these values of the column such as nobody can change?"""
+    if pa.types.is_dictionary(type) or pa.types.is_run_end_encoded(type):
+        type = type.value_type
+    plain = not (isinstance(type, pa.BaseExtensionType) or pa.types.is_nested(type))
+    return plain or all(map(_is_frozen, values))
+
+
+def _is_frozen(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return not value.flags.writeable and not value.dtype.hasobject
+    return value.__class__ in _FROZEN or isinstance(value, pa.Scalar)
+
+
+def _are_still(shown: Sequence[Any], column: pa.Array) -> bool:
+    """Have the column's values not been changed since they were shown?"""
+    try:
+        return bool(shown == _row_values(column))
+    except Exception:  # of arrays, or of what the user's code put there
+        return False
+
+
+def _row_values(column: pa.Array) -> Sequence[Any]:
     type = column.type
-    if is_tensor(type) or is_ragged(type):
-        return _tensor_rows(column)
-    return column.to_pylist()
+    return _tensor_rows(column) if is_tensor(type) or is_ragged(type) else python_values(column)
 
 
 def _tensor_rows(column: pa.Array) -> list[Any]:

@@ -4,7 +4,8 @@ Accepted: dicts of arrays, lists, tensors, Arrow arrays or pandas series; Arrow 
 dicts of Python values, NumPy scalars and arrays.
 
 Invariants: an array that the user's code may still write to is copied; a fresh one is taken as it is. A column that keeps
-its name and its kind (integer, text, timestamp, ...) in row functions keeps its type. Whatever does not fit raises
+its name and its kind (integer, text, timestamp, ...) in row functions keeps its type, and one whose values all come back as
+they were is the input's. Whatever does not fit raises
 `Refused`, which the operators turn into a UserCodeError that says where.
 """
 
@@ -18,10 +19,10 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.core.extras import is_instance
-from headrace.core.tensors import arrow_type, is_ragged, is_tensor, numpy_to_array, ragged_to_array
-from headrace.worker.casting import cast_array, widens
+from headrace.core.tensors import is_tensor, numpy_to_array
 from headrace.worker.declared import NOTHING, Declared
 from headrace.worker.formats import Given
+from headrace.worker.python_values import described, kept, ragged, torch_to_numpy, values_column
 from headrace.worker.refused import Refused
 
 ACCEPTED = "a dict of arrays, an Arrow table or a pandas frame"
@@ -122,7 +123,7 @@ def columns_of(result: Any, given: Given, shared: bool) -> dict[str, pa.Array]:
         return {n: _series(result.iloc[:, i], given.type_of(n), shared) for i, n in enumerate(names)}
     if result is None:
         raise Refused("returned None", f"return {ACCEPTED}; is a return statement missing?")
-    raise Refused(f"returned {_a(result)}", f"return {ACCEPTED}")
+    raise Refused(f"returned {described(result)}", f"return {ACCEPTED}")
 
 
 def batch_of(result: Any, given: Given, shared: bool, declared: Declared = NOTHING) -> pa.RecordBatch:
@@ -174,7 +175,7 @@ def column_of(value: Any, hint: pa.DataType | None = None) -> pa.Array:
         try:
             return numpy_to_array(value)
         except TypeError as exc:
-            raise Refused(f"which is {_a(value)}: {exc}", "convert it, for example with .astype()") from exc
+            raise Refused(f"which is {described(value)}: {exc}", "convert it, for example with .astype()") from exc
     if is_instance(value, "torch", "Tensor"):
         return column_of(torch_to_numpy(value), hint)
     if isinstance(value, pa.ChunkedArray):
@@ -187,7 +188,7 @@ def column_of(value: Any, hint: pa.DataType | None = None) -> pa.Array:
         return _series(value, hint, True)
     if hasattr(value, "__array__") and not np.isscalar(value):
         return column_of(np.array(value), hint)
-    raise Refused(f"which is {_a(value)}", "give an array or a list with one value a row")
+    raise Refused(f"which is {described(value)}", "give an array or a list with one value a row")
 
 
 def _masked(values: np.ma.MaskedArray[Any, Any], hint: pa.DataType | None) -> pa.Array:
@@ -199,18 +200,8 @@ def _masked(values: np.ma.MaskedArray[Any, Any], hint: pa.DataType | None) -> pa
     if not mask.any():
         return made
     if values.ndim != 1:
-        raise Refused(f"which is {_a(values)} with masked values", "a tensor has no missing values: fill them")
+        raise Refused(f"which is {described(values)} with masked values", "a tensor has no missing values: fill them")
     return pc.if_else(pa.array(mask), pa.scalar(None, made.type), made)  # type: ignore[attr-defined]
-
-
-def torch_to_numpy(tensor: Any) -> np.ndarray:
-    """An array of its own memory; bfloat16 as float32."""
-    tensor = tensor.detach()
-    if str(tensor.dtype) == "torch.bfloat16":
-        tensor = tensor.float()
-    on_host = tensor.device.type == "cpu"
-    array = tensor.cpu().resolve_conj().resolve_neg().numpy()
-    return array.copy() if on_host else array  # torch code that reuses its buffers must not change our columns
 
 
 def _array_column(values: np.ndarray, hint: pa.DataType | None) -> pa.Array:
@@ -219,7 +210,7 @@ def _array_column(values: np.ndarray, hint: pa.DataType | None) -> pa.Array:
         return values_column(list(values), hint)
     present = next((v for v in values if v is not None), None)
     if isinstance(present, np.ndarray) and present.ndim and not (hint is not None and is_tensor(hint)):
-        return _ragged(list(values), hint)
+        return ragged(list(values), hint)
     return values_column(values.tolist(), hint)
 
 
@@ -237,7 +228,7 @@ def _series(series: Any, hint: pa.DataType | None, shared: bool) -> pa.Array:
     if series.dtype == object:
         return _array_column(_without_nan(series), hint)
     made = pa.Array.from_pandas(series.copy() if shared else series)
-    return _one(made) if isinstance(made, pa.ChunkedArray) else _kept(made, hint)
+    return _one(made) if isinstance(made, pa.ChunkedArray) else kept(made, hint)
 
 
 def _without_nan(series: Any) -> np.ndarray:
@@ -247,7 +238,7 @@ def _without_nan(series: Any) -> np.ndarray:
     return values
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
+# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 def rows_batch(rows: Sequence[Mapping[str, Any]], given: Given, declared: Declared = NOTHING) -> pa.RecordBatch:
@@ -263,11 +254,27 @@ def rows_batch(rows: Sequence[Mapping[str, Any]], given: Given, declared: Declar
     for name, values in zip(names, lists, strict=True):
         if not isinstance(name, str):
             raise Refused(f"returned a row with key {name!r}", "column names must be strings")
-        try:
-            columns[name] = values_column(values, declared.type_of(name) or given.type_of(name))
-        except Refused as exc:
-            raise Refused(f"returned column {name!r}, {exc}", exc.hint) from exc.__cause__
+        columns[name] = _rows_column(name, values, given, declared.type_of(name))
     return declared.apply(make_batch(columns, len(rows)))
+
+
+def _rows_column(name: str, values: list[Any], given: Given, declared: pa.DataType | None) -> pa.Array:
+    """One column of rows: the input's own where all values of it were given back. Raises Refused."""
+    before = given.type_of(name)
+    mine = declared is None or (before is not None and declared.equals(before))
+    column = given.given_back(name, values) if mine else None
+    if column is not None:
+        return column
+    try:
+        made = values_column(values, declared or before)
+    except Refused as exc:
+        column = given.given_back(name, values, compare=True) if mine else None
+        if column is not None:
+            return column
+        raise Refused(f"returned column {name!r}, {exc}", exc.hint) from exc.__cause__
+    if mine and before is not None and not made.type.equals(before):
+        column = given.given_back(name, values, compare=True)
+    return made if column is None else column
 
 
 def fitting_rows(
@@ -285,7 +292,7 @@ def fitting_rows(
     alike: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for i, row in enumerate(rows):
         try:
-            schema = rows_batch([row], given, declared).schema
+            schema = rows_batch([row], given.at([i]), declared).schema
         except Refused as exc:
             refused[i] = exc
         else:
@@ -293,7 +300,7 @@ def fitting_rows(
     kept: list[int] = []
     for group in sorted(alike.values(), key=lambda g: (-len(g), g[0])):
         kept = _admitted(rows, given, declared, kept, group, refused)
-    return (rows_batch([rows[i] for i in kept], given, declared) if kept else None), refused
+    return (rows_batch([rows[i] for i in kept], given.at(kept), declared) if kept else None), refused
 
 
 def _admitted(
@@ -307,7 +314,7 @@ def _admitted(
     """`kept` and those of `group` that go together with them."""
     both = sorted(kept + group)
     try:
-        rows_batch([rows[i] for i in both], given, declared)
+        rows_batch([rows[i] for i in both], given.at(both), declared)
         return both
     except Refused as exc:
         if len(group) == 1:
@@ -316,71 +323,3 @@ def _admitted(
     half = len(group) // 2
     kept = _admitted(rows, given, declared, kept, group[:half], refused)
     return _admitted(rows, given, declared, kept, group[half:], refused)
-
-
-def values_column(values: Sequence[Any], hint: pa.DataType | None = None) -> pa.Array:
-    """A column of Python values, NumPy scalars, arrays or tensors. hint: kept if the values are of its kind."""
-    present = next((v for v in values if v is not None), None)
-    if present is None:
-        return pa.nulls(len(values), hint)
-    if is_instance(present, "torch", "Tensor"):
-        values = [v if v is None else torch_to_numpy(v) for v in values]
-        present = next(v for v in values if v is not None)
-    if isinstance(present, np.ndarray) and present.ndim:
-        return _tensors(values, hint)
-    try:
-        if hint is not None and pa.types.is_map(hint):
-            return pa.array(values, hint)  # pairs alone do not tell that they are a map
-        return _kept(pa.array(values), hint)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as exc:
-        raise Refused(f"whose values don't make a column: {exc}", "give values of one type, or None") from exc
-
-
-def _tensors(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
-    arrays = [None if v is None else np.asarray(v) for v in values]
-    first = next(a for a in arrays if a is not None)
-    same = all(a is not None and a.shape == first.shape and a.dtype == first.dtype for a in arrays)
-    if same and not (hint is not None and (is_ragged(hint) or _is_list(hint))) and not first.dtype.hasobject:
-        try:
-            return numpy_to_array(np.stack(arrays))  # pyright: ignore[reportArgumentType, reportCallIssue]
-        except TypeError as exc:
-            raise Refused(f"whose values are {_a(first)}: {exc}", "convert them, for example with .astype()") from exc
-    return _ragged(arrays, hint)
-
-
-def _ragged(values: list[Any], hint: pa.DataType | None) -> pa.Array:
-    """Arrays that differ in shape: lists when they are vectors, ragged tensors otherwise."""
-    arrays = [None if v is None else np.asarray(v) for v in values]
-    vectors = all(a is None or a.ndim == 1 for a in arrays)
-    numeric = all(a is None or a.dtype.kind == "b" or arrow_type(a.dtype) is not None for a in arrays)
-    try:
-        if numeric and not (vectors and not (hint is not None and is_ragged(hint))):
-            return ragged_to_array(arrays)
-        return _kept(pa.array([None if a is None else (a if a.ndim == 1 else a.tolist()) for a in arrays]), hint)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as exc:
-        raise Refused(f"whose arrays don't make a column: {exc}", "give arrays of one number type") from exc
-
-
-def _kept(made: pa.Array, hint: pa.DataType | None) -> pa.Array:
-    """The column in the type it had before, if that is of the same kind and takes the values."""
-    if hint is None or made.type.equals(hint):
-        return made
-    floats = pa.types.is_floating(made.type) and pa.types.is_floating(hint)
-    other_kind = pa.types.is_integer(made.type) and pa.types.is_floating(hint)
-    if not floats and (other_kind or not widens(made.type, hint)):
-        return made
-    try:
-        return cast_array(made, hint)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
-        return made
-
-
-def _is_list(type: pa.DataType) -> bool:
-    return pa.types.is_list(type) or pa.types.is_large_list(type) or pa.types.is_fixed_size_list(type)
-
-
-def _a(value: Any) -> str:
-    kind = type(value).__name__
-    if isinstance(value, np.ndarray):
-        return f"an array of {value.dtype} and shape {value.shape}"
-    return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"

@@ -19,7 +19,7 @@ from headrace.plan.nodes import Types, UserFunction
 from headrace.worker.bad_rows import Lost, RowError, blames_rows, failure_of
 from headrace.worker.batching import Piece
 from headrace.worker.declared import Declared
-from headrace.worker.formats import Given, row_chunks, to_rows
+from headrace.worker.formats import Given, read_rows, row_chunks
 from headrace.worker.operators import TARGET_BYTES, Counts, Operator
 from headrace.worker.refused import Refused
 from headrace.worker.results import fitting_rows, rows_batch
@@ -43,12 +43,12 @@ class RowOperator(Operator):
         self._args = spec.args
         self._kwargs = dict(spec.kwargs)
 
-    def _chunks(self, piece: Piece) -> Iterator[tuple[Piece, list[Row]]]:
+    def _chunks(self, piece: Piece) -> Iterator[tuple[Piece, list[Row], Given]]:
         rows = piece.batch.num_rows
         step = row_chunks(piece.batch)
         for start in range(0, rows, step):
             part = piece.slice(start, min(step, rows - start))
-            yield part, to_rows(part.batch)
+            yield part, *read_rows(part.batch)
 
     def _call_all(self, part: Piece, rows: list[Row], lost: list[Lost]) -> list[Any]:
         """What fn makes of each row, without the rows that fail: those go to `lost`."""
@@ -100,21 +100,22 @@ class RowOperator(Operator):
     def _blame(self, exc: BaseException, part: Piece, row: int | None) -> HeadraceError:
         return explain(exc, self.name, part.origin, row=row, columns=part.batch.schema.names)
 
-    def _batch(self, rows: list[Mapping[str, Any]], part: Piece, parents: Sequence[int] | None = None) -> pa.RecordBatch:
+    def _batch(
+        self, rows: list[Mapping[str, Any]], part: Piece, given: Given, parents: Sequence[int] | None = None
+    ) -> pa.RecordBatch:
         """parents: of each row, the one that it was made of; None: the one in its place."""
         try:
-            return rows_batch(rows, Given(part.batch.schema), self._declared)
+            return rows_batch(rows, given if parents is None else given.at(parents), self._declared)
         except Refused as exc:
             row = exc.row if exc.row is None or parents is None else parents[exc.row]
             raise self._blame(exc, part, row) from exc.__cause__
 
     def _fitting(
-        self, rows: Sequence[Mapping[str, Any]], parents: Sequence[int], part: Piece, lost: list[Lost]
+        self, rows: Sequence[Mapping[str, Any]], parents: Sequence[int], given: Given, lost: list[Lost]
     ) -> tuple[pa.RecordBatch | None, list[int]]:
         """(the rows that go together as a batch, each one's parent). A parent of one that does not is lost with all it made."""
-        given = Given(part.batch.schema)
         while rows:
-            made, refused = fitting_rows(rows, given, self._declared)
+            made, refused = fitting_rows(rows, given.at(parents), self._declared)
             if not refused:
                 return made, list(parents)
             failed: dict[int, Refused] = {}
@@ -134,7 +135,7 @@ def _left(count: int, lost: Sequence[Lost]) -> list[int]:
 
 class FilterRowsOp(RowOperator):
     def push(self, piece: Piece) -> Iterator[Piece]:
-        for part, rows in self._chunks(piece):
+        for part, rows, _ in self._chunks(piece):
             lost: list[Lost] = []
             keep = self._truths(self._call_all(part, rows, lost), part, lost)
             if lost:
@@ -156,15 +157,15 @@ class FilterRowsOp(RowOperator):
 
 class MapRowsOp(RowOperator):
     def push(self, piece: Piece) -> Iterator[Piece]:
-        for part, rows in self._chunks(piece):
+        for part, rows, given in self._chunks(piece):
             lost: list[Lost] = []
             made = self._call_all(part, rows, lost)
             if any(kind is not dict for kind in set(map(type, made))):
                 made = self._checked(made, _row, part, lost)
             if self.bad is None:
-                yield Piece(self._batch(made, part), part.origin)
+                yield Piece(self._batch(made, part, given), part.origin)
                 continue
-            batch, kept = self._fitting(made, _left(len(rows), lost), part, lost)
+            batch, kept = self._fitting(made, _left(len(rows), lost), given, lost)
             lost.sort(key=lambda pair: pair[0])
             self.lose(part, lost)
             if batch is not None:
@@ -174,9 +175,9 @@ class MapRowsOp(RowOperator):
 class FlatMapOp(RowOperator):
     def push(self, piece: Piece) -> Iterator[Piece]:
         made = bad = 0
-        for part, rows in self._chunks(piece):
+        for part, rows, given in self._chunks(piece):
             lost: list[Lost] = []
-            for batch, parents in self._flat(part, rows) if self.bad is None else self._flat_whole(part, rows, lost):
+            for batch, parents in self._made(part, rows, given, lost):
                 for start in range(0, batch.num_rows, FLAT_ROWS):
                     some = batch.slice(start, FLAT_ROWS)
                     made += some.num_rows
@@ -186,7 +187,10 @@ class FlatMapOp(RowOperator):
                 self.lose(part, sorted(lost, key=lambda pair: pair[0]))
         self.counts.change(piece.batch.num_rows - bad, made)
 
-    def _flat(self, part: Piece, rows: list[Row]) -> Iterator[tuple[pa.RecordBatch, list[int]]]:
+    def _made(self, part: Piece, rows: list[Row], given: Given, lost: list[Lost]) -> Iterator[tuple[pa.RecordBatch, list[int]]]:
+        return self._flat(part, rows, given) if self.bad is None else self._flat_whole(part, rows, given, lost)
+
+    def _flat(self, part: Piece, rows: list[Row], given: Given) -> Iterator[tuple[pa.RecordBatch, list[int]]]:
         """(rows made, each one's parent), as soon as there are enough."""
         held: list[Mapping[str, Any]] = []
         parents: list[int] = []
@@ -197,10 +201,10 @@ class FlatMapOp(RowOperator):
             size += estimated_bytes(row)
             if size >= TARGET_BYTES or len(held) >= FLAT_ROWS:
                 full, held, size = held, [], 0
-                yield self._batch(full, part, parents), parents
+                yield self._batch(full, part, given, parents), parents
                 parents = []
         if held:
-            yield self._batch(held, part, parents), parents
+            yield self._batch(held, part, given, parents), parents
 
     def _each(self, part: Piece, rows: list[Row]) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """(the row's position, what the function makes of it), one by one. Only what the user's code raises is blamed on it."""
@@ -220,7 +224,9 @@ class FlatMapOp(RowOperator):
                     raise self._blame(_no_row(item), part, i)
                 yield i, item
 
-    def _flat_whole(self, part: Piece, rows: list[Row], lost: list[Lost]) -> Iterator[tuple[pa.RecordBatch, list[int]]]:
+    def _flat_whole(
+        self, part: Piece, rows: list[Row], given: Given, lost: list[Lost]
+    ) -> Iterator[tuple[pa.RecordBatch, list[int]]]:
         """The same where bad rows are set aside: all that one row makes leaves together."""
         held: list[Mapping[str, Any]] = []
         parents: list[int] = []
@@ -239,12 +245,12 @@ class FlatMapOp(RowOperator):
             parents += [i] * len(made)
             size += sum(map(estimated_bytes, made))
             if size >= TARGET_BYTES or len(held) >= FLAT_ROWS:
-                batch, of = self._fitting(held, parents, part, lost)
+                batch, of = self._fitting(held, parents, given, lost)
                 held, parents, size = [], [], 0
                 if batch is not None:
                     yield batch, of
         lost += condemned
-        batch, of = self._fitting(held, parents, part, lost)
+        batch, of = self._fitting(held, parents, given, lost)
         if batch is not None:
             yield batch, of
 

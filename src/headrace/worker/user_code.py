@@ -109,6 +109,7 @@ class TorchModule:
         import copy
 
         self.accelerated = device.split(":")[0] in ("cuda", "mps", "xpu")  # a simulated device computes on the CPU
+        self.uploads = self.accelerated  # what it is given stays as it is
         self.device = device
         self.module = (copy.deepcopy(module).to(device) if self.accelerated else module).eval()
 

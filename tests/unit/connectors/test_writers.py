@@ -276,3 +276,18 @@ def test_a_name_that_is_taken_is_not_overwritten(tmp_path: Path) -> None:
         session.finish()
     assert (tmp_path / "in1.jsonl").read_text() == "mine"
     assert not (tmp_path / "_SUCCESS").exists()
+
+
+@pytest.mark.parametrize("given_up", [True, False])
+def test_nothing_is_left_of_files_that_could_not_be_widened(tmp_path: Path, given_up: bool) -> None:
+    """A whole number that no float holds is followed by floats; or the split is given up first."""
+    writer = ParquetSink(tmp_path).bind("run-00000", 1, None).open(SPLIT, 0)
+    writer.write(pa.record_batch({"v": [2**60 + 1]}))
+    writer.write(pa.record_batch({"v": [0.5]}))
+    assert [p for p in tmp_path.rglob("*") if ".narrow" in p.name]
+    if given_up:
+        writer.abort()
+    else:
+        with pytest.raises(DataError, match="earlier rows don't fit"):
+            writer.close()
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]

@@ -13,6 +13,7 @@ A subclass gives `name`, `extension`, `_encoder` and, where types can be refused
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import itertools
@@ -128,6 +129,8 @@ class FileSink(ABC):
 
     name: str = ""
     extension: ClassVar[str] = ""
+    widens: ClassVar[bool] = False
+    """Can a file that was begun take rows with more columns, or of wider types?"""
 
     def __init__(self, path: str | os.PathLike[str], *, outputs: Outputs = "packed", fresh: bool = False) -> None:
         if outputs not in ("packed", "per_input"):
@@ -237,22 +240,6 @@ class FileSink(ABC):
     def _encoder(self, path: str, schema: pa.Schema, sample: pa.RecordBatch | None) -> Encoder:
         """Begin a file. sample: its first batch, None for an empty file."""
         ...
-
-    def _widened(self, encoder: Encoder, path: str, before: pa.Schema, schema: pa.Schema) -> Encoder:
-        """An encoder of a wider schema that holds what the other was given. Raises ArrowInvalid when that does not fit.
-
-        It costs a rewrite of the file. Functions whose columns come and go are rare; their files must be right all the same.
-        """
-        encoder.close()
-        narrow = f"{path}.narrow"
-        os.replace(path, narrow)
-        wider: Encoder | None = None
-        for batch in self._read_again(narrow, before):
-            fitting = bring(batch, schema)
-            wider = wider or self._encoder(path, schema, fitting)
-            wider.write(fitting)
-        os.unlink(narrow)
-        return wider or self._encoder(path, schema, None)
 
     def _read_again(self, path: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         """The batches of a file that this sink has written."""
@@ -426,7 +413,8 @@ class FileSink(ABC):
 
 class FileSplitWriter:
     """The output of one attempt at one split. The file's schema is what all of its batches fit into: a column that comes later
-    is null before, and so on (core.schemas).
+    is null before, and so on (core.schemas). Where a file can't be widened, another is begun, and `close` writes them all anew
+    as one: however often columns come, a row is written twice at most.
     """
 
     def __init__(self, sink: FileSink, split: Split, attempt: int) -> None:
@@ -440,6 +428,7 @@ class FileSplitWriter:
         self._files: list[OutputFile] = []
         self._encoder: Encoder | None = None
         self._schema: pa.Schema | None = None
+        self._narrow: list[tuple[str, pa.Schema]] = []  # earlier files, of narrower schemas
         self._rows = 0
 
     def write(self, batch: pa.RecordBatch) -> None:
@@ -477,16 +466,51 @@ class FileSplitWriter:
             raise SchemaConflict(f"the rows don't fit the output: {e}", where=where, hint=_DRIFT_HINT) from None
         if not schema.equals(self._schema):
             self._sink._refuse(schema)
-            try:
-                self._encoder = self._sink._widened(self._encoder, self._path, self._schema, schema)
-            except OSError as e:
-                self.abort()
-                raise disk_error(e, self._path) from e
-            except pa.ArrowException as e:
-                self.abort()
-                raise DataError(f"earlier rows don't fit what comes now: {e}", where=where, hint=_DRIFT_HINT) from None
+            if not self._sink.widens:
+                self._go_on(schema, fitting, where)
             self._schema = schema
         return fitting
+
+    def _go_on(self, schema: pa.Schema, sample: pa.RecordBatch, where: tuple[tuple[str, str], ...]) -> None:
+        """Begin another file, of a wider schema."""
+        try:
+            self._end_file()
+            self._encoder = self._sink._encoder(self._path, schema, sample)
+        except OSError as e:
+            self.abort()
+            raise disk_error(e, self._path) from e
+        except pa.ArrowException as e:
+            self.abort()
+            raise DataError(f"the rows can't be written as {self._sink.name}: {e}", where=where) from e
+
+    def _end_file(self) -> None:
+        """Close the file, and put it beside where the whole one will be."""
+        assert self._encoder is not None
+        assert self._schema is not None
+        encoder, self._encoder = self._encoder, None
+        encoder.close()
+        narrow = f"{self._path}.narrow-{len(self._narrow)}"
+        os.replace(self._path, narrow)
+        self._narrow.append((narrow, self._schema))
+
+    def _join_files(self) -> None:
+        """Write the rows of all files as one. Raises DataError for a value that does not fit what came later."""
+        assert self._schema is not None
+        self._end_file()
+        try:
+            for path, before in self._narrow:
+                for batch in self._sink._read_again(path, before):
+                    fitting = bring(batch, self._schema)
+                    if self._encoder is None:
+                        self._encoder = self._sink._encoder(self._path, self._schema, fitting)
+                    self._encoder.write(fitting)
+                os.unlink(path)
+        except pa.ArrowException as e:
+            where = (("output", self._name),)
+            raise DataError(f"earlier rows don't fit what came later: {e}", where=where, hint=_DRIFT_HINT) from None
+        self._narrow = []
+        if self._encoder is None:  # no file had a row
+            self._encoder = self._sink._encoder(self._path, self._schema, None)
 
     def close(self, lineage: Sequence[LineageRun] = ()) -> Receipt:
         if self._encoder is None:
@@ -496,8 +520,10 @@ class FileSplitWriter:
                 self._files.append(OutputFile(self._name, 0, 0))
                 return self._receipt(())
             self._begin(self._sink._schema, None)
-        assert self._encoder is not None
         try:
+            if self._narrow:
+                self._join_files()
+            assert self._encoder is not None
             done = measured(self._encoder.close(), self._path)
             self._encoder = None
             self._there.stage(self._staged, self._path, done.digest)
@@ -514,6 +540,10 @@ class FileSplitWriter:
         if self._encoder is not None:
             quietly(_close_broken, self._encoder)
             self._encoder = None
+        for narrow, _ in self._narrow:
+            with contextlib.suppress(OSError):
+                os.unlink(narrow)
+        self._narrow = []
         if self._path:
             quietly(self._there.drop, self._staged, self._path)
         for f in self._files:

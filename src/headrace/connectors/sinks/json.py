@@ -22,12 +22,10 @@ class JsonSink(FileSink):
 
     name = "json"
     extension = ".jsonl"
+    widens = True  # a key that earlier rows lack is null
 
     def _encoder(self, path: str, schema: pa.Schema, sample: pa.RecordBatch | None) -> Encoder:
         return _JsonEncoder(path)
-
-    def _widened(self, encoder: Encoder, path: str, before: pa.Schema, schema: pa.Schema) -> Encoder:
-        return encoder  # a key that earlier rows lack is null
 
 
 class _JsonEncoder:

@@ -1,0 +1,261 @@
+"""Columns as lists of Python values, and lists of Python values as columns.
+
+Invariants: no value is cut on its way, in either direction. One that Python has no exact type for (a time of day not on a whole
+microsecond, a date after the year 9999, a text that is no UTF-8) is shown as its Arrow scalar: it passes through functions that
+do not look at it, and fails in those that do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from headrace.core.extras import is_instance
+from headrace.core.tensors import arrow_type, is_ragged, numpy_to_array, ragged_to_array
+from headrace.worker.casting import cast_array, widens
+from headrace.worker.refused import Refused
+
+_t = pa.types
+UNSHOWN = (pa.ArrowException, OverflowError, ValueError)  # what Arrow raises for a value that it can't convert
+_UNMADE = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)
+
+
+# --- from columns ----------------------------------------------------------------------------------------------------
+
+
+def python_values(column: pa.Array) -> list[Any]:
+    """The values of a column, None for null; as Arrow scalars those that Python can't hold."""
+    try:
+        values = column.to_pylist()
+    except UNSHOWN:
+        values = [_python_value(scalar) for scalar in column]
+    return _with_nanoseconds(values, column) if _contains(column.type, _is_time_ns) else values
+
+
+def _python_value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UNSHOWN:
+        return scalar
+
+
+def _with_nanoseconds(values: list[Any], column: pa.Array) -> list[Any]:
+    """With the times of day that Arrow has cut to microseconds as they are."""
+    try:
+        made = pa.array(values, column.type)
+    except _UNMADE:
+        return list(column)
+    if made.equals(column):
+        return values
+    exact = (made.slice(i, 1).equals(column.slice(i, 1)) for i in range(len(column)))
+    return [value if same else scalar for value, scalar, same in zip(values, column, exact, strict=True)]
+
+
+def _is_time_ns(type: pa.DataType) -> bool:
+    return _t.is_time64(type) and type.unit == "ns"
+
+
+def _contains(type: pa.DataType, test: Callable[[pa.DataType], bool]) -> bool:
+    if isinstance(type, pa.BaseExtensionType):
+        return _contains(type.storage_type, test)
+    if _t.is_dictionary(type) or _t.is_run_end_encoded(type):
+        return _contains(type.value_type, test)
+    if _t.is_nested(type):
+        return any(_contains(type.field(i).type, test) for i in range(type.num_fields))
+    return test(type)
+
+
+# --- to columns ------------------------------------------------------------------------------------------------------
+
+
+def values_column(values: Sequence[Any], hint: pa.DataType | None = None) -> pa.Array:
+    """A column of Python values, NumPy scalars, arrays or tensors. hint: kept if the values are of its kind."""
+    present = next((v for v in values if v is not None), None)
+    if present is None:
+        return pa.nulls(len(values), hint)
+    if is_instance(present, "torch", "Tensor"):
+        values = [v if v is None else torch_to_numpy(v) for v in values]
+        present = next(v for v in values if v is not None)
+    if isinstance(present, np.ndarray) and present.ndim:
+        return _tensors(values, hint)
+    try:
+        return kept(_made(values, hint), hint)
+    except _UNMADE as exc:
+        scalars = [isinstance(v, pa.Scalar) for v in values]
+        if any(scalars) and not all(scalars):
+            return _with_scalars(values, np.array(scalars), hint)
+        raise Refused(f"whose values don't make a column: {exc}", "give values of one type, or None") from exc
+
+
+def _made(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
+    """Of the type that the values tell; that of maps, whose pairs do not tell it, is the hint's."""
+    if hint is not None and _t.is_nested(hint) and _contains_map(hint):
+        made = _nested(values, hint)
+        if made is not None:
+            return made
+    made = pa.array(values)
+    if "pandas" in sys.modules and _contains(made.type, _is_clock) and _have_nanoseconds(values):
+        return pa.array(values, _in_nanoseconds(made.type))
+    return made
+
+
+def _with_scalars(values: Sequence[Any], scalars: np.ndarray, hint: pa.DataType | None) -> pa.Array:
+    """Values among which some were shown as Arrow scalars: those are taken as they are. Raises Refused."""
+    import pyarrow.compute as pc
+
+    shown = pa.array([v if scalar else None for v, scalar in zip(values, scalars, strict=True)])
+    others = [None if scalar else v for v, scalar in zip(values, scalars, strict=True)]
+    made = values_column(others, shown.type)
+    if not made.type.equals(shown.type):
+        raise Refused(f"whose values are some {shown.type} and some {made.type}", "give values of one type, or None")
+    return kept(pc.if_else(pa.array(scalars), shown, made), hint)  # type: ignore[attr-defined]
+
+
+def _contains_map(type: pa.DataType) -> bool:
+    if _t.is_map(type):
+        return True
+    plain = _t.is_struct(type) or _is_list(type)
+    return plain and any(_contains_map(type.field(i).type) for i in range(type.num_fields))
+
+
+def _nested(values: Sequence[Any], hint: pa.DataType) -> pa.Array | None:
+    """Values of the form of `hint`, which holds maps, put together from columns of their leaves. None: of another form."""
+    null = [v is None for v in values]
+    mask = pa.array(null)
+    present = [v for v in values if v is not None]
+    if _t.is_struct(hint):
+        names = [field.name for field in hint]
+        if len(names) > len(set(names)) or not all(isinstance(v, dict) and v.keys() <= set(names) for v in present):
+            return None
+        children = [values_column([None if v is None else v.get(f.name) for v in values], f.type) for f in hint]
+        fields = [pa.field(name, child.type) for name, child in zip(names, children, strict=True)]
+        return pa.StructArray.from_arrays(children, fields=fields, mask=mask)
+    if not all(isinstance(v, (list, tuple)) for v in present):
+        return None
+    flat = list(itertools.chain.from_iterable(present))
+    ends = itertools.accumulate((len(v) if v is not None else 0 for v in values), initial=0)
+    offsets = pa.array(ends, pa.int32())
+    if not _t.is_map(hint):
+        return pa.ListArray.from_arrays(offsets, values_column(flat, hint.value_type), mask=mask)
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in flat):
+        return None
+    keys = values_column([key for key, _ in flat], hint.key_type)
+    items = values_column([item for _, item in flat], hint.item_type)
+    return pa.MapArray.from_arrays(offsets, keys, items, pa.map_(keys.type, items.type, hint.keys_sorted), mask=mask)
+
+
+# Arrow makes microseconds of pandas' timestamps, which are what it shows nanoseconds as.
+
+
+def _is_clock(type: pa.DataType) -> bool:
+    return _t.is_timestamp(type) or _t.is_duration(type)
+
+
+def _have_nanoseconds(values: Iterable[Any]) -> bool:
+    """Whether there are pandas' timestamps or durations in nanoseconds among the values, however deep."""
+    import pandas as pd
+
+    values = list(values)
+    kinds = set(map(type, values))
+    clocks = tuple(kind for kind in kinds if issubclass(kind, (pd.Timestamp, pd.Timedelta)))
+    if clocks and any(v.unit == "ns" for v in values if isinstance(v, clocks)):
+        return True
+    inner = (v.values() if isinstance(v, dict) else v for v in values if isinstance(v, (dict, list, tuple)))
+    return not kinds.isdisjoint((dict, list, tuple)) and any(map(_have_nanoseconds, inner))
+
+
+def _in_nanoseconds(made: pa.DataType) -> pa.DataType:
+    """A type that Arrow inferred, with nanoseconds in the place of longer units."""
+    if _t.is_timestamp(made):
+        return pa.timestamp("ns", made.tz)
+    if _t.is_duration(made):
+        return pa.duration("ns")
+    if _t.is_list(made):
+        return pa.list_(_in_nanoseconds(made.value_type))
+    if _t.is_struct(made):
+        return pa.struct([pa.field(f.name, _in_nanoseconds(f.type)) for f in made])
+    return made
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def torch_to_numpy(tensor: Any) -> np.ndarray:
+    """An array of its own memory; bfloat16 as float32."""
+    tensor = tensor.detach()
+    if str(tensor.dtype) == "torch.bfloat16":
+        tensor = tensor.float()
+    on_host = tensor.device.type == "cpu"
+    array = tensor.cpu().resolve_conj().resolve_neg().numpy()
+    return array.copy() if on_host else array  # torch code that reuses its buffers must not change our columns
+
+
+def _tensors(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
+    arrays = [None if v is None else np.asarray(v) for v in values]
+    first = next(a for a in arrays if a is not None)
+    same = all(a is not None and a.shape == first.shape and a.dtype == first.dtype for a in arrays)
+    if same and not (hint is not None and (is_ragged(hint) or _is_list(hint))) and not first.dtype.hasobject:
+        try:
+            return numpy_to_array(np.stack(arrays))  # pyright: ignore[reportArgumentType, reportCallIssue]
+        except TypeError as exc:
+            raise Refused(f"whose values are {described(first)}: {exc}", "convert them, for example with .astype()") from exc
+    return ragged(arrays, hint)
+
+
+def ragged(values: list[Any], hint: pa.DataType | None) -> pa.Array:
+    """Arrays that differ in shape: lists when they are vectors, ragged tensors otherwise."""
+    arrays = [None if v is None else np.asarray(v) for v in values]
+    vectors = all(a is None or a.ndim == 1 for a in arrays)
+    numeric = all(a is None or a.dtype.kind == "b" or arrow_type(a.dtype) is not None for a in arrays)
+    try:
+        if numeric and not (vectors and not (hint is not None and is_ragged(hint))):
+            return ragged_to_array(arrays)
+        return kept(pa.array([None if a is None else (a if a.ndim == 1 else a.tolist()) for a in arrays]), hint)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as exc:
+        raise Refused(f"whose arrays don't make a column: {exc}", "give arrays of one number type") from exc
+
+
+# --- types -----------------------------------------------------------------------------------------------------------
+
+
+def kept(made: pa.Array, hint: pa.DataType | None) -> pa.Array:
+    """The column in the type it had before, if that is of the same kind and takes the values."""
+    if hint is None or made.type.equals(hint) or not _is_kind_of(made.type, hint):
+        return made
+    if _t.is_integer(made.type) and _t.is_floating(hint):
+        return made
+    try:
+        return cast_array(made, hint)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return made
+
+
+def _is_kind_of(made: pa.DataType, hint: pa.DataType) -> bool:
+    """As `widens`, but that a float is of the kind of narrower ones, too, and a value of that of its dictionaries."""
+    if isinstance(made, pa.BaseExtensionType) or isinstance(hint, pa.BaseExtensionType):
+        return widens(made, hint)
+    if _t.is_dictionary(hint) and not _t.is_dictionary(made):
+        return _is_kind_of(made, hint.value_type)
+    if _is_list(made) and _is_list(hint):
+        return _is_kind_of(made.value_type, hint.value_type)
+    if _t.is_struct(made) and _t.is_struct(hint):
+        same = [f.name for f in made] == [f.name for f in hint]
+        return same and all(_is_kind_of(a.type, b.type) for a, b in zip(made, hint, strict=True))
+    return (_t.is_floating(made) and _t.is_floating(hint)) or widens(made, hint)
+
+
+def _is_list(type: pa.DataType) -> bool:
+    return _t.is_list(type) or _t.is_large_list(type) or _t.is_fixed_size_list(type)
+
+
+def described(value: Any) -> str:
+    """The value's type, for messages."""
+    kind = type(value).__name__
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype} and shape {value.shape}"
+    return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
