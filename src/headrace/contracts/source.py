@@ -43,8 +43,8 @@ class Source(Protocol):
     remote: bool
 
     def schema(self) -> pa.Schema:
-        """The schema of every block that `open` yields. Reads the first object only, or where that is broken the first of the
-        next few that is not.
+        """The schema of every block that `open` yields. Reads the first object, or where that is broken the first of the next
+        few that is not; or as many as a request's time allows, chosen by the listing alone.
 
         Raises DataError when there is no input or none of those can be understood.
         """
