@@ -16,7 +16,7 @@ import headrace as hr
 from headrace.connectors import storage
 from headrace.core.errors import DataError, DestinationError, PlanError
 
-from .conftest import read_back
+from .conftest import ENGINES, read_back
 
 QUIET: dict[str, Any] = {"engine": "inline", "progress": "quiet"}
 
@@ -152,6 +152,27 @@ def test_fields_that_nobody_promised_are_not_left_out_of_a_struct(tmp_path: Path
     data = folder_of(tmp_path / "in", *plain[:1], {"x": [{"a": 1, "b": 2}]}, *plain[2:])
     with pytest.raises(DataError, match="struct<a: int64, b: int64> here, struct<a: int64> was expected"):
         hr.read_parquet(data).to_arrow(**QUIET)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_columns_of_files_that_were_not_looked_at_are_left_out_with_a_word(tmp_path: Path, engine: str) -> None:
+    if engine == "ray":
+        pytest.skip("the same worker as in processes")
+    plain: list[dict[str, Any]] = [{"x": [n], "w": [n]} for n in range(40)]
+    odd = [{"x": [n], "w": [n], "y": [n], "z": [n]} for n in (1, 3)]
+    data = folder_of(tmp_path / "in", plain[0], odd[0], plain[2], odd[1], *plain[4:])
+    options: Any = {**QUIET, "engine": engine, "cpus": 2}
+    source = hr.read_parquet(data)
+    for again in ("out", "again"):
+        run = source.write_parquet(tmp_path / again, outputs="per_input", **options)
+        (note,) = [note for note in run.notes if "left out" in note]
+        assert "columns y, z of" in note
+        assert "f001.parquet" in note or "f003.parquet" in note
+        assert "schema=" in note
+    assert run.rows == 40
+    for chosen in (source.select("x"), hr.read_parquet(data, schema=pa.schema([("x", INT)]))):
+        run = chosen.write_parquet(tmp_path / "chosen", fresh=True, **options)
+        assert not [note for note in run.notes if "left out" in note]
 
 
 def test_nulls_of_files_that_were_not_looked_at(tmp_path: Path) -> None:

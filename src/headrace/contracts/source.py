@@ -98,6 +98,15 @@ class LeavingSource(Source, Protocol):
 
 
 @runtime_checkable
+class RemarkingSource(Source, Protocol):
+    def take_remarks(self) -> tuple[tuple[str, str], ...]:
+        """What people should know of what was read in this process and was not told yet: (about, a line). Of lines about the
+        same, a run tells the first. Thread-safe.
+        """
+        ...
+
+
+@runtime_checkable
 class ListedSource(Source, Protocol):
     def snapshot(self) -> Source:
         """The same source for one action, whose steps may share what they listed; used in the driver's process only."""

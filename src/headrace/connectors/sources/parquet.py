@@ -18,9 +18,11 @@ from msgspec.structs import replace
 from headrace.connectors import footers, packing, storage
 from headrace.connectors.blocks import Piece, no_columns, rows_per_block, shareable
 from headrace.connectors.listing import Paths
-from headrace.connectors.parquet_schema import conform, named, unified
+from headrace.connectors.parquet_schema import HINT, conform, named, unified
 from headrace.connectors.parquet_splice import worth_copying
+from headrace.connectors.redact import redact
 from headrace.connectors.sources.files import FileSource
+from headrace.connectors.sources.remarks import Remarks
 from headrace.connectors.sources.unreadable import halves, is_bad, reported
 from headrace.connectors.storage import Reader, Stored
 from headrace.contracts.source import OnBad
@@ -65,6 +67,7 @@ class ParquetSource(FileSource):
     extensions = (".parquet", ".pq", ".parq")
     reads_to_divide = True
     _left: frozenset[str] = frozenset()  # columns that splits worth copying are read without
+    _chosen = False  # are some columns all that anyone wants?
 
     def __init__(
         self, paths: Paths, columns: tuple[str, ...] | list[str] | None = None, *, schema: pa.Schema | None = None
@@ -73,6 +76,7 @@ class ParquetSource(FileSource):
         self._schema = None if schema is None else named(schema)
         self._full = self._schema
         self._optional = frozenset(() if self._schema is None else self._schema.names)  # null in files that lack them
+        self._remarks = Remarks()
         self._predicate: Any = None
         self._predicate_columns: tuple[str, ...] = ()
         if columns is not None:
@@ -90,6 +94,19 @@ class ParquetSource(FileSource):
         out._predicate = predicate if self._predicate is None else self._predicate & predicate
         out._predicate_columns = tuple(dict.fromkeys((*self._predicate_columns, *read)))
         return out, True
+
+    def project(self, columns: tuple[str, ...]) -> Self:
+        out = super().project(columns)
+        out._chosen = True
+        return out
+
+    def snapshot(self) -> Self:
+        out = super().snapshot()
+        out._remarks = Remarks()
+        return out
+
+    def take_remarks(self) -> tuple[tuple[str, str], ...]:
+        return self._remarks.take()
 
     def leave(self, columns: frozenset[str]) -> Self:
         out = copy.copy(self)
@@ -182,7 +199,7 @@ class ParquetSource(FileSource):
         if not self._left or not worth_copying(split):
             return super()._split_pieces(split, limits, on_bad)
         narrow = self.project(tuple(name for name in self.schema().names if name not in self._left))
-        narrow._left = frozenset()
+        narrow._left, narrow._chosen = frozenset(), self._chosen
         return narrow._split_pieces(split, limits, on_bad)
 
     def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
@@ -195,6 +212,7 @@ class ParquetSource(FileSource):
             except DataError as error:
                 reported(on_bad, fragment.uri, -1, 0, error)
                 return
+            self._remark_on(file, fragment.uri)
             stop = file.num_row_groups if fragment.stop < 0 else fragment.stop
             wanted = set(range(fragment.start, stop))
             if self._predicate is not None:
@@ -209,6 +227,16 @@ class ParquetSource(FileSource):
                     yield from self._group_pieces(reader, file, g, first_row, schema, limits, on_bad, following.get(g))
                 first_row += rows
             reader.check()
+
+    def _remark_on(self, file: Any, uri: str) -> None:
+        """Columns of the file that nobody promised and nobody will see."""
+        if self._chosen or self._schema is not None:
+            return
+        names, full = file.schema_arrow.names, self._full_schema().names
+        if names != full and (left := [name for name in names if name not in full]):
+            columns = ", ".join(left[:20])
+            text = f"columns {columns} of {redact(uri)} are not in the schema and are left out; {HINT}"
+            self._remarks.add(f"columns {columns}", text)
 
     def _group_pieces(
         self,
