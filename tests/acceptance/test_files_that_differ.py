@@ -14,7 +14,7 @@ import pytest
 
 import headrace as hr
 from headrace.connectors import storage
-from headrace.core.errors import DataError, DestinationError, PlanError
+from headrace.core.errors import DataError, DestinationError, InputChanged, PlanError
 
 from .conftest import ENGINES, read_back
 
@@ -197,6 +197,27 @@ def test_a_schema_says_what_is_read(tmp_path: Path) -> None:
             hr.read_parquet(data, schema=wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("value", "type"), [(1e300, pa.float32()), ("a", INT), ([1], INT), (1 << 40, INT32)])
+def test_a_value_that_the_schema_has_no_room_for_is_told(tmp_path: Path, value: Any, type: pa.DataType) -> None:
+    source = hr.read_parquet(folder_of(tmp_path / "in", {"x": [value]}), schema=pa.schema([("x", type)]))
+    with pytest.raises(DataError, match=r"'x' of type .* does not fit") as caught:
+        source.to_arrow(**QUIET)
+    assert "f000.parquet" in str(caught.value)
+
+
+def test_a_column_that_is_there_twice_is_not_taken_for_missing(tmp_path: Path) -> None:
+    twice = pa.Table.from_arrays([pa.array([1]), pa.array([2])], names=["x", "x"])
+    with pytest.raises(DataError, match="'x'"):
+        hr.read_parquet(folder_of(tmp_path / "in", twice), schema=pa.schema([("x", INT)])).to_arrow(**QUIET)
+
+
+def test_tensors_of_several_shapes_become_ragged(tmp_path: Path) -> None:
+    tensors = [pa.FixedShapeTensorArray.from_numpy_ndarray(np.full((2, n), n, np.float32)) for n in (3, 4)]
+    source = hr.read_parquet(folder_of(tmp_path / "in", *({"x": t} for t in tensors)))
+    rows = [x for batch in source.iter_batches(**QUIET) for x in batch["x"]]
+    assert [np.asarray(x).tolist() for x in rows] == [[3.0] * 3] * 2 + [[4.0] * 4] * 2
+
+
 def test_a_schema_is_part_of_what_a_run_means_and_files_of_the_same_types_are_not(tmp_path: Path) -> None:
     data = folder_of(tmp_path / "in", array([1], INT32), array([2], INT32))
     wide = pa.schema([("x", INT)])
@@ -204,6 +225,10 @@ def test_a_schema_is_part_of_what_a_run_means_and_files_of_the_same_types_are_no
     assert hr.read_parquet(data, schema=wide).write_parquet(tmp_path / "out", **QUIET).already_done
     with pytest.raises(DestinationError, match="schema"):
         hr.read_parquet(data).write_parquet(tmp_path / "out", **QUIET)
+    hr.read_parquet(data).write_parquet(tmp_path / "plain", **QUIET)
+    folder_of(data, array([1], INT32), array([2], INT32), array([3], INT32))
+    with pytest.raises(InputChanged):  # not another plan
+        hr.read_parquet(data).write_parquet(tmp_path / "plain", **QUIET)
 
 
 def test_a_filter_skips_no_row_group_by_values_that_are_cast(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ named the type, no cast of `conform` loses anything, and no nested field is left
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pyarrow as pa
 
@@ -55,7 +56,8 @@ def _both(schema: pa.Schema, uri: str, other: pa.Schema, found: Sequence[tuple[s
         raise _conflict(conflict.name, uri, other, found) from conflict
     for side in (schema, other):
         for field in side:
-            if not goes_into(field.type, out.field(out.get_field_index(field.name)).type):
+            type = out.field(out.get_field_index(field.name)).type
+            if not goes_into(field.type, type) and not _becomes_ragged(field.type, type):
                 raise _conflict(field.name, uri, other, found)
     return out
 
@@ -86,7 +88,7 @@ def conform(
         i = batch.schema.get_field_index(f.name)
         if i >= 0:
             arrays.append(_cast(batch.column(i), f, where, by_user))
-        elif f.name in optional:
+        elif f.name in optional and f.name not in batch.schema.names:  # twice there is not missing
             arrays.append(pa.nulls(batch.num_rows, f.type))
         else:
             there = ", ".join(batch.schema.names[:20])
@@ -100,13 +102,31 @@ def _cast(array: pa.Array, f: pa.Field, where: Where, by_user: bool) -> pa.Array
         return array
     if pa.types.is_null(array.type):
         return pa.nulls(len(array), f.type)
-    if is_tensor(array.type) and is_ragged(f.type) and array.type.value_type.equals(f.type.value_type):
+    if _becomes_ragged(array.type, f.type):
         return fixed_to_ragged(array)
     if not by_user and not goes_into(array.type, f.type):
         text = f"column {f.name!r} has type {array.type} here, {f.type} was expected"
         raise DataError(text, where=(*where, ("column", f.name)), hint=HINT)
     try:
-        return array.cast(f.type, safe=True)
+        out = array.cast(f.type, safe=True)
+        if by_user and pa.types.is_floating(f.type) and _has_new_infinity(array, out):
+            raise pa.ArrowInvalid("a number is out of range")
+        return out
     except (pa.ArrowException, ValueError) as e:
         text = f"column {f.name!r} of type {array.type} does not fit {f.type}: {e}"
         raise DataError(text, where=(*where, ("column", f.name)), hint=HINT) from e
+
+
+def _becomes_ragged(a: pa.DataType, b: pa.DataType) -> bool:
+    """Tensors of one shape, among those of several."""
+    return is_tensor(a) and is_ragged(b) and a.value_type.equals(b.value_type)
+
+
+def _has_new_infinity(array: pa.Array, cast: pa.Array) -> bool:
+    """Of casts to narrower floats, which Arrow takes for safe."""
+    if not pa.types.is_floating(array.type) or cast.type.bit_width >= array.type.bit_width:
+        return False
+    import pyarrow.compute
+
+    compute: Any = pyarrow.compute
+    return compute.sum(compute.is_inf(cast)).as_py() != compute.sum(compute.is_inf(array)).as_py()
