@@ -17,14 +17,14 @@ import pyarrow.parquet as pq
 import pytest
 
 import headrace as hr
-from headrace.connectors import packing, storage
+from headrace.connectors import footers, packing, storage
 from headrace.connectors.listing import Listing
 from headrace.connectors.sinks.csv import CsvSink
 from headrace.connectors.sinks.json import JsonSink
 from headrace.connectors.sinks.parquet import ParquetSink
 from headrace.connectors.sources.csv import CsvSource
 from headrace.connectors.sources.images import ImageSource
-from headrace.connectors.sources.parquet import ParquetSource
+from headrace.connectors.sources.parquet import LOOKED_AT_REMOTE, ParquetSource
 from headrace.contracts.source import BadRange
 from headrace.core.errors import DataError, DestinationError, InputChanged
 from headrace.core.options import BlockLimits
@@ -223,6 +223,34 @@ def test_a_run_asks_for_nothing_twice(
     # Two actions are two listings: the second sees what is there then.
     put("b", "in/3.parquet", parquet(table(9000, 10)))
     assert source.map_batches(lambda batch: batch).write_parquet(tmp_path / "again", **options).rows == 9010
+
+
+@pytest.mark.parametrize("paths", ["s3://b/in", "s3://b/in/*", "s3://b/**/*.parquet", "a list"])
+def test_the_types_of_several_objects_are_asked_for_at_once(
+    strict: S3Server, monkeypatch: pytest.MonkeyPatch, paths: str
+) -> None:
+    names = [f"in/{n:02d}.parquet" for n in range(20)]
+    for n, name in enumerate(names):
+        rows = table(n * 300, 300)
+        put("b", name, parquet(rows.append_column("new", rows["id"]) if n == 19 else rows))
+    strict.faults = asked = Asked(monkeypatch)
+    monkeypatch.setattr(footers, "remembered", footers.Footers())
+    meeting = threading.Barrier(1 if "**" in paths else LOOKED_AT_REMOTE, timeout=20)
+    fetch = storage._fetch
+
+    def together(uri: str, version: str, span: tuple[int, int] | None) -> pa.Buffer:
+        meeting.wait()
+        return fetch(uri, version, span)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_fetch", together)
+        source = ParquetSource([f"s3://b/{name}" for name in names] if paths == "a list" else paths)
+        schema = source.schema()
+    assert len(asked.ranges) == meeting.parties
+    assert len([r for r in asked.requests if "list-type" in r]) == (0 if paths == "a list" else 1)
+    if meeting.parties > 1:  # patterns of several levels are not looked through for the last object
+        assert schema.names[-1] == "new"
+        assert read_all(source)["new"].null_count == 19 * 300
 
 
 def test_row_groups_are_on_their_way_before_they_are_read(

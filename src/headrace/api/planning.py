@@ -1,5 +1,5 @@
 """Planning of an action: check options, resolve names by the input's schema, apply the rules, cut into stages, choose workers
-and engine. Reads the first input's schema; starts nothing.
+and engine. Reads the input's schema; starts nothing.
 
 `lay_out` refuses what can never run, and calls no function of the user's. `choose` may run the first rows in this process, to
 choose an engine. Between the two a session enters itself in its log: should a function end the process, the next one knows

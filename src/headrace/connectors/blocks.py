@@ -1,4 +1,4 @@
-"""Blocks: cutting record batches to the limits of a run, and casting them to the schema that was promised.
+"""Blocks: cutting record batches to the limits of a run; which types go into which.
 
 Invariants: cuts are a function of the pieces and the limits alone; every block but the last of a split has a multiple of
 `rows_multiple` rows; a piece that fits passes without a copy.
@@ -12,7 +12,6 @@ import pyarrow as pa
 from msgspec import Struct, field
 from msgspec.structs import replace
 
-from headrace.core.errors import DataError
 from headrace.core.options import BlockLimits
 from headrace.core.origins import join_origins
 from headrace.core.refs import Origin
@@ -148,37 +147,6 @@ def sized(piece: Piece, limits: BlockLimits) -> Iterator[Piece]:
             yield from sized(replace(piece, batch=batch, origin=piece.origin.slice(start, n)), limits)
 
 
-def conform(batch: pa.RecordBatch, schema: pa.Schema, where: tuple[tuple[str, str], ...]) -> pa.RecordBatch:
-    """The batch with the columns and types of `schema`, matched by name. Raises DataError for a column that is missing
-    or whose type does not go in without loss.
-    """
-    if batch.schema.equals(schema):
-        return batch
-    if len(schema) == 0:
-        return batch.select([])
-    arrays: list[pa.Array] = []
-    for f in schema:
-        i = batch.schema.get_field_index(f.name)
-        if i < 0:
-            names = ", ".join(batch.schema.names[:20])
-            raise DataError(f"column {f.name!r} is missing (there are: {names})", where=(*where, ("column", f.name)))
-        arrays.append(_cast(batch.column(i), f, where))
-    return pa.RecordBatch.from_arrays(arrays, schema=schema)
-
-
-def _cast(array: pa.Array, f: pa.Field, where: tuple[tuple[str, str], ...]) -> pa.Array:
-    if array.type.equals(f.type):
-        return array
-    if not goes_into(array.type, f.type):
-        text = f"column {f.name!r} has type {array.type} here, {f.type} was expected"
-        raise DataError(text, where=(*where, ("column", f.name)), hint="cast it to one type in all inputs")
-    try:
-        return array.cast(f.type, safe=True)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as e:
-        text = f"column {f.name!r} of type {array.type} does not fit {f.type}: {e}"
-        raise DataError(text, where=(*where, ("column", f.name)), hint="cast it to one type in all inputs") from e
-
-
 def goes_into(a: pa.DataType, b: pa.DataType) -> bool:
     """May values of type a become type b? Values are still checked by the cast (overflow, lost fractions)."""
     t = pa.types
@@ -186,6 +154,8 @@ def goes_into(a: pa.DataType, b: pa.DataType) -> bool:
         return True
     if t.is_dictionary(a):
         return goes_into(a.value_type, b)
+    if t.is_dictionary(b):
+        return goes_into(a, b.value_type)
     if isinstance(a, pa.BaseExtensionType) or isinstance(b, pa.BaseExtensionType):
         return False
     if t.is_integer(a):
@@ -200,16 +170,22 @@ def goes_into(a: pa.DataType, b: pa.DataType) -> bool:
         return _is_binary(b)
     if t.is_timestamp(a):
         return t.is_timestamp(b) and (a.tz is None) == (b.tz is None)
-    if t.is_date(a):
-        return t.is_date(b)
+    for kind in (t.is_date, t.is_time, t.is_duration):
+        if kind(a):
+            return kind(b)
     if _is_list(a) and _is_list(b):
         return goes_into(a.value_type, b.value_type)
-    if t.is_struct(a) and t.is_struct(b):
-        names = [a.field(i).name for i in range(a.num_fields)]
-        return names == [b.field(i).name for i in range(b.num_fields)] and all(
-            goes_into(a.field(i).type, b.field(i).type) for i in range(a.num_fields)
-        )
-    return False
+    if t.is_map(a) and t.is_map(b):
+        return goes_into(a.key_type, b.key_type) and goes_into(a.item_type, b.item_type)
+    return t.is_struct(a) and t.is_struct(b) and _fields_go_into(a, b)
+
+
+def _fields_go_into(a: pa.StructType, b: pa.StructType) -> bool:
+    """Has b all fields of a? Those that it has beyond them become null."""
+    there = {b.field(i).name: b.field(i).type for i in range(b.num_fields)}
+    fields = [a.field(i) for i in range(a.num_fields)]
+    distinct = len(there) == b.num_fields and len({f.name for f in fields}) == len(fields)
+    return distinct and all(f.name in there and goes_into(f.type, there[f.name]) for f in fields)
 
 
 def _is_text(a: pa.DataType) -> bool:

@@ -196,10 +196,12 @@ def stat(uri: str) -> Stored | None:
     return None if meta is None else Stored(uri, meta["size"], meta_version(meta))
 
 
-def open_reader(uri: str, size: int, version: str) -> Reader:
-    """Open an object under the version that was planned ("" for whichever is there). Raises InputChanged, DataError."""
+def open_reader(uri: str, size: int, version: str, *, parts: bool = False) -> Reader:
+    """Open an object under the version that was planned ("" for whichever is there). parts: little of it will be read: a
+    remote one is not fetched whole, however small. Raises InputChanged, DataError.
+    """
     if is_remote(uri):
-        return _S3Reader(uri, size, version)
+        return _S3Reader(uri, size, version, whole=size <= WHOLE_S3_BYTES and not parts)
     return _LocalReader(uri, size, version)
 
 
@@ -324,10 +326,10 @@ def _unreadable(uri: str, e: OSError) -> DataError:
 class _S3Reader:
     """An S3 object. Every request carries the planned etag, so a changed object can't be read by parts of two versions."""
 
-    def __init__(self, uri: str, size: int, version: str) -> None:
+    def __init__(self, uri: str, size: int, version: str, *, whole: bool) -> None:
         self.uri = uri
         self.size = size
-        self.whole = size <= WHOLE_S3_BYTES
+        self.whole = whole
         self.version = version
         self._file: RangedFile | None = None
 

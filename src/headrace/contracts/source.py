@@ -43,8 +43,8 @@ class Source(Protocol):
     remote: bool
 
     def schema(self) -> pa.Schema:
-        """The schema of every block that `open` yields. Reads the first object only, or where that is broken the first of the
-        next few that is not.
+        """The schema of every block that `open` yields. Reads the first object, or where that is broken the first of the next
+        few that is not; or as many as a request's time allows, chosen by the listing alone.
 
         Raises DataError when there is no input or none of those can be understood.
         """
@@ -93,6 +93,15 @@ class LeavingSource(Source, Protocol):
     def leave(self, columns: frozenset[str]) -> Source:
         """The same source, whose blocks may lack these columns, those of a split all or none: its sink takes them from the
         input. The schema still names them.
+        """
+        ...
+
+
+@runtime_checkable
+class RemarkingSource(Source, Protocol):
+    def take_remarks(self) -> tuple[tuple[str, str], ...]:
+        """What people should know of what was read in this process and was not told yet: (about, a line). Of lines about the
+        same, a run tells the first. Thread-safe.
         """
         ...
 

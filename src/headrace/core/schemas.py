@@ -8,6 +8,8 @@ stand in the order in which they first appear; `bring` changes no value.
 # pyright: basic
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pyarrow as pa
 
 from headrace.core.tensors import fixed_to_ragged, is_ragged, is_tensor, ragged_type
@@ -59,8 +61,43 @@ def common(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     try:
         both = pa.unify_schemas([pa.schema([("x", a)]), pa.schema([("x", b)])], promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
-        return None
+        plain = [_plain(t) for t in (a, b)]
+        return None if plain == [a, b] else common(plain[0], plain[1])
     return both.field(0).type
+
+
+def nullable(schema: pa.Schema) -> pa.Schema:
+    """The same columns, which may hold nulls, and so may what is nested in them. Keys of maps never may."""
+    return pa.schema([_nullable(field) for field in schema])
+
+
+def _nullable(field: pa.Field) -> pa.Field:
+    return field.with_type(_rebuilt(field.type, _nullable)).with_nullable(True)
+
+
+def _plain(type: pa.DataType) -> pa.DataType:
+    """The same without dictionaries inside."""
+    if pa.types.is_dictionary(type):
+        return _plain(type.value_type)
+    return _rebuilt(type, lambda field: field.with_type(_plain(field.type)))
+
+
+def _rebuilt(type: pa.DataType, change: Callable[[pa.Field], pa.Field]) -> pa.DataType:
+    """The type with its children changed."""
+    t = pa.types
+    if isinstance(type, pa.BaseExtensionType):
+        return type
+    if t.is_struct(type):
+        return pa.struct([change(type.field(i)) for i in range(type.num_fields)])
+    if t.is_list(type):
+        return pa.list_(change(type.value_field))
+    if t.is_large_list(type):
+        return pa.large_list(change(type.value_field))
+    if t.is_fixed_size_list(type):
+        return pa.list_(change(type.value_field), type.list_size)
+    if t.is_map(type):
+        return pa.map_(change(type.key_field).with_nullable(False), change(type.item_field), keys_sorted=type.keys_sorted)
+    return type
 
 
 _FLOATS = {pa.float16(), pa.float32(), pa.float64()}

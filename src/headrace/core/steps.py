@@ -154,6 +154,7 @@ class StepDone(Struct, frozen=True):
     the input's place, or a block of no rows and no parts when none is left.
     unreadable: what was skipped of the input and is in no tally, because nobody can tell how many rows it held; a few texts.
     wanted_rows: rows that the models of an Apply would like in one step from now on; 0: as planned.
+    remarks: what the source has to say, see contracts.source.RemarkingSource.
     """
 
     step: int
@@ -171,6 +172,7 @@ class StepDone(Struct, frozen=True):
     whole: frozenset[int] = frozenset()
     unreadable: tuple[str, ...] = ()
     wanted_rows: int = 0
+    remarks: tuple[tuple[str, str], ...] = ()
 
 
 class StepFailed(Struct, frozen=True):

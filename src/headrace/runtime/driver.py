@@ -73,6 +73,7 @@ from headrace.scheduler.messages import (
     Submit,
 )
 
+MOST_REMARKS = 20  # of a run's source
 STACK_LINES = 40  # of a hung worker's stack: the rest is threads that wait
 
 
@@ -147,6 +148,7 @@ class Driver:
         self._governor = governor or Governor()
         self._typed: tuple[str, tuple[tuple[str, str], ...]] | None = None  # the first file with rows, and what it holds
         self._drifted = False
+        self._remarked: set[str] = set()
         self._draining: _Drained | None = None
         self._done = False
         self._stopping = False
@@ -451,6 +453,7 @@ class Driver:
         if step is None:
             return
         tally = self._add(step, event)
+        self._note_remarks(event.remarks)
         made = sum(b.rows for b in event.outputs)
         size = sum(b.bytes for b in event.outputs)
         pool = self._pools.get(event.worker, "")
@@ -519,6 +522,13 @@ class Driver:
             resting.add(event.worker)
             if len(resting) == self._sizes[pool]:
                 text = f"all workers of pool {pool} rest: its work waits until one of them goes on or another one comes"
+                self._tell(Noted(self._now(), text))
+
+    def _note_remarks(self, remarks: tuple[tuple[str, str], ...]) -> None:
+        """Tell people what the source says, once of each subject."""
+        for about, text in remarks:
+            if about not in self._remarked and len(self._remarked) < MOST_REMARKS:
+                self._remarked.add(about)
                 self._tell(Noted(self._now(), text))
 
     def _note_types(self, receipt: Receipt | None) -> None:

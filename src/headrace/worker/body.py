@@ -18,7 +18,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from headrace.contracts.sink import CarryingSink
-from headrace.contracts.source import BadRange
+from headrace.contracts.source import BadRange, RemarkingSource
 from headrace.contracts.substrate import BlockStore
 from headrace.core.errors import HeadraceError, InternalError, UserCodeError
 from headrace.core.origins import join_origins
@@ -51,6 +51,8 @@ class WorkerBody:
         self._stages = {stage.id: stage for stage in program.stages}
         sink = program.sink
         self._carrying = sink if program.carried is not None and isinstance(sink, CarryingSink) else None
+        source = program.source
+        self._take_remarks = source.take_remarks if isinstance(source, RemarkingSource) else _no_remarks
         self._cursors: dict[int, Cursor] = {}
         self._functions = Functions(
             spec.device, threads=fair_threads(spec.pool), deterministic=program.deterministic, crumb=store.crumb
@@ -115,7 +117,7 @@ class WorkerBody:
                 self._store.crumb.clear()
         timing = Timing(start, time.perf_counter() - start, time.thread_time() - cpu, clock.times())
         if progress is not None:
-            return _told(step, progress, timing)
+            return _told(step, progress, timing, self._take_remarks())
         assert done is not None
         return replace(done, timing=timing)
 
@@ -257,7 +259,7 @@ class _Begun(Struct):
         return self.work.run()
 
 
-def _told(step: Advance | Apply, progress: Progress, timing: Timing) -> StepDone:
+def _told(step: Advance | Apply, progress: Progress, timing: Timing, remarks: tuple[tuple[str, str], ...]) -> StepDone:
     """The answer to an Advance."""
     return StepDone(
         step=step.id,
@@ -272,7 +274,12 @@ def _told(step: Advance | Apply, progress: Progress, timing: Timing) -> StepDone
         timing=timing,
         aside=progress.aside,
         unreadable=progress.unreadable,
+        remarks=remarks,
     )
+
+
+def _no_remarks() -> tuple[tuple[str, str], ...]:
+    return ()
 
 
 def _no_bad(bad: BadRange) -> None:

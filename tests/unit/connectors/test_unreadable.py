@@ -99,13 +99,14 @@ def test_a_large_broken_file_does_not_end_the_listing(tmp_path: Path, monkeypatc
 
 
 def test_a_value_that_does_not_fit_is_a_bad_row_and_a_missing_column_is_not(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"x": pa.array([1, 2], pa.int32())}), tmp_path / "a.parquet")
-    pq.write_table(pa.table({"x": pa.array([3, 1 << 40, 5])}), tmp_path / "b.parquet")
+    for n in range(40):  # more than are looked at: the second file is not
+        pq.write_table(pa.table({"x": pa.array([n], pa.int32())}), tmp_path / f"{n:02d}.parquet")
+    pq.write_table(pa.table({"x": pa.array([3, 1 << 40, 5])}), tmp_path / "01.parquet")
     rows, bad = read(ParquetSource(tmp_path))
-    assert [(at, r["x"]) for _, at, r in rows] == [(0, 1), (1, 2), (0, 3), (2, 5)]
-    assert [(Path(b.uri).name, b.row, b.rows) for b in bad] == [("b.parquet", 1, 1)]
-    pq.write_table(pa.table({"y": [1]}), tmp_path / "c.parquet")
-    with pytest.raises(DataError, match="'x' is missing"):
+    assert [r["x"] for _, _, r in rows] == [0, 3, 5, *range(2, 40)]
+    assert [(Path(b.uri).name, b.row, b.rows) for b in bad] == [("01.parquet", 1, 1)]
+    pq.write_table(pa.table({"y": [1]}), tmp_path / "01.parquet")
+    with pytest.raises(DataError, match=r"'x' \(int32\) is missing"):
         read(ParquetSource(tmp_path))
 
 
@@ -279,10 +280,10 @@ def test_storage_trouble_is_no_reason_to_look_further(tmp_path: Path, monkeypatc
     source = ParquetSource(tmp_path)
     opened = storage.open_reader
 
-    def gone(uri: str, size: int, version: str) -> Any:
+    def gone(uri: str, size: int, version: str, **options: Any) -> Any:
         if uri.endswith("a.parquet"):
             raise storage.changed(uri)
-        return opened(uri, size, version)
+        return opened(uri, size, version, **options)
 
     monkeypatch.setattr(storage, "open_reader", gone)
     with pytest.raises(InputChanged):

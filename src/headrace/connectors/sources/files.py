@@ -83,10 +83,9 @@ class FileSource(ABC):
         return pack(objects, self.divide, file_cost=self.file_cost_bytes)
 
     def snapshot(self) -> Self:
-        """The same source for one action: planning, trying and running list a remote store once, and see the same objects."""
+        """The same source for one action: planning, trying and running list its input once, and see the same objects."""
         out = copy.copy(self)
-        if self.remote:
-            out._listing = self._listing.kept()
+        out._listing = self._listing.kept()
         return out
 
     def project(self, columns: tuple[str, ...]) -> Self:

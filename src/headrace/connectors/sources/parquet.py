@@ -18,11 +18,14 @@ import pyarrow as pa
 from msgspec.structs import replace
 
 from headrace.connectors import footers, packing, storage
-from headrace.connectors.blocks import Piece, conform, no_columns, rows_per_block, shareable, sized
+from headrace.connectors.blocks import Piece, no_columns, rows_per_block, shareable, sized
 from headrace.connectors.listing import Paths
+from headrace.connectors.parquet_schema import HINT, conform, named, unified
 from headrace.connectors.parquet_splice import worth_copying
+from headrace.connectors.redact import redact
 from headrace.connectors.sources.files import FileSource
-from headrace.connectors.sources.unreadable import halves, reported
+from headrace.connectors.sources.remarks import Remarks
+from headrace.connectors.sources.unreadable import halves, is_bad, reported
 from headrace.connectors.storage import Reader, Stored
 from headrace.contracts.source import OnBad
 from headrace.core.errors import DataError, InputChanged, PlanError, StorageRefused
@@ -54,18 +57,33 @@ OFFSET_BYTES = 4  # that a list or a string takes beside its values
 WIDE_VALUE_BYTES = 1 << 10  # stored values of this size are no references into a dictionary; images are not decoded twice
 
 
+# Footers that types are taken from: a tenth of a millisecond each; from a store they come at once, beside the first one.
+LOOKED_AT = 16
+LOOKED_AT_REMOTE = 8
+
+
 class ParquetSource(FileSource):
-    """Parquet files. columns: read only these. Files are matched by column name to the first one's schema: a missing
-    column or a type that would lose values is a DataError.
+    """Parquet files. columns: read only these. schema: rows are brought to its types by safe casts; a column that a file lacks
+    is null there, and what it has beyond them is not read.
+
+    Otherwise the schema is the one that rows of some files fit into, chosen by the listing alone; a column that some of them
+    lack is null where it is missing. A file that does not go into that is a DataError.
     """
 
     name = "parquet"
     extensions = (".parquet", ".pq", ".parq")
     reads_to_divide = True
     _left: frozenset[str] = frozenset()  # columns that splits worth copying are read without
+    _chosen = False  # are some columns all that anyone wants?
 
-    def __init__(self, paths: Paths, columns: tuple[str, ...] | list[str] | None = None) -> None:
+    def __init__(
+        self, paths: Paths, columns: tuple[str, ...] | list[str] | None = None, *, schema: pa.Schema | None = None
+    ) -> None:
         super().__init__(paths)
+        self._schema = None if schema is None else named(schema)
+        self._full = self._schema
+        self._optional = frozenset(() if self._schema is None else self._schema.names)  # null in files that lack them
+        self._remarks = Remarks()
         self._predicate: Any = None
         self._predicate_columns: tuple[str, ...] = ()
         if columns is not None:
@@ -83,6 +101,19 @@ class ParquetSource(FileSource):
         out._predicate = predicate if self._predicate is None else self._predicate & predicate
         out._predicate_columns = tuple(dict.fromkeys((*self._predicate_columns, *read)))
         return out, True
+
+    def project(self, columns: tuple[str, ...]) -> Self:
+        out = super().project(columns)
+        out._chosen = True
+        return out
+
+    def snapshot(self) -> Self:
+        out = super().snapshot()
+        out._remarks = Remarks()
+        return out
+
+    def take_remarks(self) -> tuple[tuple[str, str], ...]:
+        return self._remarks.take()
 
     def leave(self, columns: frozenset[str]) -> Self:
         out = copy.copy(self)
@@ -111,11 +142,38 @@ class ParquetSource(FileSource):
         return total
 
     def describe(self) -> str:
+        types = "" if self._schema is None else f", schema: {', '.join(f'{f.name} {f.type}' for f in self._schema)}"
         where = "" if self._predicate is None else f", where {self._predicate}"
-        return super().describe() + where
+        return super().describe() + types + where
+
+    def _first_schema(self) -> pa.Schema:
+        objects, all_there = self._listing.spread(LOOKED_AT_REMOTE if self.remote else LOOKED_AT)
+        schemas = self._schemas(objects)
+        if schemas[0] is None:  # it is broken: see there
+            objects, schemas = [objects[0], *objects], [super()._first_schema(), *schemas]
+        found = [(o.uri, schema) for o, schema in zip(objects, schemas, strict=True) if schema is not None]
+        schema, self._optional = unified(found, all_there=all_there and None not in schemas)
+        return schema
+
+    def _schemas(self, objects: list[Stored]) -> list[pa.Schema | None]:
+        """Of each; None where it can't be understood: whoever reads it will say so, or set it aside."""
+        if not self.remote or len(objects) == 1:
+            return [self._schema_of(o) for o in objects]
+        from concurrent.futures import ThreadPoolExecutor
+
+        with ThreadPoolExecutor(len(objects), thread_name_prefix="headrace-footer") as threads:
+            return list(threads.map(self._schema_of, objects))
+
+    def _schema_of(self, o: Stored) -> pa.Schema | None:
+        try:
+            return self._read_schema(o)
+        except DataError as error:
+            if not is_bad(error):
+                raise
+            return None
 
     def _read_schema(self, first: Stored) -> pa.Schema:
-        with _opened(first.uri, first.size, first.version) as (_, file):
+        with _opened(first.uri, first.size, first.version, parts=True) as (_, file):
             return file.schema_arrow.remove_metadata()
 
     def divide(self, o: Stored) -> list[Fragment]:
@@ -147,7 +205,7 @@ class ParquetSource(FileSource):
         if not self._left or not worth_copying(split):
             return super()._split_pieces(split, limits, on_bad)
         narrow = self.project(tuple(name for name in self.schema().names if name not in self._left))
-        narrow._left = frozenset()
+        narrow._left, narrow._chosen = frozenset(), self._chosen
         return narrow._split_pieces(split, limits, on_bad)
 
     def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
@@ -160,10 +218,11 @@ class ParquetSource(FileSource):
             except DataError as error:
                 reported(on_bad, fragment.uri, -1, 0, error)
                 return
+            self._remark_on(file, fragment.uri)
             stop = file.num_row_groups if fragment.stop < 0 else fragment.stop
             wanted = set(range(fragment.start, stop))
             if self._predicate is not None:
-                wanted &= _may_match(reader, file, self._predicate)
+                wanted &= self._may_match(reader, file)
             columns = _Columns(file, self._read_columns(schema))
             following = dict(pairwise(sorted(wanted)))
             starts = [0, *accumulate(file.metadata.row_group(g).num_rows for g in range(stop))]
@@ -198,6 +257,16 @@ class ParquetSource(FileSource):
         return [
             p for part, of in parts for p in sized(Piece(part.select(schema.names), of, row_bytes, limits.max_rows), limits)
         ]
+
+    def _remark_on(self, file: Any, uri: str) -> None:
+        """Columns of the file that nobody promised and nobody will see."""
+        if self._chosen or self._schema is not None:
+            return
+        names, full = file.schema_arrow.names, self._full_schema().names
+        if names != full and (left := [name for name in names if name not in full]):
+            columns = ", ".join(left[:20])
+            text = f"columns {columns} of {redact(uri)} are not in the schema and are left out; {HINT}"
+            self._remarks.add(f"columns {columns}", text)
 
     def _group_pieces(
         self,
@@ -244,6 +313,15 @@ class ParquetSource(FileSource):
         full = self._full_schema()
         return pa.schema([full.field(n) for n in names])
 
+    def _may_match(self, reader: Reader, file: Any) -> set[int]:
+        """Row groups that statistics don't rule out. Those of values that will be cast say nothing of what comes of them."""
+        full, stored = self._full_schema(), file.schema_arrow
+        for name in self._predicate_columns:
+            i = stored.get_field_index(name)
+            if i < 0 or not _ordered_alike(stored.field(i).type, full.field(name).type):
+                return set(range(file.num_row_groups))
+        return _may_match(reader, file, self._predicate)
+
     def _group_batches(
         self, reader: Reader, columns: _Columns, g: int, limits: BlockLimits, where: tuple[tuple[str, str], ...]
     ) -> tuple[Iterator[pa.RecordBatch], float]:
@@ -272,7 +350,8 @@ class ParquetSource(FileSource):
 
         def read(start: int, stop: int) -> tuple[pa.RecordBatch, Origin]:
             part, of = batch.slice(start, stop - start), origin.slice(start, stop - start)
-            return self._filtered(conform(part, schema, where), of, where)
+            brought = conform(part, schema, where, self._optional, by_user=self._schema is not None)
+            return self._filtered(brought, of, where)
 
         try:
             made = [read(0, batch.num_rows)]
@@ -333,11 +412,11 @@ def _rows_of(o: Stored) -> int:
 
 
 @contextmanager
-def _opened(uri: str, size: int, version: str, columns: int = 1) -> Iterator[tuple[Reader, Any]]:
-    """(reader, pyarrow.parquet.ParquetFile); both closed in the end."""
+def _opened(uri: str, size: int, version: str, columns: int = 1, *, parts: bool = False) -> Iterator[tuple[Reader, Any]]:
+    """(reader, pyarrow.parquet.ParquetFile); both closed in the end. parts: see open_reader."""
     import pyarrow.parquet as pq
 
-    reader = storage.open_reader(uri, size, version)
+    reader = storage.open_reader(uri, size, version, parts=parts)
     try:
         native = reader.native()
         with _explained((("file", uri),), "this is not a readable Parquet file"):
@@ -509,6 +588,10 @@ def _counted(uri: str, row: int, rows: int, limits: BlockLimits) -> Iterator[Pie
     for at in range(0, rows, step):
         n = min(step, rows - at)
         yield Piece(no_columns(n), Origin((Segment(uri, row + at, n),)), 1e-9, limits.max_rows)
+
+
+def _ordered_alike(a: pa.DataType, b: pa.DataType) -> bool:
+    return a.equals(b) or (pa.types.is_integer(a) and pa.types.is_integer(b))
 
 
 def _may_match(reader: Reader, file: Any, predicate: Any) -> set[int]:

@@ -1,0 +1,132 @@
+"""The types that rows of Parquet files come in: what some footers agree on, or what the user named. And the way there.
+
+What must not live here: reading files. Invariants: `unified` depends on the schemas and their order alone; unless the user
+named the type, no cast of `conform` loses anything, and no nested field is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from headrace.connectors.blocks import goes_into
+from headrace.connectors.sources.unreadable import Mismatch
+from headrace.core.errors import DataError, PlanError
+from headrace.core.schemas import Conflict, common, nullable, unify
+from headrace.core.tensors import fixed_to_ragged, is_ragged, is_tensor
+
+Where = tuple[tuple[str, str], ...]
+
+HINT = "read_parquet(..., schema=) says which columns and types all files are brought to"
+
+
+def named(schema: pa.Schema) -> pa.Schema:
+    """What the user named, in a form that rows can have. Raises PlanError."""
+    if not isinstance(schema, pa.Schema):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise PlanError(f"schema is a {type(schema).__name__}", hint="use a pyarrow.Schema")
+    twice = [name for name in schema.names if schema.names.count(name) > 1]
+    if twice:
+        raise PlanError(f"schema has two columns {twice[0]!r}", hint="name each column once")
+    return nullable(schema.remove_metadata())
+
+
+def unified(found: Sequence[tuple[str, pa.Schema]], *, all_there: bool) -> tuple[pa.Schema, frozenset[str]]:
+    """(the schema that rows of these files fit into, its columns that some of them lack). Columns stand in the order in which
+    they first appear. A column that may not hold nulls stays so only where all files of the input are there and say the same.
+
+    Raises PlanError, with both files, for types that have nothing in common.
+    """
+    schema = found[0][1]
+    differing = [(uri, other) for uri, other in found[1:] if not other.equals(schema)]
+    for uri, other in differing:
+        schema = _both(schema, uri, other, found)
+    if not differing and all_there:
+        return schema, frozenset()
+    there = [frozenset(other.names) for _, other in found]
+    return nullable(schema), frozenset(name for name in schema.names if any(name not in names for names in there))
+
+
+def _both(schema: pa.Schema, uri: str, other: pa.Schema, found: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
+    """What rows of `schema` and of the file fit into."""
+    try:
+        out = unify(schema, other)
+    except Conflict as conflict:
+        raise _conflict(conflict.name, uri, other, found) from conflict
+    for side in (schema, other):
+        for field in side:
+            type = out.field(out.get_field_index(field.name)).type
+            if not goes_into(field.type, type) and not _becomes_ragged(field.type, type):
+                raise _conflict(field.name, uri, other, found)
+    return out
+
+
+def _conflict(name: str, uri: str, other: pa.Schema, found: Sequence[tuple[str, pa.Schema]]) -> PlanError:
+    """Column `name` of the file has nothing in common with what a file before it has."""
+    type = other.field(name).type
+    before = [(file, schema.field(name).type) for file, schema in found if name in schema.names and file != uri]
+    file, first = next(((f, t) for f, t in before if common(t, type) is None), before[0])
+    text = f"column {name!r} has types that don't go together: {first} in {file}, {type} in {uri}"
+    return PlanError(text, where=(("column", name),), hint=HINT)
+
+
+def conform(
+    batch: pa.RecordBatch, schema: pa.Schema, where: Where, optional: frozenset[str] = frozenset(), *, by_user: bool = False
+) -> pa.RecordBatch:
+    """The batch with the columns and types of `schema`, matched by name. optional: columns that may be missing, and are null
+    then. by_user: the user named the types, and any safe cast will do.
+
+    Raises DataError for a column that is missing, or whose type or values do not go in.
+    """
+    if batch.schema.equals(schema):
+        return batch
+    if len(schema) == 0:
+        return batch.select([])
+    arrays: list[pa.Array] = []
+    for f in schema:
+        i = batch.schema.get_field_index(f.name)
+        if i >= 0:
+            arrays.append(_cast(batch.column(i), f, where, by_user))
+        elif f.name in optional and f.name not in batch.schema.names:  # twice there is not missing
+            arrays.append(pa.nulls(batch.num_rows, f.type))
+        else:
+            there = ", ".join(batch.schema.names[:20])
+            text = f"column {f.name!r} ({f.type}) is missing here (there are: {there})"
+            raise Mismatch(text, where=(*where, ("column", f.name)), hint=f"{HINT}; what a file lacks is null then")
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def _cast(array: pa.Array, f: pa.Field, where: Where, by_user: bool) -> pa.Array:
+    if array.type.equals(f.type):
+        return array
+    if pa.types.is_null(array.type):
+        return pa.nulls(len(array), f.type)
+    if _becomes_ragged(array.type, f.type):
+        return fixed_to_ragged(array)
+    if not by_user and not goes_into(array.type, f.type):
+        text = f"column {f.name!r} has type {array.type} here, {f.type} was expected"
+        raise DataError(text, where=(*where, ("column", f.name)), hint=HINT)
+    try:
+        out = array.cast(f.type, safe=True)
+        if by_user and pa.types.is_floating(f.type) and _has_new_infinity(array, out):
+            raise pa.ArrowInvalid("a number is out of range")
+        return out
+    except (pa.ArrowException, ValueError) as e:
+        text = f"column {f.name!r} of type {array.type} does not fit {f.type}: {e}"
+        raise DataError(text, where=(*where, ("column", f.name)), hint=HINT) from e
+
+
+def _becomes_ragged(a: pa.DataType, b: pa.DataType) -> bool:
+    """Tensors of one shape, among those of several."""
+    return is_tensor(a) and is_ragged(b) and a.value_type.equals(b.value_type)
+
+
+def _has_new_infinity(array: pa.Array, cast: pa.Array) -> bool:
+    """Of casts to narrower floats, which Arrow takes for safe."""
+    if not pa.types.is_floating(array.type) or cast.type.bit_width >= array.type.bit_width:
+        return False
+    import pyarrow.compute
+
+    compute: Any = pyarrow.compute
+    return compute.sum(compute.is_inf(cast)).as_py() != compute.sum(compute.is_inf(array)).as_py()
