@@ -212,7 +212,6 @@ class ParquetSource(FileSource):
             except DataError as error:
                 reported(on_bad, fragment.uri, -1, 0, error)
                 return
-            self._remark_on(file, fragment.uri)
             stop = file.num_row_groups if fragment.stop < 0 else fragment.stop
             wanted = set(range(fragment.start, stop))
             if self._predicate is not None:
@@ -228,11 +227,11 @@ class ParquetSource(FileSource):
                 first_row += rows
             reader.check()
 
-    def _remark_on(self, file: Any, uri: str) -> None:
-        """Columns of the file that nobody promised and nobody will see."""
+    def _remark_on(self, names: list[str], uri: str) -> None:
+        """Columns of a file that nobody promised and nobody will see."""
         if self._chosen or self._schema is not None:
             return
-        names, full = file.schema_arrow.names, self._full_schema().names
+        full = self._full_schema().names
         if names != full and (left := [name for name in names if name not in full]):
             columns = ", ".join(left[:20])
             text = f"columns {columns} of {redact(uri)} are not in the schema and are left out; {HINT}"
@@ -298,7 +297,9 @@ class ParquetSource(FileSource):
     ) -> tuple[Iterator[pa.RecordBatch], float]:
         """(the row group's batches, estimated bytes of a row)."""
         metadata = file.metadata.row_group(g)
-        present = _present(file, schema)
+        there = file.schema_arrow.names
+        present = _present(there, schema)
+        self._remark_on(there, reader.uri)
         if reader.whole and metadata.num_rows < PROBE_FROM_ROWS and metadata.total_byte_size <= TINY_BYTES:
             row_bytes = metadata.total_byte_size / metadata.num_rows
         else:
@@ -452,10 +453,12 @@ def _leaves(group: Any, names: set[str]) -> list[int]:
     return out
 
 
-def _present(file: Any, schema: pa.Schema) -> list[str]:
-    """Those of the schema's columns that the file has."""
-    there = frozenset(file.schema_arrow.names)
-    return [n for n in schema.names if n in there]
+def _present(there: list[str], schema: pa.Schema) -> list[str]:
+    """Those of the schema's columns that a file of these columns has."""
+    if schema.names == there:
+        return there
+    known = frozenset(there)
+    return [n for n in schema.names if n in known]
 
 
 def _ranges(group: Any, leaves: list[int]) -> tuple[list[tuple[int, int]], int]:
@@ -468,7 +471,7 @@ def _announce(reader: Reader, file: Any, g: int, following: int, schema: pa.Sche
     """Row group `following` is on its way while the rest of `g` is used, if both fit in what a reader may buffer."""
     if not storage.is_remote(reader.uri):
         return
-    names = set(_present(file, schema))
+    names = set(_present(file.schema_arrow.names, schema))
     groups = [file.metadata.row_group(i) for i in (g, following)]
     (_, held), (ranges, size) = (_ranges(group, _leaves(group, names)) for group in groups)
     if size <= S3_AHEAD_BYTES and min(held, S3_AHEAD_BYTES) + size <= S3_BUFFER_BYTES:
