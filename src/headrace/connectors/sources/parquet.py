@@ -218,12 +218,12 @@ class ParquetSource(FileSource):
             except DataError as error:
                 reported(on_bad, fragment.uri, -1, 0, error)
                 return
-            self._remark_on(file, fragment.uri)
             stop = file.num_row_groups if fragment.stop < 0 else fragment.stop
             wanted = set(range(fragment.start, stop))
             if self._predicate is not None:
                 wanted &= self._may_match(reader, file)
             columns = _Columns(file, self._read_columns(schema))
+            self._remark_on(columns.there, fragment.uri)
             following = dict(pairwise(sorted(wanted)))
             starts = [0, *accumulate(file.metadata.row_group(g).num_rows for g in range(stop))]
             limits = shareable(limits, (starts[stop] - starts[fragment.start]) * limits.inputs)
@@ -258,11 +258,11 @@ class ParquetSource(FileSource):
             p for part, of in parts for p in sized(Piece(part.select(schema.names), of, row_bytes, limits.max_rows), limits)
         ]
 
-    def _remark_on(self, file: Any, uri: str) -> None:
-        """Columns of the file that nobody promised and nobody will see."""
+    def _remark_on(self, names: list[str], uri: str) -> None:
+        """Columns of a file that nobody promised and nobody will see."""
         if self._chosen or self._schema is not None:
             return
-        names, full = file.schema_arrow.names, self._full_schema().names
+        full = self._full_schema().names
         if names != full and (left := [name for name in names if name not in full]):
             columns = ", ".join(left[:20])
             text = f"columns {columns} of {redact(uri)} are not in the schema and are left out; {HINT}"
@@ -471,13 +471,16 @@ def _stored(group: Any) -> int:
 
 
 class _Columns:
-    """Columns that are read of one file. schema: theirs, as promised; names: of those that the file has."""
+    """Columns that are read of one file. schema: theirs, as promised; there: all that the file has; names: of those of them that
+    are read.
+    """
 
     def __init__(self, file: Any, schema: pa.Schema) -> None:
         self.file = file
         self.schema = schema
-        there = frozenset(file.schema_arrow.names)
-        self.names = [n for n in schema.names if n in there]
+        self.there: list[str] = file.schema_arrow.names
+        known = frozenset(self.there)
+        self.names = self.there if schema.names == self.there else [n for n in schema.names if n in known]
 
     @cached_property
     def leaves(self) -> list[tuple[int, str, float]]:
