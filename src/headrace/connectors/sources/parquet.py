@@ -471,8 +471,8 @@ def _stored(group: Any) -> int:
 
 
 class _Columns:
-    """Columns that are read of one file. schema: theirs, as promised; there: all that the file has; names: of those of them that
-    are read.
+    """Columns that are read of one file. schema: theirs, as promised; there: names of all that the file has; names: of those
+    that are read, too.
     """
 
     def __init__(self, file: Any, schema: pa.Schema) -> None:
