@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 Layout = Literal["HWC", "CHW"]
+BYTES = "bytes"  # of a struct: images lie so in Parquet files of Hugging Face's datasets, beside their "path"
 
 # Per-channel statistics of ImageNet's training images, as used by torchvision and Transformers.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -42,6 +43,8 @@ def decode(
     max_pixels: int = MAX_PIXELS,
 ) -> DecodeImages:
     """Decode a binary column of JPEG, PNG, GIF, WebP, BMP or TIFF images, resize, crop at the centre: uint8 tensors.
+
+    The column may also be a struct with such a field "bytes", as Hugging Face's datasets have it.
 
     resize: the shorter side in pixels, or (height, width); antialiased bilinear, within one grey level on average of
     Pillow's and thus of torchvision's `Resize` on Pillow images. crop: a side, or (height, width); what a smaller image
@@ -110,10 +113,10 @@ class DecodeImages(Struct, frozen=True):
 
     def schema(self, schema: pa.Schema) -> pa.Schema:
         kind = schema.field(self.column).type
-        if not _is_binary(kind):
+        if not _is_binary(kind) and not _holds_bytes(kind):
             raise PlanError(
                 f"images.decode reads compressed image bytes, but column {self.column!r} is {kind}",
-                hint="give the binary column; hr.read_images reads image files into one",
+                hint=f"give a binary column, or a struct with one named {BYTES!r}; hr.read_images reads image files into one",
             )
         shape = self.fixed_shape
         made = ragged_type(pa.uint8()) if shape is None else pa.fixed_shape_tensor(pa.uint8(), shape)
@@ -121,6 +124,8 @@ class DecodeImages(Struct, frozen=True):
 
     def apply(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         column = batch.column(self.column)
+        if pa.types.is_struct(column.type):
+            column = column.flatten()[column.type.get_field_index(BYTES)]  # null where the struct is
         made = self._fixed(column) if self.fixed_shape is not None else self._ragged(column)
         return pa.RecordBatch.from_arrays([made], names=[self.output])
 
@@ -218,6 +223,10 @@ def _size(name: str, size: Size | None) -> Size | None:
     if len(sides) > 2 or not sides or any(not isinstance(side, int) or side < 1 for side in sides):
         raise PlanError(f"images.decode: {name} is {size!r}", hint=f"give {name} as pixels, or as (height, width)")
     return size if isinstance(size, int) else (sides[0], sides[-1])
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and kind.get_field_index(BYTES) >= 0 and _is_binary(kind.field(BYTES).type)
 
 
 def _is_binary(kind: pa.DataType) -> bool:

@@ -126,6 +126,19 @@ def test_binary_columns_of_any_layout_and_slices(kind: pa.DataType) -> None:
     np.testing.assert_array_equal(tensor_to_numpy(transform.apply(rows).column("image"))[1], smooth()[16:24, 26:34])
 
 
+def test_a_struct_with_bytes() -> None:
+    rows = [{"bytes": FORMATS["gif"], "path": "a"}, {"bytes": FORMATS["png"], "path": None}]
+    column = pa.array(rows, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    transform = images.decode(crop=8)
+    nested = pa.RecordBatch.from_arrays([column], names=["image"]).slice(1)
+    transform.schema(nested.schema)
+    np.testing.assert_array_equal(tensor_to_numpy(transform.apply(nested).column("image"))[0], smooth()[16:24, 26:34])
+    missing = pa.RecordBatch.from_arrays([pa.array([*rows, None], column.type)], names=["image"])
+    with pytest.raises(DataError, match="it is null") as caught:
+        transform.apply(missing)
+    assert ("row", "2") in caught.value.where
+
+
 def test_it_is_a_transform_that_pickles() -> None:
     transform = images.decode("a", resize=[30, 40], crop=20)  # type: ignore[arg-type]
     assert isinstance(transform, Transform)
