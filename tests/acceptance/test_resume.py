@@ -379,6 +379,49 @@ def test_fresh_goes_past_a_finished_run_that_was_never_shown(data: Path, tmp_pat
     assert [row["id"] for row in rows_of(out)] == list(range(160))
 
 
+def test_a_held_output_that_is_gone_is_made_again(data: Path, tmp_path: Path, quiet: Options) -> None:
+    marker, out = tmp_path / "marker", tmp_path / "out"
+    hr.read_parquet(data).write_parquet(out, outputs="per_input", **quiet)
+    ds = hr.read_parquet(data).map(breaking_at(marker, 190))
+    marker.touch()
+    with pytest.raises(UserCodeError):
+        ds.write_parquet(out, outputs="per_input", fresh=True, **quiet)
+    marker.unlink()
+    for file in (out / "_headrace" / "run-00001" / "staging").rglob("*.parquet"):
+        file.unlink()
+    ds.write_parquet(out, outputs="per_input", fresh=True, **quiet)
+    assert [row["y"] for row in rows_of(out)] == [row["x"] * 2 for row in rows_of(data)]
+    assert hr.verify(str(out)).ok
+
+
+def test_fresh_makes_outputs_again_that_were_removed_before_they_were_shown(data: Path, tmp_path: Path, quiet: Options) -> None:
+    out = tmp_path / "out"
+    hr.read_parquet(data).write_parquet(out, fresh=True, outputs="per_input", **quiet)
+    (out / "_headrace" / "run-00000" / "complete").unlink()
+    (out / "f2.parquet").unlink()
+    hr.read_parquet(data).write_parquet(out, fresh=True, outputs="per_input", **quiet)
+    assert [row["id"] for row in rows_of(out)] == list(range(200))
+
+
+@pytest.mark.parametrize("damage", ["garbage", "missing"])
+def test_fresh_goes_past_a_damaged_listing(tmp_path: Path, engine: str, damage: str) -> None:
+    source, out, marker = tmp_path / "in", tmp_path / "out", tmp_path / "marker"
+    source.mkdir()
+    for i in range(300):
+        (source / f"{i:03d}-{os.urandom(16).hex()}.jsonl").write_text(f'{{"id": {i}, "x": 1}}\n')
+    ds = hr.read_json(source).map(breaking_at(marker, 290))
+    options: Options = {"fresh": True, "outputs": "per_input", "progress": "quiet", "engine": engine}
+    marker.touch()
+    with pytest.raises(UserCodeError):
+        ds.write_json(out, **options)
+    marker.unlink()
+    chunks = list((out / "_headrace" / "run-00000" / "listing").iterdir())
+    assert chunks
+    for chunk in chunks:
+        chunk.unlink() if damage == "missing" else chunk.write_bytes(b"garbage")
+    assert ds.write_json(out, **options).rows == 300
+
+
 @pytest.mark.parametrize("damage", ["garbage", "gap"])
 def test_fresh_goes_past_a_damaged_log(data: Path, tmp_path: Path, quiet: Options, damage: str) -> None:
     marker, out = tmp_path / "marker", tmp_path / "out"

@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from headrace.api.placing import reach
 from headrace.api.planning import Prepared, choose, for_action, lay_out, parse_options, prepare, resolve, static_schema
 from headrace.api.reproduce import reproduce
+from headrace.commit.records import DamagedLog
 from headrace.connectors import environment
 from headrace.connectors.storage import is_remote
 from headrace.contracts.accumulator import Accumulator
@@ -33,6 +34,7 @@ from headrace.runtime.driver import Driver
 from headrace.runtime.engine import may_want_processes
 from headrace.runtime.ledger import (
     OpenedRun,
+    OutputGone,
     check_latest,
     check_presence,
     compare_listing,
@@ -220,7 +222,7 @@ def _write_logged(
     meaning = fingerprint(written, settings={"on_error": parsed.on_error, "deterministic": parsed.deterministic})
     laid_out = lay_out(written, parsed, at_end)  # all that can be refused is refused before the destination is touched
 
-    def opened_run(anew: str = "") -> OpenedRun:
+    def opened_run(instead_of: str = "") -> OpenedRun:
         return open_run(
             store,
             meaning,
@@ -229,16 +231,16 @@ def _write_logged(
             identity=this_process(),
             differences=differences,
             sleep=_Waiting(parsed.progress != "quiet"),
-            anew=anew,
+            instead_of=instead_of,
         )
 
     opened = opened_run()
     try:
         return _run_opened(laid_out, sink, opened, schema, server)
-    except InputChanged:
+    except (InputChanged, DamagedLog, OutputGone):
         if not sink.fresh or (opened.epoch == 1 and not opened.finished):
             raise
-    return _run_opened(laid_out, sink, opened_run(anew=opened.run), schema, server)  # its listing is of another day
+    return _run_opened(laid_out, sink, opened_run(instead_of=opened.run), schema, server)
 
 
 def _run_opened(laid_out: Prepared, sink: Sink, opened: OpenedRun, schema: pa.Schema | None, server: ForkServer | None) -> Run:
@@ -342,9 +344,9 @@ def _finished_before(ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.
     committer = Committer(accumulators_of(ready), opened)
     assert opened.state.finished is not None
     summary = opened.state.finished
+    check_presence(opened, committer.files)
     if not opened.complete:
         _show(sink, opened, committer, summary, schema)
-    check_presence(opened, committer.files)
     run = finished_before(
         summary,
         committer.results(),

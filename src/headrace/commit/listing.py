@@ -16,7 +16,8 @@ from urllib.parse import urlsplit, urlunsplit
 
 from msgspec import Struct
 
-from headrace.core.errors import DestinationError, InputChanged
+from headrace.commit.records import DamagedLog
+from headrace.core.errors import InputChanged
 from headrace.core.splits import Split
 
 _GZIP = 31  # zlib's code for the gzip format; its header then has no time in it
@@ -52,11 +53,11 @@ def encode_chunk(entries: Sequence[Entry]) -> tuple[bytes, str]:
 
 
 def decode_chunk(name: str, data: bytes | None, digest: str, count: int) -> list[Entry]:
-    """Raises DestinationError when it is not what the log says."""
+    """Raises DamagedLog when it is not what the log says."""
     where = (("listing", name),)
     if data is None or hashlib.sha256(data).hexdigest() != digest:
         problem = "is missing" if data is None else "is not what the log says"
-        raise DestinationError(f"a listing of the run {problem}", where=where, hint="fresh=True begins a new run")
+        raise DamagedLog(f"a listing of the run {problem}", where=where, hint="fresh=True begins a new run")
     try:
         body = json.loads(zlib.decompressobj(_GZIP).decompress(data, _LARGEST))
         entries = [tuple(_fragment(body["prefix"], f) for f in e) for e in body["splits"]]
@@ -64,7 +65,7 @@ def decode_chunk(name: str, data: bytes | None, digest: str, count: int) -> list
             raise ValueError(f"{len(entries)} splits, not {count}")
         return entries
     except (ValueError, KeyError, TypeError, zlib.error, RecursionError) as problem:
-        raise DestinationError(f"a listing of the run can't be read: {problem}", where=where) from None
+        raise DamagedLog(f"a listing of the run can't be read: {problem}", where=where) from None
 
 
 def _fragment(prefix: str, f: Any) -> tuple[str, str, int, int, int]:

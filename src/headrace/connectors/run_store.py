@@ -441,6 +441,8 @@ class LocalRunStore:
                 raise _vanished(self.root, file) from None
             if there.st_size != file.bytes:
                 raise _occupied(self.root, file.name) from None
+            if replace and digest_of(final) != file.digest:  # it is what was to be replaced
+                raise _vanished(self.root, file) from None
             return
         there, ours = _regular(final), _regular(staged)
         if there is not None and ours is not None and os.path.samestat(there, ours):

@@ -139,17 +139,20 @@ def open_run(
     sleep: Callable[[float], None] = time.sleep,
     now: Callable[[], float] = time.time,
     alive: Callable[[int, float], bool] = process_alive,
-    anew: str = "",
+    instead_of: str = "",
 ) -> OpenedRun:
     """Begin a run with this plan, go on with the one that is there, or say that it is finished.
 
     plan: JSON-able, what the output depends on. differences(old, new): lines for people, none when both mean the same.
-    alive(pid, started): of a process on this machine. anew: a run that is not to be gone on with, though `fresh` would.
+    alive(pid, started): of a process on this machine. instead_of: a run that is not to be gone on with, though
+    `fresh` would.
 
     Raises DestinationError when the destination holds splits of another run (and not `fresh`), when another driver is at work
     (and not `take_over`), or when the log is damaged or files that it names are gone (and not `fresh`).
     """
-    opening = _Opening(store, json.loads(json.dumps(plan)), fresh, take_over, identity, differences, sleep, now, alive, anew)
+    opening = _Opening(
+        store, json.loads(json.dumps(plan)), fresh, take_over, identity, differences, sleep, now, alive, instead_of
+    )
     for _ in range(ROUNDS):
         opened = opening.attempt()
         if opened is not None:
@@ -180,7 +183,7 @@ class _Opening(Struct, frozen=True):
     sleep: Callable[[float], None]
     now: Callable[[], float]
     alive: Callable[[int, float], bool]
-    anew: str
+    instead_of: str
 
     def attempt(self) -> OpenedRun | None:
         """None: things have changed, by this driver or by another; look again."""
@@ -204,7 +207,7 @@ class _Opening(Struct, frozen=True):
             return None
         if state.finished is not None:
             return self._finished(run, header, state, differing)
-        goes_on = not differing and (not self.fresh or header.fresh) and run != self.anew
+        goes_on = not differing and (not self.fresh or header.fresh) and run != self.instead_of
         if not goes_on and not self.fresh and holds:  # else nobody loses anything: the run failed before its first split
             raise self._other(run, "an unfinished run of another plan", differing)
         dead = self._check_owner(run, state)
@@ -287,7 +290,7 @@ class _Opening(Struct, frozen=True):
     def _finished(self, run: str, header: _Header, state: LogState, differing: list[str]) -> OpenedRun | None:
         complete = self._complete(run)
         # A fresh run that had only to be shown: calling it again is no wish for yet another one.
-        unshown = header.fresh and not complete and not differing and run != self.anew
+        unshown = header.fresh and not complete and not differing and run != self.instead_of
         if self.fresh and not unshown:
             self._begin(generation_of(run) + 1, holds=True, replaces=run)
             return None
@@ -339,8 +342,9 @@ class _Opening(Struct, frozen=True):
             host, who = last["host"], (int(last["pid"]), float(last["started"]))
         except (ValueError, KeyError, TypeError):
             return False
-        here = host == self.identity.host and who != (self.identity.pid, self.identity.started)
-        return self.alive(*who) if here else self._beats(run)
+        me = self.identity
+        gone = host == me.host and who != (me.pid, me.started) and not self.alive(*who)
+        return not gone and self._beats(run)
 
     def _beats(self, run: str) -> bool:
         """Does the heartbeat change while we watch?"""
@@ -366,7 +370,7 @@ class _Opening(Struct, frozen=True):
         if not self._claim(state, died=dead):
             return None
         write_heartbeat(self.store, run, state.epoch, self.identity, self.now())
-        unpublished = () if header.holds else self._sort_staging(run, state)
+        unpublished = self._sort_staging(run, state, held=header.holds)
         notes: list[str] = []
         if len(state.settled):
             notes.append(f"going on with {run}: {len(state.settled)} splits were settled before")
@@ -385,14 +389,15 @@ class _Opening(Struct, frozen=True):
             notes=tuple(notes),
         )
 
-    def _sort_staging(self, run: str, state: LogState) -> tuple[OutputFile, ...]:
-        """Files that the log names and that are still staged; others of earlier epochs are removed: nobody can log
-        them any more. Raises DestinationError for one that is neither staged nor there.
+    def _sort_staging(self, run: str, state: LogState, *, held: bool) -> tuple[OutputFile, ...]:
+        """Files that the log names, that are still staged and are to be published now; others of earlier epochs are removed:
+        nobody can log them any more. Raises OutputGone for one that is neither staged nor there. held: all are published at
+        the end; what has their names until then is older.
 
         After the claim only: until then their driver might log and publish.
         """
         staged = set(self._patiently(lambda: list(self.store.names(staging_folder(run)))))
-        kept = self._still_staged(run, state, staged)
+        kept = self._still_staged(run, state, staged, held=held)
         named = {f.staged for f in kept}
         for name in staged:
             if name not in named and 0 <= staged_epoch(run, name) < state.epoch:
@@ -400,16 +405,16 @@ class _Opening(Struct, frozen=True):
                     self.store.remove(name)
                 except HeadraceError:
                     break  # litter; the end of the run removes it
-        return kept
+        return () if held else kept
 
-    def _still_staged(self, run: str, state: LogState, staged: set[str]) -> tuple[OutputFile, ...]:
+    def _still_staged(self, run: str, state: LogState, staged: set[str], *, held: bool) -> tuple[OutputFile, ...]:
         """Files that the log names and that are staged. The others have to be there under their final names.
 
         staged: listed before, so that a file which moves meanwhile is seen in one place at least.
         """
         if not len(state.settled):
             return ()
-        there = self._patiently(lambda: NameSet(self.store.names("")))
+        there = () if held else self._patiently(lambda: NameSet(self.store.names("")))
         kept: list[OutputFile] = []
         missing = _Missing()
         for file in state.settled.files:
@@ -457,14 +462,15 @@ class _Missing:
 
 
 def check_presence(opened: OpenedRun, files: Sequence[OutputFile]) -> None:
-    """files: of a finished run. Raises DestinationError when outputs among them have been removed since."""
+    """files: of a finished run. Raises OutputGone when outputs among them have been removed since, staged ones too."""
     there = NameSet(opened.store.names(""))
     missing = _Missing()
     for file in files:
-        if file.kind == "output" and file.name not in there:
+        made = opened.complete or file.staged  # some are made in the end
+        if file.kind == "output" and made and file.name not in there and file.staged not in there:
             missing.add(file.name)
     if missing.count:
-        raise DestinationError(
+        raise OutputGone(
             f"the run was finished, but {missing.count:,} of its output files are no longer there",
             where=(("destination", opened.store.root), ("missing", ", ".join(missing.first))),
             hint="fresh=True writes the output anew; headrace.verify tells what is left of it",

@@ -188,10 +188,10 @@ def staged_removed_at_take_over() -> Any:
     """Everything of earlier epochs goes, what the log names as well."""
     real = _Opening._sort_staging
 
-    def sort_staging(self: _Opening, run: str, state: Any) -> Any:
+    def sort_staging(self: _Opening, run: str, state: Any, *, held: bool) -> Any:
         for epoch in range(state.epoch):
             self.store.remove(f"_headrace/{run}/staging/{epoch}")
-        return real(self, run, state)
+        return real(self, run, state, held=held)
 
     return patch.object(_Opening, "_sort_staging", sort_staging)
 
@@ -203,9 +203,9 @@ def staging_sorted_before_the_claim() -> Any:
 
     def go_on(self: _Opening, run: str, header: Any, state: Any, dead: bool) -> Any:
         state.epoch += 1
-        kept = () if header.holds else sort(self, run, state)
+        kept = sort(self, run, state, held=header.holds)
         state.epoch -= 1
-        with patch.object(_Opening, "_sort_staging", lambda *_: kept):
+        with patch.object(_Opening, "_sort_staging", lambda *_, **__: kept):
             return real(self, run, header, state, dead)
 
     return patch.object(_Opening, "_go_on", go_on)
@@ -255,8 +255,8 @@ def finished_before_all_is_published() -> Any:
 def redo_skipped_at_resume() -> Any:
     real = _Opening._sort_staging
 
-    def sort_staging(self: _Opening, run: str, state: Any) -> Any:
-        real(self, run, state)
+    def sort_staging(self: _Opening, run: str, state: Any, *, held: bool) -> Any:
+        real(self, run, state, held=held)
         return ()
 
     return patch.object(_Opening, "_sort_staging", sort_staging)

@@ -491,9 +491,14 @@ def test_fresh_begins_the_run_after_one_whose_log_is_damaged() -> None:
 
 def test_not_while_its_driver_is_alive() -> None:
     store = damaged()
+    name = next(name for name in store.objects if name.endswith("heartbeat.json"))
+
+    def beat(_: float) -> None:
+        store.objects[name] += b" "
+
     with pytest.raises(DestinationError, match="at work"):
-        opened(store, identity=YOU, fresh=True, alive=lambda pid, started: True)
-    assert opened(store, identity=YOU, fresh=True, take_over=True, alive=lambda pid, started: True).run == "run-00001"
+        opened(store, identity=YOU, fresh=True, alive=lambda pid, started: True, sleep=beat)
+    assert opened(store, identity=YOU, fresh=True, alive=lambda pid, started: True).run == "run-00001", "it does other things"
 
 
 def test_fresh_begins_anew_where_settled_files_are_gone() -> None:
@@ -512,8 +517,8 @@ def test_what_is_left_of_a_removed_destination_is_in_nobody_s_way() -> None:
 
 
 @pytest.mark.parametrize("finish", [False, True])
-def test_anew(finish: bool) -> None:
+def test_instead_of(finish: bool) -> None:
     store = MemoryRunStore()
     work(store, opened(store, fresh=True), 2 + 2 * finish, finish=finish)
     assert opened(store, fresh=True).run == "run-00000"
-    assert opened(store, fresh=True, anew="run-00000").run == "run-00001"
+    assert opened(store, fresh=True, instead_of="run-00000").run == "run-00001"

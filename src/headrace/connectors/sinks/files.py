@@ -376,9 +376,9 @@ class FileSink(ABC):
         if held:
             older.extend(n for n in names_in(there.chunks(MANIFEST), "files") if _is_output(n))
         for run in self._earlier(given_up=held):
-            state, whole = _replay(there, run)
+            state, readable = _replay(there, run)
             older.extend(f.name for f in state.settled.files if f.kind == "output" and _is_output(f.name))
-            if not whole:
+            if not readable:
                 older.extend(name for name in there.top() if (m := _PART.fullmatch(name)) and int(m[1]) == generation_of(run))
         return older
 
@@ -398,8 +398,8 @@ class FileSink(ABC):
         first = next(staged, None)
         if first is None:
             return
-        state, whole = _replay(there, self._run)
-        if whole and state.next:
+        state, readable = _replay(there, self._run)
+        if readable and state.next:
             logged = NameSet(f.staged for f in state.settled.files)
             unlogged = (name for name in itertools.chain((first,), staged) if name not in logged)
             there.remove_all(unlogged, staging_folder(self._run))  # which a driver that has taken over may be about to use
