@@ -15,7 +15,7 @@ from headrace.core.errors import BlockLost, TransientError, UserCodeError, Worke
 from headrace.scheduler.machine import FRACTION_ROWS, MOST_UNSTARTED
 from headrace.substrates.simulated import HANG_S, SimulatedProgram, source_rows
 
-CHUNKS = 20
+CHUNKS = 14
 SEEDS = 110  # per chunk
 FAULTS = 20  # seeds per chunk that are run again with a fault
 BULK = 15  # seeds per chunk, of fewer chunks
@@ -211,6 +211,6 @@ def test_random_faults(chunk: int) -> None:
     _run_all(run_fault, range(chunk * SEEDS, chunk * SEEDS + FAULTS))
 
 
-@pytest.mark.parametrize("chunk", range(4))
+@pytest.mark.parametrize("chunk", range(3))
 def test_random_bulk(chunk: int) -> None:
     _run_all(run_bulk, range(chunk * BULK, (chunk + 1) * BULK))
