@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 
 import headrace as hr
 from headrace.connectors.sinks.csv import CsvSink
+from headrace.connectors.sinks.files import Part
 from headrace.connectors.sinks.parquet import ParquetSink
 
 from .conftest import read_back
@@ -95,14 +96,13 @@ def test_many_late_columns_write_each_row_twice(
 ) -> None:
     read: list[int] = []
     for sink in (ParquetSink, CsvSink):
-        original = sink._read_again
+        original = sink._join
 
-        def counted(self: Any, path: str, schema: pa.Schema, original: Any = original) -> Iterator[pa.RecordBatch]:
-            for batch in original(self, path, schema):
-                read.append(batch.num_rows)
-                yield batch
+        def counted(self: Any, parts: Sequence[Part], path: str, schema: pa.Schema, original: Any = original) -> Any:
+            read.extend(part.rows for part in parts)
+            return original(self, parts, path, schema)
 
-        monkeypatch.setattr(sink, "_read_again", counted)
+        monkeypatch.setattr(sink, "_join", counted)
 
     def sparse(row: dict[str, Any]) -> dict[str, Any]:
         key, place = divmod(row["id"], 1024)

@@ -144,3 +144,66 @@ def test_models_do_not_share_a_copy_that_one_has_written_to(monkeypatch: pytest.
     made = hr.from_arrow(table()).predict(models, input="x", batch_size=4, device="sim").to_arrow(**QUIET)
     assert made["a"].to_pylist() == ((VALUES - 1) * 2).tolist()
     assert made["b"].to_pylist() == made["x"].to_pylist() == VALUES.tolist()
+
+
+def twice_in_inference_mode(batch: Batch) -> Iterator[Batch]:
+    """Leaves the mode on in the thread while it is suspended."""
+    with torch.inference_mode():
+        yield {"x": batch["x"].clone()}
+        yield {"x": batch["x"] * 2}
+
+
+@pytest.mark.parametrize("after", [tenfold, lambda batch: {"y": batch["x"] * 10 + 1}], ids=["writes", "reads"])
+def test_functions_after_one_that_leaves_inference_mode_on(after: Any) -> None:
+    ds = hr.from_arrow(table()).map_batches(twice_in_inference_mode, batch_size=4, batch_format="torch")
+    made = ds.map_batches(after, batch_format="torch").to_arrow(**QUIET)
+    assert sorted(made["y"].to_pylist()) == sorted(
+        [v * 10 + 1 for v in VALUES.tolist()] + [v * 20 + 1 for v in VALUES.tolist()]
+    )
+
+
+def test_models_after_a_function_that_leaves_inference_mode_on() -> None:
+    ds = hr.from_arrow(table()).map_batches(twice_in_inference_mode, batch_size=4, batch_format="torch")
+    made = ds.predict(hr.models.Torch(InPlace()), input="x", output="y", device="cpu").to_arrow(**QUIET)
+    assert made["y"].to_pylist() == [(v - 1) * 2 for v in made["x"].to_pylist()]
+
+
+def test_tensors_count_writes_in_inference_mode() -> None:
+    batch = pa.record_batch({"x": VALUES.copy()})
+    reader = TorchReader(NumpyReader())
+    with torch.inference_mode():
+        for writes in (False, False, True):
+            tensors, given = reader.read(batch)
+            if writes:
+                tensors["x"].detach().add_(0)
+                with pytest.raises(BrokenModel, match="column 'x'"):
+                    reader.check(given)
+            else:
+                reader.check(given)
+
+
+def test_what_inference_tensors_share_is_let_go() -> None:
+    """They do not tell whether they were written to."""
+    with torch.inference_mode():
+        tensor = torch.ones(3)
+    with torch_device.sharing() as shared:
+        shared.add(torch.zeros(3), "cpu", torch.zeros(3), torch_device.NoLanes().compute.mark())
+        with torch_device.keeping([tensor]):
+            pass
+        assert not shared._kept
+
+
+def test_what_models_upload_in_inference_mode_counts_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    upload = torch_device.DevicePath.upload
+
+    def noted(self: Any, tensors: Any) -> Any:
+        made = upload(self, [t.clone() for t in tensors])
+        seen.extend(t.is_inference() for t in made)
+        return made
+
+    monkeypatch.setattr(torch_device.DevicePath, "upload", noted)
+    ds = hr.from_arrow(table()).map_batches(twice_in_inference_mode, batch_size=4, batch_format="torch")
+    ds.predict(hr.models.Torch(InPlace()), input="x", output="y", device="cpu").to_arrow(**QUIET)
+    assert seen
+    assert not any(seen)

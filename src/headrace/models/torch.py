@@ -236,7 +236,8 @@ class TorchModel:
         import torch
 
         names, tensors = self._tensors(batch)
-        there = self._path.upload(tensors)  # outside inference mode, whose tensors do not tell that they were written to
+        with torch.inference_mode(False):  # whose tensors do not tell that they were written to; user code may have left it on
+            there = self._path.upload(tensors)
         with torch.inference_mode(), keeping(there):
             with self._path.compute(), self._precision(), self._repeatable():
                 made = self._run(names, [self._prepared(t) for t in there])

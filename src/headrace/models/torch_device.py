@@ -379,12 +379,17 @@ def forget_shared() -> None:
 @contextlib.contextmanager
 def keeping(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     """While a model uses what was uploaded for it: should it write to that, models after it do not share it."""
-    versions = [tensor._version for tensor in tensors]
+    versions = [version_of(tensor) for tensor in tensors]
     try:
         yield
     finally:
-        if versions != [tensor._version for tensor in tensors]:
+        if None in versions or versions != [version_of(tensor) for tensor in tensors]:
             forget_shared()
+
+
+def version_of(tensor: torch.Tensor) -> int | None:
+    """Greater after each write to the tensor. None: not known, it was made in inference mode."""
+    return None if tensor.is_inference() else tensor._version
 
 
 # --- the path --------------------------------------------------------------------------------------------------------

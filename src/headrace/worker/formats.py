@@ -523,9 +523,24 @@ def _is_frozen(value: Any) -> bool:
 def _are_still(shown: Sequence[Any], column: pa.Array) -> bool:
     """Have the column's values not been changed since they were shown?"""
     try:
-        return bool(shown == _row_values(column))
-    except Exception:  # of arrays, or of what the user's code put there
+        return all(map(_is_same, shown, _row_values(column)))
+    except Exception:  # of what the user's code put there
         return False
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """The same value of the same type, all the way down: 1 is not True, 0.0 not -0.0, and NaN is NaN."""
+    if a.__class__ is not b.__class__:
+        return False
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_is_same, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_is_same(value, b[key]) for key, value in a.items())
+    if isinstance(a, np.ndarray):
+        return (a.dtype, a.shape) == (b.dtype, b.shape) and _is_same(a.tolist(), b.tolist())
+    if isinstance(a, str | bytes | int | pa.Scalar | None):
+        return bool(a == b)
+    return repr(a) == repr(b)  # which tells time zones, signs of zero and decimals' places apart as well
 
 
 def _row_values(column: pa.Array) -> Sequence[Any]:

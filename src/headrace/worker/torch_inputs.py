@@ -4,7 +4,8 @@ The first batch is a copy. Code that does not write to it gets views of the bloc
 write to one: what was overwritten is lost. Code that does write to it gets copies, always.
 
 Invariant: no row leaves, and none is tried again, between a write to a block and the end of the run. Writes are told by the
-tensors' version counters, which views share; not seen are those through `.data`, `.numpy()` and foreign code.
+tensors' version counters, which views share; not seen are those through `.data`, `.numpy()` and foreign code. Tensors of
+inference mode have none: none is made here, though user code, a suspended generator say, has left that mode on in the thread.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from headrace.models.torch_device import version_of
 from headrace.worker.formats import Given, NumpyReader, to_torch
 from headrace.worker.refused import BrokenModel
 
@@ -27,11 +29,11 @@ class GivenTensors(Given):
         super().__init__(given.schema, given._values, given._immutable, given._batch)
         self.private = private
         self._tensors = {name: value for name, value in tensors.items() if not isinstance(value, np.ndarray)}
-        self._versions = {name: tensor._version for name, tensor in self._tensors.items()}
+        self._versions = {name: version_of(tensor) for name, tensor in self._tensors.items()}
 
     def written(self) -> list[str]:
         """The columns whose tensors were written to."""
-        return [name for name, tensor in self._tensors.items() if tensor._version != self._versions[name]]
+        return [name for name, tensor in self._tensors.items() if version_of(tensor) != self._versions[name]]
 
 
 class TorchReader:
@@ -46,11 +48,14 @@ class TorchReader:
         self._writes = False
 
     def read(self, batch: pa.RecordBatch) -> tuple[dict[str, Any], GivenTensors]:
+        import torch
+
         arrays, given = self._reader.read(batch)
         private = self._writes or not self._known
-        tensors = {name: to_torch(value) for name, value in arrays.items()}
-        if private:
-            tensors = {name: t if isinstance(t, np.ndarray) else t.clone() for name, t in tensors.items()}
+        with torch.inference_mode(False):
+            tensors = {name: to_torch(value) for name, value in arrays.items()}
+            if private:
+                tensors = {name: t if isinstance(t, np.ndarray) else t.clone() for name, t in tensors.items()}
         return tensors, GivenTensors(given, tensors, private)
 
     def check(self, given: Given) -> None:

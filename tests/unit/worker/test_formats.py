@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import math
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+import headrace as hr
 from headrace.core.errors import DataError
 from headrace.core.tensors import (
     is_ragged,
@@ -19,11 +22,12 @@ from headrace.core.tensors import (
     tensor_to_numpy,
 )
 from headrace.worker.casting import cast_batch, common_type, concat
-from headrace.worker.formats import Given, NumpyReader, to_format, to_pandas, to_rows, to_torch
+from headrace.worker.formats import Given, NumpyReader, read_rows, to_format, to_pandas, to_rows, to_torch
 from headrace.worker.refused import Refused
 from headrace.worker.results import batch_of, call, column_of, rows_batch, values_column
 
 NOTHING = Given(pa.schema([]))
+TWO_HOURS = datetime.timezone(datetime.timedelta(hours=2))
 
 
 def arrays(**columns):
@@ -282,3 +286,53 @@ def test_types_with_nothing_in_common():
         concat([pa.record_batch({"x": [1]}), pa.record_batch({"x": ["a"]})], "here")
     batch = pa.record_batch({"y": [1], "x": [2]})
     assert cast_batch(batch, pa.schema([("x", pa.int8()), ("y", pa.int64())]), "here").to_pydict() == {"x": [2], "y": [1]}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (True, 1),
+        (1, True),
+        (1, 1.0),
+        (0.0, -0.0),
+        (decimal.Decimal("1.0"), decimal.Decimal("1.00")),
+        (datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC), datetime.datetime(2026, 1, 1, 2, tzinfo=TWO_HOURS)),
+        ([1], [True]),
+        ({"a": 1.0}, {"a": 1}),
+    ],
+)
+def test_a_value_changed_in_place_to_an_equal_one_is_not_given_back(before: Any, after: Any) -> None:
+    for column, change in (
+        (pa.array([[before], None]), lambda shown: shown[0].__setitem__(0, after)),
+        (pa.array([{"x": before}, None]), lambda shown: shown[0].__setitem__("x", after)),
+    ):
+        rows, given = read_rows(pa.record_batch({"v": column}))
+        shown = [row["v"] for row in rows]
+        assert given.given_back("v", shown, compare=True) is not None
+        change(shown)
+        assert given.given_back("v", shown, compare=True) is None
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([[math.nan, 1.0], None]),
+        pa.array([{"x": -0.0}, {"x": math.nan}]),
+        pa.array([[("k", 1)], []], pa.map_(pa.string(), pa.int8())),
+        pa.FixedShapeTensorArray.from_numpy_ndarray(np.array([[1.0, math.nan], [0.0, 2.0]])),
+        pa.array([[np.datetime64("2020-01-01T00:00:00.123456789")]]),
+    ],
+)
+def test_values_that_nobody_changed_are_given_back(column: pa.Array) -> None:
+    rows, given = read_rows(pa.record_batch({"v": column}))
+    assert given.given_back("v", [row["v"] for row in rows], compare=True) is not None
+
+
+def test_rows_changed_in_place_to_equal_values_of_another_type() -> None:
+    def count(row: dict[str, Any]) -> dict[str, Any]:
+        row["v"][0] = int(row["v"][0])
+        return row
+
+    made = hr.from_arrow(pa.table({"v": [[True], [False]]})).map(count).to_arrow(engine="inline", progress="quiet")
+    assert made["v"].type == pa.list_(pa.int64())
+    assert made["v"].to_pylist() == [[1], [0]]

@@ -67,7 +67,7 @@ from headrace.connectors.run_store import (
 from headrace.connectors.sinks import claims
 from headrace.connectors.sinks.manifest import encode_manifest, names_in, outline
 from headrace.connectors.spool import FileSpool
-from headrace.core.errors import DataError, DestinationError, HeadraceError, PlanError, SchemaConflict
+from headrace.core.errors import DataError, DestinationError, InternalError, PlanError, SchemaConflict
 from headrace.core.lineage import LineageColumns
 from headrace.core.options import Outputs
 from headrace.core.receipts import FileKind, LineageRun, OutputFile, Receipt
@@ -108,6 +108,14 @@ class Written(Struct, frozen=True):
 
     bytes: int
     digest: str
+
+
+class Part(Struct, frozen=True):
+    """A whole local file of some of an output's rows. schema: its own, whose columns are the output's first ones."""
+
+    path: str
+    schema: pa.Schema
+    rows: int
 
 
 class Encoder(Protocol):
@@ -241,8 +249,11 @@ class FileSink(ABC):
         """Begin a file. sample: its first batch, None for an empty file."""
         ...
 
-    def _read_again(self, path: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        """The batches of a file that this sink has written."""
+    def _join(self, parts: Sequence[Part], path: str, schema: pa.Schema) -> tuple[int, Written | None]:
+        """Write the rows of files of this sink as one, in their order, and remove each when it has been read: (rows, the file).
+
+        Sinks that do not widen have it. Raises ArrowException for a value that does not fit `schema`.
+        """
         raise NotImplementedError
 
     def _refuse(self, schema: pa.Schema) -> None:
@@ -423,36 +434,36 @@ class FileSplitWriter:
         self._attempt = attempt
         self._there = sink._there
         self._name = sink.output_name(split)
+        self._where = (("output", self._name),)
         self._staged = sink._staged_name(f"{split.index:06d}-{attempt}{sink.extension}")
         self._path = ""
         self._files: list[OutputFile] = []
         self._encoder: Encoder | None = None
         self._schema: pa.Schema | None = None
-        self._narrow: list[tuple[str, pa.Schema]] = []  # earlier files, of narrower schemas
+        self._narrow: list[Part] = []  # earlier files, of narrower schemas
         self._rows = 0
 
     def write(self, batch: pa.RecordBatch) -> None:
-        where = (("output", self._name),)
         if self._schema is None:
             try:
                 self._sink._refuse(batch.schema)
             except PlanError as e:
-                raise DataError(e.message, where=(*where, *e.where), hint=e.hint) from e
+                raise DataError(e.message, where=(*self._where, *e.where), hint=e.hint) from e
             self._begin(batch.schema.remove_metadata(), batch)
         assert self._schema is not None
         assert self._encoder is not None
         if not batch.schema.equals(self._schema):
-            batch = self._fit(batch, where)
+            batch = self._fit(batch)
         try:
             self._encoder.write(batch)
         except (pa.ArrowException, TypeError, ValueError) as e:
-            raise DataError(f"the rows can't be written as {self._sink.name}: {e}", where=where) from e
+            raise DataError(f"the rows can't be written as {self._sink.name}: {e}", where=self._where) from e
         except OSError as e:
             self.abort()
             raise disk_error(e, self._path) from e
         self._rows += batch.num_rows
 
-    def _fit(self, batch: pa.RecordBatch, where: tuple[tuple[str, str], ...]) -> pa.RecordBatch:
+    def _fit(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """The batch in the file's schema, which is widened if it must be. Raises SchemaConflict; then nothing has changed."""
         assert self._schema is not None
         assert self._encoder is not None
@@ -461,56 +472,63 @@ class FileSplitWriter:
             fitting = bring(batch, schema)
         except Conflict as c:
             text = f"column {c.name!r} is {c.then} here, but the output was begun with {c.first}"
-            raise SchemaConflict(text, where=(*where, ("column", c.name)), hint=_DRIFT_HINT) from None
+            raise SchemaConflict(text, where=(*self._where, ("column", c.name)), hint=_DRIFT_HINT) from None
         except pa.ArrowInvalid as e:
-            raise SchemaConflict(f"the rows don't fit the output: {e}", where=where, hint=_DRIFT_HINT) from None
+            raise SchemaConflict(f"the rows don't fit the output: {e}", where=self._where, hint=_DRIFT_HINT) from None
         if not schema.equals(self._schema):
             self._sink._refuse(schema)
             if not self._sink.widens:
-                self._go_on(schema, fitting, where)
+                self._go_on(schema, fitting)
             self._schema = schema
         return fitting
 
-    def _go_on(self, schema: pa.Schema, sample: pa.RecordBatch, where: tuple[tuple[str, str], ...]) -> None:
+    def _go_on(self, schema: pa.Schema, sample: pa.RecordBatch) -> None:
         """Begin another file, of a wider schema."""
-        try:
+        with self._whole_or_none():
             self._end_file()
             self._encoder = self._sink._encoder(self._path, schema, sample)
+
+    def _end_file(self) -> None:
+        """Close the file, and put it beside where the whole one will be."""
+        assert self._schema is not None
+        self._close_encoder()
+        narrow = f"{self._path}.narrow-{len(self._narrow)}"
+        os.replace(self._path, narrow)
+        self._narrow.append(Part(narrow, self._schema, self._rows - sum(part.rows for part in self._narrow)))
+
+    def _close_encoder(self) -> Written | None:
+        assert self._encoder is not None
+        done = self._encoder.close()
+        self._encoder = None
+        return done
+
+    def _join_files(self) -> Written | None:
+        """Write the rows of all files as one. Raises DataError for a value that does not fit what came later."""
+        assert self._schema is not None
+        self._end_file()
+        try:
+            rows, done = self._sink._join(self._narrow, self._path, self._schema)
+        except pa.ArrowException as e:
+            raise DataError(f"earlier rows don't fit what came later: {e}", where=self._where, hint=_DRIFT_HINT) from None
+        if rows != self._rows:
+            raise InternalError(f"{self._rows:,} rows were written, and joining their files gave {rows:,}", where=self._where)
+        self._narrow = []
+        return done
+
+    @contextlib.contextmanager
+    def _whole_or_none(self) -> Iterator[None]:
+        """An error inside ends the attempt: none of its files stay. Raises DataError for what Arrow refuses to write."""
+        try:
+            yield
         except OSError as e:
             self.abort()
             raise disk_error(e, self._path) from e
         except pa.ArrowException as e:
             self.abort()
-            raise DataError(f"the rows can't be written as {self._sink.name}: {e}", where=where) from e
-
-    def _end_file(self) -> None:
-        """Close the file, and put it beside where the whole one will be."""
-        assert self._encoder is not None
-        assert self._schema is not None
-        encoder, self._encoder = self._encoder, None
-        encoder.close()
-        narrow = f"{self._path}.narrow-{len(self._narrow)}"
-        os.replace(self._path, narrow)
-        self._narrow.append((narrow, self._schema))
-
-    def _join_files(self) -> None:
-        """Write the rows of all files as one. Raises DataError for a value that does not fit what came later."""
-        assert self._schema is not None
-        self._end_file()
-        try:
-            for path, before in self._narrow:
-                for batch in self._sink._read_again(path, before):
-                    fitting = bring(batch, self._schema)
-                    if self._encoder is None:
-                        self._encoder = self._sink._encoder(self._path, self._schema, fitting)
-                    self._encoder.write(fitting)
-                os.unlink(path)
-        except pa.ArrowException as e:
-            where = (("output", self._name),)
-            raise DataError(f"earlier rows don't fit what came later: {e}", where=where, hint=_DRIFT_HINT) from None
-        self._narrow = []
-        if self._encoder is None:  # no file had a row
-            self._encoder = self._sink._encoder(self._path, self._schema, None)
+            raise DataError(f"the rows can't be written as {self._sink.name}: {e}", where=self._where) from e
+        except BaseException:
+            self.abort()
+            raise
 
     def close(self, lineage: Sequence[LineageRun] = ()) -> Receipt:
         if self._encoder is None:
@@ -520,29 +538,19 @@ class FileSplitWriter:
                 self._files.append(OutputFile(self._name, 0, 0))
                 return self._receipt(())
             self._begin(self._sink._schema, None)
-        try:
-            if self._narrow:
-                self._join_files()
-            assert self._encoder is not None
-            done = measured(self._encoder.close(), self._path)
-            self._encoder = None
+        with self._whole_or_none():
+            done = measured(self._join_files() if self._narrow else self._close_encoder(), self._path)
             self._there.stage(self._staged, self._path, done.digest)
             self._files.append(OutputFile(self._name, self._rows, done.bytes, done.digest, self._staged))
             return self._receipt(lineage)
-        except OSError as e:
-            self.abort()
-            raise disk_error(e, self._path) from e
-        except HeadraceError:
-            self.abort()
-            raise
 
     def abort(self) -> None:
         if self._encoder is not None:
-            quietly(_close_broken, self._encoder)
+            quietly(close_broken, self._encoder)
             self._encoder = None
-        for narrow, _ in self._narrow:
+        for part in self._narrow:
             with contextlib.suppress(OSError):
-                os.unlink(narrow)
+                os.unlink(part.path)
         self._narrow = []
         if self._path:
             quietly(self._there.drop, self._staged, self._path)
@@ -640,7 +648,8 @@ def measured(done: Written | None, path: str) -> Written:
     return done if done is not None else Written(os.path.getsize(path), digest_of(path))
 
 
-def _close_broken(encoder: Encoder) -> None:
+def close_broken(encoder: Encoder) -> None:
+    """Let go of what an encoder holds, whose file is not wanted."""
     try:
         encoder.close()
     except (pa.ArrowException, ValueError):

@@ -13,13 +13,15 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-from headrace.connectors.blocks import concat
-from headrace.connectors.sinks.files import Encoder, FileSink, Written, written
+from headrace.connectors.blocks import concat, no_columns
+from headrace.connectors.run_store import quietly
+from headrace.connectors.sinks.files import Encoder, FileSink, Part, Written, close_broken, written
 from headrace.contracts.sink import CarryingWriter
 from headrace.contracts.source import Source
 from headrace.core.carried import Carried
 from headrace.core.errors import InternalError
 from headrace.core.options import Outputs
+from headrace.core.schemas import bring
 from headrace.core.splits import Split
 
 Compression = Literal["auto", "zstd", "snappy", "none"]
@@ -77,11 +79,19 @@ class ParquetSink(FileSink):
     def _encoder(self, path: str, schema: pa.Schema, sample: pa.RecordBatch | None) -> Encoder:
         return ParquetEncoder(path, schema, functools.partial(self.encodings, schema))
 
-    def _read_again(self, path: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(path) as file:
-            yield from file.iter_batches()
+    def _join(self, parts: Sequence[Part], path: str, schema: pa.Schema) -> tuple[int, Written | None]:
+        encoder = self._encoder(path, schema, None)
+        rows = 0
+        try:
+            for part in parts:
+                for batch in _batches_of(part):
+                    encoder.write(bring(batch, schema))
+                    rows += batch.num_rows
+                os.unlink(part.path)
+            return rows, encoder.close()
+        except BaseException:
+            quietly(close_broken, encoder)
+            raise
 
     def encodings(self, schema: pa.Schema, rows: Sequence[pa.RecordBatch]) -> dict[str, Any]:
         """Arguments for the writer. rows: of the file's first row group. Those of tiny files depend on the schema alone and are
@@ -94,6 +104,16 @@ class ParquetSink(FileSink):
         if tiny:
             self._tiny = schema, made
         return made
+
+
+def _batches_of(part: Part) -> Iterator[pa.RecordBatch]:
+    if not len(part.schema):  # Parquet's reader gives no batch without columns
+        yield no_columns(part.rows)
+        return
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(part.path) as file:
+        yield from file.iter_batches()
 
 
 class ParquetEncoder:
