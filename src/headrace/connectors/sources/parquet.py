@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from headrace.connectors import footers, packing, storage
 from headrace.connectors.blocks import Piece, no_columns, rows_per_block, shareable, sized
 from headrace.connectors.listing import Paths
-from headrace.connectors.parquet_schema import HINT, conform, named, unified
+from headrace.connectors.parquet_schema import HINT, conform, named, refused, unified
 from headrace.connectors.parquet_splice import worth_copying
 from headrace.connectors.redact import redact
 from headrace.connectors.sources.files import FileSource
@@ -67,7 +67,8 @@ class ParquetSource(FileSource):
     is null there, and what it has beyond them is not read.
 
     Otherwise the schema is the one that rows of some files fit into, chosen by the listing alone; a column that some of them
-    lack is null where it is missing. A file that does not go into that is a DataError.
+    lack is null where it is missing. Where their types don't go together it has the first one, and can't be read. A file that
+    does not go into the schema is a DataError.
     """
 
     name = "parquet"
@@ -83,6 +84,7 @@ class ParquetSource(FileSource):
         self._schema = None if schema is None else named(schema)
         self._full = self._schema
         self._optional = frozenset(() if self._schema is None else self._schema.names)  # null in files that lack them
+        self._conflicts: dict[str, str] = {}  # columns that can't be read, and why
         self._remarks = Remarks()
         self._predicate: Any = None
         self._predicate_columns: tuple[str, ...] = ()
@@ -120,6 +122,14 @@ class ParquetSource(FileSource):
         out._left = self._left | columns
         return out
 
+    def check_columns(self) -> None:
+        self._full_schema()
+        if not self._conflicts:
+            return
+        for name in self._read_columns(self.schema()).names:
+            if name in self._conflicts:
+                raise refused(name, self._conflicts[name])
+
     @property
     def filtered(self) -> bool:
         """Does it yield some rows only?"""
@@ -152,8 +162,9 @@ class ParquetSource(FileSource):
         if schemas[0] is None:  # it is broken: see there
             objects, schemas = [objects[0], *objects], [super()._first_schema(), *schemas]
         found = [(o.uri, schema) for o, schema in zip(objects, schemas, strict=True) if schema is not None]
-        schema, self._optional = unified(found, all_there=all_there and None not in schemas)
-        return schema
+        known = unified(found, all_there=all_there and None not in schemas)
+        self._optional, self._conflicts = known.optional, known.conflicts
+        return known.schema
 
     def _schemas(self, objects: list[Stored]) -> list[pa.Schema | None]:
         """Of each; None where it can't be understood: whoever reads it will say so, or set it aside."""
@@ -202,6 +213,7 @@ class ParquetSource(FileSource):
         return out
 
     def _split_pieces(self, split: Split, limits: BlockLimits, on_bad: OnBad | None) -> Generator[Piece, None, None]:
+        self.check_columns()
         if not self._left or not worth_copying(split):
             return super()._split_pieces(split, limits, on_bad)
         narrow = self.project(tuple(name for name in self.schema().names if name not in self._left))
