@@ -51,8 +51,9 @@ TINY_BYTES = 1 << 20  # of a row group of fewer than PROBE_FROM_ROWS: its metada
 PROBE_ROWS = 64  # rows decoded to learn the width of dictionary-encoded strings, whose stored size says nothing
 PROBE_FROM_ROWS = 256  # row groups below this are a block at most, or divided when their size is known
 # Row groups are read together up to so many rows (and TINY_BYTES): of 100 rows of six columns each takes 0.17 ms alone,
-# 0.04 in company. Not more rows, as their real size is not known before.
+# 0.04 in company. Not more rows, as their real size is not known before; and not more than they may decode to at worst.
 TOGETHER_ROWS = 4 * PROBE_FROM_ROWS
+TOGETHER_DECODED_BYTES = 16 << 20
 OFFSET_BYTES = 4  # that a list or a string takes beside its values
 WIDE_VALUE_BYTES = 1 << 10  # stored values of this size are no references into a dictionary; images are not decoded twice
 
@@ -501,6 +502,32 @@ class _Columns:
         every = [(f.name, width) for f in self.file.schema_arrow for width in _leaf_bytes(f.type)]
         return [(i, name, width) for i, (name, width) in enumerate(every) if name in chosen]
 
+    @cached_property
+    def swelling(self) -> list[tuple[int, float]]:
+        """(index, Arrow bytes of a value; 0 for texts and binaries) of each leaf column of `leaves` whose values may take far
+        more memory than the pages that they are encoded in.
+        """
+        stored = [(i, width, self.file.schema.column(i)) for i, _, width in self.leaves]
+        return [
+            (i, 0 if leaf.physical_type == "BYTE_ARRAY" else width)
+            for i, width, leaf in stored
+            if leaf.physical_type == "BYTE_ARRAY" or leaf.max_repetition_level or width >= WIDE_VALUE_BYTES
+        ]
+
+    def decoded_bytes(self, group: Any) -> float:
+        """The most that values of `swelling` columns in a row group may take: all of them the largest of their dictionary."""
+        most = group.num_rows * group.total_byte_size
+        if most <= TOGETHER_DECODED_BYTES / 16 and not any(width for _, width in self.swelling):
+            return most  # no value is larger than the group: its chunks are not worth a look
+        out = 0.0
+        for i, width in self.swelling:
+            chunk = group.column(i)
+            if width:
+                out += chunk.num_values * width
+            elif chunk.has_dictionary_page:
+                out += chunk.num_values * chunk.total_uncompressed_size
+        return out
+
     def batches(self, groups: list[int], rows: int, names: list[str]) -> Iterator[pa.RecordBatch]:
         """Row groups in batches of so many rows."""
         return self.file.iter_batches(batch_size=rows, row_groups=groups, columns=names, use_threads=False)
@@ -508,15 +535,18 @@ class _Columns:
 
 def _runs(reader: Reader, columns: _Columns, wanted: list[int]) -> Iterator[list[int]]:
     """The row groups, those together that lie side by side and are small. Far away each is asked for by itself."""
-    apart = not columns.names or (storage.is_remote(reader.uri) and not reader.whole)
+    apart = len(wanted) < 2 or not columns.names or (storage.is_remote(reader.uri) and not reader.whole)
     run: list[int] = []
-    rows, size = 0, 0
+    rows, size, decoded = 0, 0, 0.0
     for g in wanted:
         group = columns.file.metadata.row_group(g)
-        rows, size = rows + group.num_rows, size + group.total_byte_size
-        if run and (apart or g > run[-1] + 1 or rows > TOGETHER_ROWS or size > TINY_BYTES):
+        tiny = not apart and group.num_rows <= TOGETHER_ROWS and group.total_byte_size <= TINY_BYTES
+        more = columns.decoded_bytes(group) if tiny else 0.0
+        rows, size, decoded = rows + group.num_rows, size + group.total_byte_size, decoded + more
+        full = rows > TOGETHER_ROWS or size > TINY_BYTES or decoded > TOGETHER_DECODED_BYTES
+        if run and (apart or full or g > run[-1] + 1):
             yield run
-            run, rows, size = [], group.num_rows, group.total_byte_size
+            run, rows, size, decoded = [], group.num_rows, group.total_byte_size, more
         run.append(g)
     if run:
         yield run
