@@ -420,7 +420,7 @@ class GroupReader:
 
 
 def _rows_of(o: Stored) -> int:
-    with _opened(o.uri, o.size, o.version) as (_, file):
+    with _opened(o.uri, o.size, o.version, parts=True) as (_, file):
         return file.metadata.num_rows
 
 
@@ -647,15 +647,19 @@ def _may_match(reader: Reader, file: Any, predicate: Any) -> set[int]:
     if len(every) < 2 and not any(_has_statistics(file, g) for g in every):
         return every
     footer = footers.remembered.find(reader.uri, reader.version)
-    again = storage.open_reader(reader.uri, reader.size, "")
     try:
-        fragment = ds.ParquetFileFormat().make_fragment(again.native() if footer is None else pa.BufferReader(footer))
+        fragment = ds.ParquetFileFormat().make_fragment(pa.BufferReader(_footer_of(file) if footer is None else footer))
         kept = fragment.subset(filter=predicate, schema=fragment.physical_schema).row_groups
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError):
         return every  # the filter itself will be applied, and explain, row by row
-    finally:
-        again.close()
     return {group.id for group in kept}
+
+
+def _footer_of(file: Any) -> pa.Buffer:
+    """A file of nothing but what the footer says. The file itself was fetched, and is not to be asked for again."""
+    out = pa.BufferOutputStream()
+    file.metadata.write_metadata_file(out)
+    return out.getvalue()
 
 
 def _has_statistics(file: Any, g: int) -> bool:
