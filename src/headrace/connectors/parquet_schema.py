@@ -15,7 +15,7 @@ from msgspec import Struct
 from headrace.connectors.blocks import goes_into
 from headrace.connectors.sources.unreadable import Mismatch
 from headrace.core.errors import DataError, PlanError
-from headrace.core.schemas import common, nullable, unify
+from headrace.core.schemas import common, nullable
 from headrace.core.tensors import fixed_to_ragged, is_ragged, is_tensor
 
 Where = tuple[tuple[str, str], ...]
@@ -66,21 +66,22 @@ def refused(name: str, conflict: str) -> PlanError:
 
 
 def _both(schema: pa.Schema, other: pa.Schema) -> tuple[pa.Schema, list[str]]:
-    """(what rows of both fit into, the columns that don't go together: they have the type that they had)."""
-    left, right, apart = schema, other, list[str]()
-    for i, field in enumerate(other):
+    """(what rows of both fit into, nulls apart; the columns that don't go together: they have the type that they had). What
+    the first file says of a column beside its type stays: blocks that need no cast have it.
+    """
+    fields, apart = list(schema), list[str]()
+    for field in other:
         at = schema.get_field_index(field.name)
         if at < 0:
-            if field.name in schema.names:  # twice: whoever reads it is told
-                right = right.set(i, field.with_type(pa.null()))
+            if field.name not in schema.names:  # twice there: whoever reads it is told
+                fields.append(field)
             continue
-        before = schema.field(at)
-        type = _meeting(before.type, field.type)
+        type = _meeting(fields[at].type, field.type)
         if type is None:
             apart.append(field.name)
-            type = before.type
-        left, right = left.set(at, before.with_type(type)), right.set(i, field.with_type(type))
-    return unify(left, right), apart
+        else:
+            fields[at] = fields[at].with_type(type)
+    return pa.schema(fields), apart
 
 
 def _meeting(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
