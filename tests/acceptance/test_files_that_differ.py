@@ -14,7 +14,9 @@ import pytest
 
 import headrace as hr
 from headrace.connectors import storage
+from headrace.connectors.sources.parquet import ParquetSource
 from headrace.core.errors import DataError, DestinationError, InputChanged, PlanError
+from headrace.core.options import BlockLimits
 
 from .conftest import ENGINES, read_back
 
@@ -119,10 +121,64 @@ def test_what_a_function_left_null_in_one_file_is_read_again(tmp_path: Path) -> 
 def test_types_with_nothing_in_common_name_both_files(tmp_path: Path) -> None:
     data = folder_of(tmp_path / "in", {"x": [1]}, {"x": [2]}, {"x": ["a"]})
     with pytest.raises(PlanError, match=r"'x'.*int64 in .*f000\.parquet, string in .*f002\.parquet") as caught:
-        hr.read_parquet(data).schema()
+        hr.read_parquet(data).write_parquet(tmp_path / "out", **QUIET)
+    assert not (tmp_path / "out").exists()
     assert "schema=" in caught.value.hint
     as_text = hr.read_parquet(data, schema=pa.schema([("x", pa.string())]))
     assert as_text.to_arrow(**QUIET)["x"].to_pylist() == ["1", "2", "a"]
+
+
+def test_types_of_a_column_that_nobody_reads_do_not_matter(tmp_path: Path) -> None:
+    data = folder_of(tmp_path / "in", {"k": [1], **array([1], pa.date32())}, {"k": [2], "x": ["a"]}, {"k": [3], "x": [True]})
+    source = hr.read_parquet(data)
+    assert source.schema().types == [INT, pa.date32()]
+    for narrow in (hr.read_parquet(data, columns=["k"]), source.select("k"), source.drop("x")):
+        assert narrow.to_arrow(**QUIET).to_pylist() == [{"k": 1}, {"k": 2}, {"k": 3}]
+    assert source.count(**QUIET) == 3
+    for reading in (source, source.select("x"), source.filter(pc.field("x").is_valid()).select("k"), source.drop("k")):
+        with pytest.raises(PlanError, match=r"'x'.*date32\[day\] in .*f000\.parquet, string in .*f001\.parquet"):
+            reading.to_arrow(**QUIET)
+    with pytest.raises(PlanError, match="types that don't go together"):
+        next(ParquetSource(data).open(next(ParquetSource(data).splits(per_input=False)), BlockLimits()))
+
+
+FAR = dt.datetime(9999, 12, 31)
+US, NS = pa.timestamp("us"), pa.timestamp("ns")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "type", "values"),
+    [
+        (array([(1 << 63) + 1], pa.uint64()), array([5], INT), pa.uint64(), [(1 << 63) + 1, 5]),
+        (array([-5], INT32), array([1 << 40], pa.uint64()), INT, [-5, 1 << 40]),
+        (array([FAR], US), array([1000], NS), US, [FAR, dt.datetime(1970, 1, 1, 0, 0, 0, 1)]),
+        (array([FAR], pa.timestamp("ms")), array([1000], NS), US, [FAR, dt.datetime(1970, 1, 1, 0, 0, 0, 1)]),
+        (array([[FAR]], pa.list_(US)), array([[1000]], pa.list_(NS)), pa.list_(US), None),
+        (array([{"a": FAR}], pa.struct([("a", US)])), array([{"a": 0}], pa.struct([("a", NS)])), pa.struct([("a", US)]), None),
+        (array([1], NS), array([1], US), NS, None),
+        (
+            array([0], pa.timestamp("us", "UTC")),
+            array([1], pa.timestamp("us", "Europe/Berlin")),
+            pa.timestamp("us", "UTC"),
+            None,
+        ),
+        (array([0], pa.timestamp("ms", "UTC")), array([1], pa.timestamp("us", "Asia/Tokyo")), pa.timestamp("us", "UTC"), None),
+    ],
+)
+def test_what_the_first_file_has_can_be_read_beside_any_other(
+    tmp_path: Path, one: Any, other: Any, type: pa.DataType, values: list[Any] | None
+) -> None:
+    read = hr.read_parquet(folder_of(tmp_path / "in", one, other)).to_arrow(**QUIET)["x"]
+    assert read.type == type
+    assert len(read) == 2
+    if values is not None:
+        assert read.to_pylist() == values
+
+
+def test_a_value_that_the_first_type_has_no_room_for_is_told(tmp_path: Path) -> None:
+    for n, tables in enumerate([(array([1], pa.uint64()), array([-1], INT)), (array([1], US), array([1], NS))]):
+        with pytest.raises(DataError, match=r"does not fit(.|\n)*f001\.parquet"):
+            hr.read_parquet(folder_of(tmp_path / str(n), *tables)).to_arrow(**QUIET)
 
 
 @pytest.mark.parametrize(

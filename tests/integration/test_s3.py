@@ -345,6 +345,41 @@ def test_small_objects_of_a_split_are_fetched_side_by_side(bucket: str, monkeypa
     assert not storage._coming
 
 
+def test_small_objects_are_fetched_once_where_a_filter_looks_at_statistics(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(5):
+        put(bucket, f"in/{i:02d}.parquet", parquet(table(i * 100, 100), row_group_size=10))
+    monkeypatch.setattr(footers, "remembered", footers.Footers())
+    source, _ = ParquetSource(f"s3://{bucket}/in").prune(pc.field("id") >= 445)
+    monkeypatch.setattr(footers, "remembered", footers.Footers())
+    asked = Asked(monkeypatch)
+    assert read_all(source)["id"].to_pylist() == list(range(445, 500))
+    assert asked.ranges == [(f"s3://{bucket}/in/{i:02d}.parquet", None) for i in range(5)]
+
+
+def test_counting_fetches_no_more_than_footers(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        put(bucket, f"in/{i:02d}.parquet", parquet(table(i * 50_000, 50_000), compression="none"))
+    monkeypatch.setattr(footers, "remembered", footers.Footers())
+    asked = Asked(monkeypatch)
+    assert ParquetSource(f"s3://{bucket}/in").count() == 150_000
+    assert len(asked.ranges) == 3
+    assert all(span is not None and span[1] - span[0] == storage.FOOTER_BYTES for _, span in asked.ranges)
+
+
+def test_an_object_that_is_listed_several_times_is_fetched_as_often(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        put(bucket, f"{i}.parquet", parquet(table(i * 10, 10)))
+    source = ParquetSource([f"s3://{bucket}/{i}.parquet" for i in (0, 1, 0, 0, 2, 1)])
+    source.schema()
+    asked = Asked(monkeypatch)
+    got = read_all(source)["id"].to_pylist()
+    assert got[::10] == [0, 10, 0, 0, 20, 10]
+    assert Counter(uri[-9] for uri, _ in asked.ranges) == {"0": 3, "1": 2, "2": 1}
+    assert not storage._coming
+
+
 def test_what_was_fetched_ahead_and_not_wanted_is_let_go(bucket: str) -> None:
     for i in range(40):
         put(bucket, f"in/{i:02d}.parquet", parquet(table(i * 10, 10)))

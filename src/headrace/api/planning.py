@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from headrace.api.placing import cluster_machine, gpus_may_come, place_on_cluster
 from headrace.contracts.model import ModelAdapter
-from headrace.contracts.source import ListedSource
+from headrace.contracts.source import CheckedSource, ListedSource
 from headrace.core.errors import PlanError
 from headrace.core.extras import is_instance, require
 from headrace.core.options import ActionOptions, RunOptions
@@ -136,6 +136,8 @@ def lay_out(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
     _check_models(resolved)
     # Columns that are left unread are read after all for a row that fails: only where no row is set aside.
     optimised, notes, carried = optimise(resolved, at_end, leave=options.on_error == "fail")
+    if isinstance(optimised.read.source, CheckedSource):
+        optimised.read.source.check_columns()
     pool_of = _PoolChoice(machine, gpus_may_come=on_ray and gpus_may_come())
     physical = make_physical(optimised, delivers=plan.write is None, pool_of=pool_of, at_end=at_end, networked=on_ray)
     program = Program(

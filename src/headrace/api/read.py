@@ -22,8 +22,8 @@ def read_parquet(paths: Paths, *, columns: Sequence[str] | None = None, schema: 
     schema: columns and types that all files are brought to, by safe casts; a column that a file lacks is null there, one that
     the schema lacks is not read, and all may hold nulls. Otherwise the footers of some files tell (the first, the last and some
     between them: 16, of a remote store 8): a column has the wider of its types, and is null in files without it if some of
-    these lack it. Types that have nothing in common are a PlanError; any other file that does not go into the schema is a
-    DataError when it is read.
+    these lack it. Types that have nothing in common are a PlanError where their column is read; any other file that does not go
+    into the schema is a DataError when it is read.
     """
     from headrace.connectors.sources.parquet import ParquetSource
 

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
+from msgspec import Struct
 
 from headrace.connectors.blocks import goes_into
 from headrace.connectors.sources.unreadable import Mismatch
 from headrace.core.errors import DataError, PlanError
-from headrace.core.schemas import Conflict, common, nullable, unify
+from headrace.core.schemas import common, nullable
 from headrace.core.tensors import fixed_to_ragged, is_ragged, is_tensor
 
 Where = tuple[tuple[str, str], ...]
@@ -32,43 +33,98 @@ def named(schema: pa.Schema) -> pa.Schema:
     return nullable(schema.remove_metadata())
 
 
-def unified(found: Sequence[tuple[str, pa.Schema]], *, all_there: bool) -> tuple[pa.Schema, frozenset[str]]:
-    """(the schema that rows of these files fit into, its columns that some of them lack). Columns stand in the order in which
-    they first appear. A column that may not hold nulls stays so only where all files of the input are there and say the same.
+class Unified(Struct, frozen=True):
+    """What rows of some files fit into. optional: columns that some of them lack. conflicts: columns whose types don't go
+    together, and a text that says so; the schema has the first type of each.
+    """
 
-    Raises PlanError, with both files, for types that have nothing in common.
+    schema: pa.Schema
+    optional: frozenset[str]
+    conflicts: dict[str, str]
+
+
+def unified(found: Sequence[tuple[str, pa.Schema]], *, all_there: bool) -> Unified:
+    """The schema that rows of these files fit into. Columns stand in the order in which they first appear. A column that may
+    not hold nulls stays so only where all files of the input are there and say the same.
     """
     schema = found[0][1]
+    conflicts: dict[str, str] = {}
     differing = [(uri, other) for uri, other in found[1:] if not other.equals(schema)]
     for uri, other in differing:
-        schema = _both(schema, uri, other, found)
+        schema, apart = _both(schema, other)
+        conflicts |= {name: _conflict(name, uri, other, found) for name in apart if name not in conflicts}
     if not differing and all_there:
-        return schema, frozenset()
+        return Unified(schema, frozenset(), conflicts)
     there = [frozenset(other.names) for _, other in found]
-    return nullable(schema), frozenset(name for name in schema.names if any(name not in names for names in there))
+    optional = frozenset(name for name in schema.names if any(name not in names for names in there))
+    return Unified(nullable(schema), optional, conflicts)
 
 
-def _both(schema: pa.Schema, uri: str, other: pa.Schema, found: Sequence[tuple[str, pa.Schema]]) -> pa.Schema:
-    """What rows of `schema` and of the file fit into."""
-    try:
-        out = unify(schema, other)
-    except Conflict as conflict:
-        raise _conflict(conflict.name, uri, other, found) from conflict
-    for side in (schema, other):
-        for field in side:
-            type = out.field(out.get_field_index(field.name)).type
-            if not goes_into(field.type, type) and not _becomes_ragged(field.type, type):
-                raise _conflict(field.name, uri, other, found)
-    return out
+def refused(name: str, conflict: str) -> PlanError:
+    """For an action that reads a column of `Unified.conflicts`."""
+    return PlanError(conflict, where=(("column", name),), hint=HINT)
 
 
-def _conflict(name: str, uri: str, other: pa.Schema, found: Sequence[tuple[str, pa.Schema]]) -> PlanError:
+def _both(schema: pa.Schema, other: pa.Schema) -> tuple[pa.Schema, list[str]]:
+    """(what rows of both fit into, nulls apart; the columns that don't go together: they have the type that they had). What
+    the first file says of a column beside its type stays: blocks that need no cast have it.
+    """
+    fields, apart = list(schema), list[str]()
+    for field in other:
+        at = schema.get_field_index(field.name)
+        if at < 0:
+            if field.name not in schema.names:  # twice there: whoever reads it is told
+                fields.append(field)
+            continue
+        type = _meeting(fields[at].type, field.type)
+        if type is None:
+            apart.append(field.name)
+        else:
+            fields[at] = fields[at].with_type(type)
+    return pa.schema(fields), apart
+
+
+def _meeting(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """The type that values of both are brought to; None when they have nothing in common. It is the wider one, unless that
+    lacks values that `a` has: then it is `a`, if it may be, so that what can be read without `b` can be read with it.
+    """
+    t = pa.types
+    if t.is_timestamp(a) and t.is_timestamp(b) and (a.tz is None) == (b.tz is None):
+        return pa.timestamp(_unit(a.unit, b.unit), a.tz)
+    type = common(a, b)
+    if (type is None or not _holds(type, a)) and goes_into(b, a):
+        return a
+    if type is None or not all(goes_into(side, type) or _becomes_ragged(side, type) for side in (a, b)):
+        return None
+    return type
+
+
+def _unit(a: str, b: str) -> str:
+    """The finer one. Nanoseconds, which end in 2262, only where `a` has them."""
+    units = ("s", "ms", "us", "ns")
+    return max(a, b if b != "ns" else "us", key=units.index)
+
+
+def _holds(wide: pa.DataType, a: pa.DataType) -> bool:
+    """Has the wider type room for all values of `a`?"""
+    t = pa.types
+    if t.is_uint64(a):
+        return not t.is_signed_integer(wide)
+    if t.is_timestamp(a) or t.is_duration(a):
+        return a.unit == "ns" or wide.unit != "ns"
+    if t.is_dictionary(a) or isinstance(a, pa.BaseExtensionType) or a.num_fields > wide.num_fields:
+        return True
+    if t.is_map(a):
+        return _holds(wide.key_type, a.key_type) and _holds(wide.item_type, a.item_type)
+    return all(_holds(wide.field(i).type, a.field(i).type) for i in range(a.num_fields))
+
+
+def _conflict(name: str, uri: str, other: pa.Schema, found: Sequence[tuple[str, pa.Schema]]) -> str:
     """Column `name` of the file has nothing in common with what a file before it has."""
     type = other.field(name).type
     before = [(file, schema.field(name).type) for file, schema in found if name in schema.names and file != uri]
-    file, first = next(((f, t) for f, t in before if common(t, type) is None), before[0])
-    text = f"column {name!r} has types that don't go together: {first} in {file}, {type} in {uri}"
-    return PlanError(text, where=(("column", name),), hint=HINT)
+    file, first = next(((f, t) for f, t in before if _meeting(t, type) is None), before[0])
+    return f"column {name!r} has types that don't go together: {first} in {file}, {type} in {uri}"
 
 
 def conform(

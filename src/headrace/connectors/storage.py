@@ -389,7 +389,8 @@ _coming: dict[tuple[str, str], Future[pa.Buffer]] = {}  # (uri, version) -> a wh
 
 class FetchAhead:
     """Small remote objects that are to be opened one after the other: the next ones are on their way, some at a time, and no
-    more than `most_bytes` of them. Large ones come by ranges, which their readers ask for.
+    more than `most_bytes` of them. Large ones come by ranges, which their readers ask for. One that is on its way is not asked
+    for again: who opens it a second time fetches it then.
     """
 
     def __init__(self, objects: Iterable[Stored], most_bytes: int) -> None:
@@ -402,6 +403,7 @@ class FetchAhead:
         """Ask for as many as may be on their way, now that those before have been opened."""
         self._asked = deque((o, coming) for o, coming in self._asked if _coming.get((o.uri, o.version)) is coming)
         size = sum(o.size for o, _ in self._asked)
+        known = {(o.uri, o.version) for o, _ in self._asked}
         while (
             self._left
             and len(self._asked) < OBJECTS_AHEAD
@@ -412,6 +414,9 @@ class FetchAhead:
 
                 self._threads = ThreadPoolExecutor(OBJECTS_AHEAD, thread_name_prefix="headrace-get")
             o = self._left.popleft()
+            if (o.uri, o.version) in known:
+                continue
+            known.add((o.uri, o.version))
             coming = _coming[o.uri, o.version] = self._threads.submit(_fetch, o.uri, o.version, None)
             self._asked.append((o, coming))
             size += o.size

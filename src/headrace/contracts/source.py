@@ -107,6 +107,15 @@ class RemarkingSource(Source, Protocol):
 
 
 @runtime_checkable
+class CheckedSource(Source, Protocol):
+    def check_columns(self) -> None:
+        """Asked before an action begins, of the source as it will be read. Raises PlanError for a column in its schema, or that
+        its predicate reads, that can't be read.
+        """
+        ...
+
+
+@runtime_checkable
 class ListedSource(Source, Protocol):
     def snapshot(self) -> Source:
         """The same source for one action, whose steps may share what they listed; used in the driver's process only."""

@@ -50,8 +50,11 @@ def _named(expression: Any, names: Iterable[str]) -> list[str]:
     """The names that occur in an expression: of the columns that it reads, and perhaps of others. Raises ArrowInvalid for a
     column that is given by its number, which depends on what else is read.
     """
-    text = str(expression)
-    if _BY_NUMBER.search(_QUOTED.sub("", text)):
+    names, text = list(names), str(expression)
+    told = _QUOTED.sub("", text)
+    for name in filter(_BY_NUMBER.search, names):  # a column whose name looks like a number's text
+        told = told.replace(name, "")
+    if _BY_NUMBER.search(told):
         raise pa.ArrowInvalid("it gives a column by its number; columns are told apart by name")
     return [name for name in names if name in text]
 

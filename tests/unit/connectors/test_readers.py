@@ -121,6 +121,29 @@ def test_small_row_groups_are_read_together(tmp_path: Path, monkeypatch: pytest.
     assert places == [(str(path), i) for i in (*range(25), 1999)]
 
 
+@pytest.mark.parametrize("value", ["x" * 100_000, [0] * 12_000, {"list": ["x" * 100_000]}], ids=["text", "list", "nested"])
+def test_small_row_groups_of_repeated_large_values_are_not_read_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any
+) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"x": [value] * 800, "y": range(800)}), path, row_group_size=100)
+    assert sum(pq.read_metadata(path).row_group(g).total_byte_size for g in range(8)) < 1 << 20
+    held: list[int] = []
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def spy(file: pq.ParquetFile, **given: Any) -> Iterator[pa.RecordBatch]:
+        for batch in iter_batches(file, **given):
+            held.append(batch.nbytes)
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
+    assert read_all(ParquetSource(path)).num_rows == 800
+    assert max(held) < 16 << 20
+    held.clear()
+    assert read_all(ParquetSource(path, ["y"]))["y"].to_pylist() == list(range(800))
+    assert len(held) == 1, "columns that nobody reads do not matter"
+
+
 def test_empty_row_groups_between_others(tmp_path: Path) -> None:
     schema = pa.schema([("x", pa.int64())])
     for name, sizes in {"a": [0, 0, 3, 0, 2, 0], "b": [0, 0]}.items():

@@ -48,6 +48,16 @@ def test_a_column_given_by_its_number_is_refused(field: Any) -> None:
             found_in(pc.field(field) == 1)
 
 
+@pytest.mark.parametrize("name", ["FieldPath(0)", "a (FieldPath(12) b"])
+def test_a_column_may_be_named_like_a_number(name: str) -> None:
+    batch = ROWS.append_column(name, pa.array([7, 8, 9]))
+    expression = (pc.field(name) > 7) & (pc.field("x") < 3)
+    assert columns_of(expression, batch.schema) == ("x", name)
+    assert passing(batch, expression).to_pylist() == [1]
+    with pytest.raises(pa.ArrowInvalid, match="by its number"):
+        columns_of(expression & (pc.field(1) > 0), batch.schema)
+
+
 def test_a_column_that_is_not_there_is_refused() -> None:
     with pytest.raises(pa.ArrowInvalid, match="nope"):
         columns_of(pc.field("x") + pc.field("nope") > 1, ROWS.schema)

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from headrace.connectors import footers, packing, storage
 from headrace.connectors.blocks import Piece, no_columns, rows_per_block, shareable, sized
 from headrace.connectors.listing import Paths
-from headrace.connectors.parquet_schema import HINT, conform, named, unified
+from headrace.connectors.parquet_schema import HINT, conform, named, refused, unified
 from headrace.connectors.parquet_splice import worth_copying
 from headrace.connectors.redact import redact
 from headrace.connectors.sources.files import FileSource
@@ -51,8 +51,9 @@ TINY_BYTES = 1 << 20  # of a row group of fewer than PROBE_FROM_ROWS: its metada
 PROBE_ROWS = 64  # rows decoded to learn the width of dictionary-encoded strings, whose stored size says nothing
 PROBE_FROM_ROWS = 256  # row groups below this are a block at most, or divided when their size is known
 # Row groups are read together up to so many rows (and TINY_BYTES): of 100 rows of six columns each takes 0.17 ms alone,
-# 0.04 in company. Not more rows, as their real size is not known before.
+# 0.04 in company. Not more rows, as their real size is not known before; and not more than they may decode to at worst.
 TOGETHER_ROWS = 4 * PROBE_FROM_ROWS
+TOGETHER_DECODED_BYTES = 16 << 20
 OFFSET_BYTES = 4  # that a list or a string takes beside its values
 WIDE_VALUE_BYTES = 1 << 10  # stored values of this size are no references into a dictionary; images are not decoded twice
 
@@ -67,7 +68,8 @@ class ParquetSource(FileSource):
     is null there, and what it has beyond them is not read.
 
     Otherwise the schema is the one that rows of some files fit into, chosen by the listing alone; a column that some of them
-    lack is null where it is missing. A file that does not go into that is a DataError.
+    lack is null where it is missing. Where their types don't go together it has the first one, and can't be read. A file that
+    does not go into the schema is a DataError.
     """
 
     name = "parquet"
@@ -83,6 +85,7 @@ class ParquetSource(FileSource):
         self._schema = None if schema is None else named(schema)
         self._full = self._schema
         self._optional = frozenset(() if self._schema is None else self._schema.names)  # null in files that lack them
+        self._conflicts: dict[str, str] = {}  # columns that can't be read, and why
         self._remarks = Remarks()
         self._predicate: Any = None
         self._predicate_columns: tuple[str, ...] = ()
@@ -120,6 +123,14 @@ class ParquetSource(FileSource):
         out._left = self._left | columns
         return out
 
+    def check_columns(self) -> None:
+        self._full_schema()
+        if not self._conflicts:
+            return
+        for name in self._read_columns(self.schema()).names:
+            if name in self._conflicts:
+                raise refused(name, self._conflicts[name])
+
     @property
     def filtered(self) -> bool:
         """Does it yield some rows only?"""
@@ -152,8 +163,9 @@ class ParquetSource(FileSource):
         if schemas[0] is None:  # it is broken: see there
             objects, schemas = [objects[0], *objects], [super()._first_schema(), *schemas]
         found = [(o.uri, schema) for o, schema in zip(objects, schemas, strict=True) if schema is not None]
-        schema, self._optional = unified(found, all_there=all_there and None not in schemas)
-        return schema
+        known = unified(found, all_there=all_there and None not in schemas)
+        self._optional, self._conflicts = known.optional, known.conflicts
+        return known.schema
 
     def _schemas(self, objects: list[Stored]) -> list[pa.Schema | None]:
         """Of each; None where it can't be understood: whoever reads it will say so, or set it aside."""
@@ -202,6 +214,7 @@ class ParquetSource(FileSource):
         return out
 
     def _split_pieces(self, split: Split, limits: BlockLimits, on_bad: OnBad | None) -> Generator[Piece, None, None]:
+        self.check_columns()
         if not self._left or not worth_copying(split):
             return super()._split_pieces(split, limits, on_bad)
         narrow = self.project(tuple(name for name in self.schema().names if name not in self._left))
@@ -407,7 +420,7 @@ class GroupReader:
 
 
 def _rows_of(o: Stored) -> int:
-    with _opened(o.uri, o.size, o.version) as (_, file):
+    with _opened(o.uri, o.size, o.version, parts=True) as (_, file):
         return file.metadata.num_rows
 
 
@@ -489,6 +502,32 @@ class _Columns:
         every = [(f.name, width) for f in self.file.schema_arrow for width in _leaf_bytes(f.type)]
         return [(i, name, width) for i, (name, width) in enumerate(every) if name in chosen]
 
+    @cached_property
+    def swelling(self) -> list[tuple[int, float]]:
+        """(index, Arrow bytes of a value; 0 for texts and binaries) of each leaf column of `leaves` whose values may take far
+        more memory than the pages that they are encoded in.
+        """
+        stored = [(i, width, self.file.schema.column(i)) for i, _, width in self.leaves]
+        return [
+            (i, 0 if leaf.physical_type == "BYTE_ARRAY" else width)
+            for i, width, leaf in stored
+            if leaf.physical_type == "BYTE_ARRAY" or leaf.max_repetition_level or width >= WIDE_VALUE_BYTES
+        ]
+
+    def decoded_bytes(self, group: Any) -> float:
+        """The most that values of `swelling` columns in a row group may take: all of them the largest of their dictionary."""
+        most = group.num_rows * group.total_byte_size
+        if most <= TOGETHER_DECODED_BYTES / 16 and not any(width for _, width in self.swelling):
+            return most  # no value is larger than the group: its chunks are not worth a look
+        out = 0.0
+        for i, width in self.swelling:
+            chunk = group.column(i)
+            if width:
+                out += chunk.num_values * width
+            elif chunk.has_dictionary_page:
+                out += chunk.num_values * chunk.total_uncompressed_size
+        return out
+
     def batches(self, groups: list[int], rows: int, names: list[str]) -> Iterator[pa.RecordBatch]:
         """Row groups in batches of so many rows."""
         return self.file.iter_batches(batch_size=rows, row_groups=groups, columns=names, use_threads=False)
@@ -496,15 +535,18 @@ class _Columns:
 
 def _runs(reader: Reader, columns: _Columns, wanted: list[int]) -> Iterator[list[int]]:
     """The row groups, those together that lie side by side and are small. Far away each is asked for by itself."""
-    apart = not columns.names or (storage.is_remote(reader.uri) and not reader.whole)
+    apart = len(wanted) < 2 or not columns.names or (storage.is_remote(reader.uri) and not reader.whole)
     run: list[int] = []
-    rows, size = 0, 0
+    rows, size, decoded = 0, 0, 0.0
     for g in wanted:
         group = columns.file.metadata.row_group(g)
-        rows, size = rows + group.num_rows, size + group.total_byte_size
-        if run and (apart or g > run[-1] + 1 or rows > TOGETHER_ROWS or size > TINY_BYTES):
+        tiny = not apart and group.num_rows <= TOGETHER_ROWS and group.total_byte_size <= TINY_BYTES
+        more = columns.decoded_bytes(group) if tiny else 0.0
+        rows, size, decoded = rows + group.num_rows, size + group.total_byte_size, decoded + more
+        full = rows > TOGETHER_ROWS or size > TINY_BYTES or decoded > TOGETHER_DECODED_BYTES
+        if run and (apart or full or g > run[-1] + 1):
             yield run
-            run, rows, size = [], group.num_rows, group.total_byte_size
+            run, rows, size, decoded = [], group.num_rows, group.total_byte_size, more
         run.append(g)
     if run:
         yield run
@@ -605,15 +647,19 @@ def _may_match(reader: Reader, file: Any, predicate: Any) -> set[int]:
     if len(every) < 2 and not any(_has_statistics(file, g) for g in every):
         return every
     footer = footers.remembered.find(reader.uri, reader.version)
-    again = storage.open_reader(reader.uri, reader.size, "")
     try:
-        fragment = ds.ParquetFileFormat().make_fragment(again.native() if footer is None else pa.BufferReader(footer))
+        fragment = ds.ParquetFileFormat().make_fragment(pa.BufferReader(_footer_of(file) if footer is None else footer))
         kept = fragment.subset(filter=predicate, schema=fragment.physical_schema).row_groups
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError):
         return every  # the filter itself will be applied, and explain, row by row
-    finally:
-        again.close()
     return {group.id for group in kept}
+
+
+def _footer_of(file: Any) -> pa.Buffer:
+    """A file of nothing but what the footer says. The file itself was fetched, and is not to be asked for again."""
+    out = pa.BufferOutputStream()
+    file.metadata.write_metadata_file(out)
+    return out.getvalue()
 
 
 def _has_statistics(file: Any, g: int) -> bool:

@@ -29,9 +29,9 @@ __all__ = ["FORMAT", "differences", "fingerprint", "models_of"]
 
 SPLIT_PLANNING = 1  # another number whenever the same input is divided otherwise
 
-# Of sources: the schema once it was looked up, what of it files may lack, and what is read of it ("columns" tells);
-# and what there is to say of files.
-_RESOLVED = ("_full", "_optional", "_columns", "_remarks")
+# Of sources: the schema once it was looked up, what of it files may lack or disagree on, and what is read of it
+# ("columns" tells); and what there is to say of files.
+_RESOLVED = ("_full", "_optional", "_conflicts", "_columns", "_remarks")
 _ELSEWHERE = ("path", "fresh", "per_input", "name", "root", "scratch")  # of sinks: told otherwise, or without meaning
 
 
