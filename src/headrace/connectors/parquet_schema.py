@@ -15,8 +15,7 @@ from msgspec import Struct
 from headrace.connectors.blocks import goes_into
 from headrace.connectors.sources.unreadable import Mismatch
 from headrace.core.errors import DataError, PlanError
-from headrace.core.schemas import common, nullable
-from headrace.core.tensors import fixed_to_ragged, is_ragged, is_tensor
+from headrace.core.schemas import becomes_ragged, cast, common, nullable
 
 Where = tuple[tuple[str, str], ...]
 
@@ -94,7 +93,7 @@ def _meeting(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     type = common(a, b)
     if (type is None or not _holds(type, a)) and goes_into(b, a):
         return a
-    if type is None or not all(goes_into(side, type) or _becomes_ragged(side, type) for side in (a, b)):
+    if type is None or not all(goes_into(side, type) or becomes_ragged(side, type) for side in (a, b)):
         return None
     return type
 
@@ -154,28 +153,17 @@ def conform(
 
 
 def _cast(array: pa.Array, f: pa.Field, where: Where, by_user: bool) -> pa.Array:
-    if array.type.equals(f.type):
-        return array
-    if pa.types.is_null(array.type):
-        return pa.nulls(len(array), f.type)
-    if _becomes_ragged(array.type, f.type):
-        return fixed_to_ragged(array)
-    if not by_user and not goes_into(array.type, f.type):
+    if not by_user and not goes_into(array.type, f.type) and not becomes_ragged(array.type, f.type):
         text = f"column {f.name!r} has type {array.type} here, {f.type} was expected"
         raise DataError(text, where=(*where, ("column", f.name)), hint=HINT)
     try:
-        out = array.cast(f.type, safe=True)
+        out = cast(array, f.type)
         if by_user and pa.types.is_floating(f.type) and _has_new_infinity(array, out):
             raise pa.ArrowInvalid("a number is out of range")
         return out
     except (pa.ArrowException, ValueError) as e:
         text = f"column {f.name!r} of type {array.type} does not fit {f.type}: {e}"
         raise DataError(text, where=(*where, ("column", f.name)), hint=HINT) from e
-
-
-def _becomes_ragged(a: pa.DataType, b: pa.DataType) -> bool:
-    """Tensors of one shape, among those of several."""
-    return is_tensor(a) and is_ragged(b) and a.value_type.equals(b.value_type)
 
 
 def _has_new_infinity(array: pa.Array, cast: pa.Array) -> bool:

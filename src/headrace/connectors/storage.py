@@ -35,7 +35,7 @@ WHOLE_LOCAL_BYTES = 1 << 20
 WHOLE_S3_BYTES = 8 << 20
 
 REQUEST_BYTES = 8 << 20  # one ranged GET: large enough that the first-byte time is small beside it
-OBJECTS_AHEAD = 16  # small objects of a split on their way at once: the first byte of each takes 30-100 ms
+OBJECTS_AHEAD = 16  # small objects of a split on their way at once: with 30-100 ms to the first byte, some 200 a second
 REQUEST_THREADS = 4  # concurrent GETs of one reader; every worker has a reader of its own
 GAP_BYTES = 1 << 20  # arrives in about 10 ms, in which another request would just have begun to answer
 SMALL_GAP_BYTES = 64 << 10

@@ -122,15 +122,21 @@ def bring(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     for field in schema:
         index = batch.schema.get_field_index(field.name)
         column = pa.nulls(batch.num_rows) if index < 0 else batch.column(index)
-        columns.append(_cast(column, field.type))
+        columns.append(cast(column, field.type))
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _cast(column: pa.Array, type: pa.DataType) -> pa.Array:
+def cast(column: pa.Array, type: pa.DataType) -> pa.Array:
+    """The column in a type that its values fit into. Raises ArrowInvalid for one that does not."""
     if column.type.equals(type):
         return column
     if pa.types.is_null(column.type):
         return pa.nulls(len(column), type)
-    if is_tensor(column.type) and is_ragged(type):
+    if becomes_ragged(column.type, type):
         return fixed_to_ragged(column)
     return column.cast(type)
+
+
+def becomes_ragged(a: pa.DataType, b: pa.DataType) -> bool:
+    """Tensors of one shape, among those of several."""
+    return is_tensor(a) and is_ragged(b) and a.value_type.equals(b.value_type)

@@ -18,6 +18,7 @@ from typing import Any
 
 from msgspec import Struct
 
+from headrace.connectors.sources.remarks import Remarks
 from headrace.contracts.observer import Observer
 from headrace.contracts.substrate import Substrate
 from headrace.core.errors import BlockLost, HeadraceError
@@ -73,7 +74,6 @@ from headrace.scheduler.messages import (
     Submit,
 )
 
-MOST_REMARKS = 20  # of a run's source
 STACK_LINES = 40  # of a hung worker's stack: the rest is threads that wait
 
 
@@ -148,7 +148,7 @@ class Driver:
         self._governor = governor or Governor()
         self._typed: tuple[str, tuple[tuple[str, str], ...]] | None = None  # the first file with rows, and what it holds
         self._drifted = False
-        self._remarked: set[str] = set()
+        self._remarks = Remarks()
         self._draining: _Drained | None = None
         self._done = False
         self._stopping = False
@@ -527,9 +527,9 @@ class Driver:
     def _note_remarks(self, remarks: tuple[tuple[str, str], ...]) -> None:
         """Tell people what the source says, once of each subject."""
         for about, text in remarks:
-            if about not in self._remarked and len(self._remarked) < MOST_REMARKS:
-                self._remarked.add(about)
-                self._tell(Noted(self._now(), text))
+            self._remarks.add(about, text)
+        for _, text in self._remarks.take():
+            self._tell(Noted(self._now(), text))
 
     def _note_types(self, receipt: Receipt | None) -> None:
         """Tell people, once, when files of the output differ in columns or types."""

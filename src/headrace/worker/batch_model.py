@@ -268,7 +268,7 @@ class BatchRunner(ModelRunner):
         began = time.perf_counter()
         argument, given = self._argument(piece)
         try:
-            result, shared = self._call(argument, given)
+            result, shared = self._tensors.call(self._model, (argument, *self._op.model.args), self._op.model.kwargs, given)
             made = name_outputs(self._op, result, rows, given, shared)
         except RowError as exc:
             failed = self._failed(exc, piece, watch)
@@ -288,13 +288,6 @@ class BatchRunner(ModelRunner):
             return batch, given
         name = self._op.inputs[0]
         return (batch[name] if self._format != "pyarrow" else piece.batch.column(name)), given
-
-    def _call(self, argument: Any, given: Given) -> tuple[Any, bool]:
-        """As `results.call`."""
-        try:
-            return call(self._model, (argument, *self._op.model.args), self._op.model.kwargs)
-        finally:
-            self._tensors.check(given)
 
     def _learn(self, piece: Piece, made: pa.RecordBatch, seconds: float) -> None:
         """A batch was answered."""

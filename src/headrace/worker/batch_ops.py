@@ -24,7 +24,7 @@ from headrace.worker.joining import Joining
 from headrace.worker.model_answers import ModelRunner
 from headrace.worker.models import model_runner
 from headrace.worker.operators import TARGET_BYTES, BatchOperator, Counts, Host, Operator, rejoined, select
-from headrace.worker.results import batch_of, call, with_columns
+from headrace.worker.results import batch_of, with_columns
 from headrace.worker.torch_inputs import TorchReader
 from headrace.worker.user_code import TorchModule, explain
 
@@ -107,7 +107,7 @@ class MapBatchesOp(BatchOperator):
         batch, given = self._prepare(piece)
         kept: tuple[str, ...] = ()
         try:
-            result, shared = self._called(batch, given)
+            result, shared = self._tensors.call(self._fn, (batch, *self._args), self._kwargs, given)
             if joining is not None and joining.add(piece, given, result):
                 return
             many = hasattr(result, "__next__")
@@ -119,8 +119,8 @@ class MapBatchesOp(BatchOperator):
         rows = 0
         while many:
             try:
-                item, shared = self._next(result, given)
-                if item is result:
+                item, shared = self._tensors.call(next, (result, result), {}, given)
+                if item is result:  # next's default: the generator has ended
                     break
                 made = batch_of(item, given, shared, self._declared)
             except RowError as exc:
@@ -142,29 +142,15 @@ class MapBatchesOp(BatchOperator):
     def _work(self, piece: Piece, given: tuple[Any, Given]) -> list[pa.RecordBatch]:
         """All batches that the function makes of one."""
         batch, source = given
-        result, shared = self._called(batch, source)
+        result, shared = self._tensors.call(self._fn, (batch, *self._args), self._kwargs, source)
         if not hasattr(result, "__next__"):
             return [batch_of(result, source, shared, self._declared)]
         made: list[pa.RecordBatch] = []
         while True:
-            item, shared = self._next(result, source)
+            item, shared = self._tensors.call(next, (result, result), {}, source)
             if item is result:
                 return made
             made.append(batch_of(item, source, shared, self._declared))
-
-    def _called(self, batch: Any, given: Given) -> tuple[Any, bool]:
-        """As `call`."""
-        try:
-            return call(self._fn, (batch, *self._args), self._kwargs)
-        finally:
-            self._tensors.check(given)
-
-    def _next(self, made: Any, given: Given) -> tuple[Any, bool]:
-        """What a generator yields next, as `call`; the generator itself when it has ended."""
-        try:
-            return call(next, (made, made), {})
-        finally:
-            self._tensors.check(given)
 
     def _blame(self, exc: BaseException, piece: Piece) -> HeadraceError:
         return explain(exc, self.name, piece.origin, columns=piece.batch.schema.names)

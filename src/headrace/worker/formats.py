@@ -363,8 +363,8 @@ def _lists(column: pa.Array) -> np.ndarray:
     if not len(column):  # it may have no offsets
         return np.empty(0, dtype=object)
     dtype = numpy_dtype(column.type.value_type)
-    if dtype is not None and dtype.kind in "iuf" and not _own_values(column).null_count:
-        flat, offsets = vector_to_numpy(_own_values(column)), vector_to_numpy(column.offsets)
+    if dtype is not None and dtype.kind in "iuf" and not (values := _own_values(column)).null_count:
+        flat, offsets = vector_to_numpy(values), vector_to_numpy(column.offsets)
         offsets = (offsets - offsets[0]).tolist()
         flat.setflags(write=False)
         there = itertools.repeat(True) if not column.null_count else vector_to_numpy(column.is_valid()).tolist()

@@ -10,6 +10,7 @@ inference mode have none: none is made here, though user code, a suspended gener
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import pyarrow as pa
 from headrace.models.torch_device import version_of
 from headrace.worker.formats import Given, NumpyReader, to_torch
 from headrace.worker.refused import BrokenModel
+from headrace.worker.results import call
 
 
 class GivenTensors(Given):
@@ -37,7 +39,8 @@ class GivenTensors(Given):
 
 
 class TorchReader:
-    """Makes tensors of the batches of one function or model. `check` each when it has been used, whatever came of it.
+    """Makes tensors of the batches of one function or model. What uses them goes through `call`; else `check` each afterwards,
+    whatever came of it.
 
     uploads: the code copies each batch to a device before anything else.
     """
@@ -57,6 +60,15 @@ class TorchReader:
             if private:
                 tensors = {name: t if isinstance(t, np.ndarray) else t.clone() for name, t in tensors.items()}
         return tensors, GivenTensors(given, tensors, private)
+
+    def call(
+        self, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], given: Given
+    ) -> tuple[Any, bool]:
+        """As `results.call`, of code that was given this, in whatever format."""
+        try:
+            return call(function, args, kwargs)
+        finally:
+            self.check(given)
 
     def check(self, given: Given) -> None:
         """Learn whether the code writes to its input. Raises BrokenModel when it has written to a block."""

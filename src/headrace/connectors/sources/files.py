@@ -82,6 +82,11 @@ class FileSource(ABC):
         pack = packing.pack_remote if self.reads_to_divide and self.remote and self._listing.paged else packing.pack
         return pack(objects, self.divide, file_cost=self.file_cost_bytes)
 
+    @property
+    def fetches(self) -> bool:
+        """Does reading ask a store for whole objects?"""
+        return self.remote
+
     def snapshot(self) -> Self:
         """The same source for one action: planning, trying and running list its input once, and see the same objects."""
         out = copy.copy(self)
@@ -107,11 +112,8 @@ class FileSource(ABC):
             yield from rechunk(pieces, limits)
 
     def _split_pieces(self, split: Split, limits: BlockLimits, on_bad: OnBad | None) -> Generator[Piece, None, None]:
-        if not self.remote or len(split.fragments) == 1:
-            for fragment in split.fragments:
-                yield from self._pieces(fragment, limits, on_bad)
-            return
-        objects = (Stored(f.uri, f.size_bytes, f.version) for f in split.fragments)
+        fetched = split.fragments if self.fetches and len(split.fragments) > 1 else ()
+        objects = (Stored(f.uri, f.size_bytes, f.version) for f in fetched)
         with closing(FetchAhead(objects, limits.target_bytes)) as ahead:
             for fragment in split.fragments:
                 ahead.go_on()

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Iterator
 from contextlib import closing
-from functools import partial
 from typing import ClassVar
 
 import pyarrow as pa
@@ -25,9 +22,6 @@ from headrace.core.refs import Origin, Segment
 from headrace.core.splits import Fragment, Split
 
 _SCHEMA = pa.schema([("bytes", pa.binary()), ("path", pa.string())])
-
-# On S3 the first byte takes 50-100 ms: sixteen requests at a time bring some 200 images/s to each worker.
-_REMOTE_READS = 16
 
 
 class BinarySource(FileSource):
@@ -48,24 +42,26 @@ class BinarySource(FileSource):
             self._full = self._read_schema(self._listing.first())
         return super().schema()
 
+    @property
+    def fetches(self) -> bool:
+        return super().fetches and "bytes" in self.schema().names
+
     def _split_pieces(self, split: Split, limits: BlockLimits, on_bad: OnBad | None) -> Generator[Piece, None, None]:
         most = max(limits.least_rows, len(split.fragments) // BLOCKS_PER_SPLIT)
-        for piece in self._objects(split, limits, on_bad):
-            yield replace(piece, most_rows=most)
-
-    def _objects(self, split: Split, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
-        names = self.schema().names
-        if "bytes" not in names:
-            for f in split.fragments:
-                yield _piece(f, None, names)
-        elif not self.remote:
-            for f in split.fragments:
-                yield from _row(f, partial(_read, f), names, on_bad)
-        else:
-            yield from _read_ahead(split.fragments, limits, names, on_bad)
+        with closing(super()._split_pieces(split, limits, on_bad)) as pieces:
+            for piece in pieces:
+                yield replace(piece, most_rows=most)
 
     def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
-        yield from _row(fragment, partial(_read, fragment), self.schema().names, on_bad)
+        """The object's row, or none if it can't be read."""
+        names, data = self.schema().names, None
+        if "bytes" in names:
+            try:
+                data = _read(fragment)
+            except DataError as error:
+                reported(on_bad, fragment.uri, 0, 1, error)
+                return
+        yield _piece(fragment, data, names)
 
 
 class ImageSource(BinarySource):
@@ -73,16 +69,6 @@ class ImageSource(BinarySource):
 
     name = "images"
     extensions: ClassVar[tuple[str, ...]] = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
-
-
-def _row(f: Fragment, read: Callable[[], pa.Buffer], names: list[str], on_bad: OnBad | None) -> Iterator[Piece]:
-    """The object's row, or none if it can't be read."""
-    try:
-        data = read()
-    except DataError as error:
-        reported(on_bad, f.uri, 0, 1, error)
-    else:
-        yield _piece(f, data, names)
 
 
 def _read(f: Fragment) -> pa.Buffer:
@@ -93,28 +79,6 @@ def _read(f: Fragment) -> pa.Buffer:
             return data
     except OSError as e:
         raise DataError(f"the file can't be read: {e}", where=(("file", f.uri),), hint="replace it or leave it out") from e
-
-
-def _read_ahead(
-    fragments: tuple[Fragment, ...], limits: BlockLimits, names: list[str], on_bad: OnBad | None
-) -> Iterator[Piece]:
-    """In order, several requests at once, at most a block's bytes ahead."""
-    threads = ThreadPoolExecutor(_REMOTE_READS, thread_name_prefix="headrace-get")
-    waiting: deque[tuple[Fragment, Future[pa.Buffer]]] = deque()
-    ahead = 0
-    try:
-        for f in fragments:
-            while waiting and (len(waiting) >= 2 * _REMOTE_READS or ahead + f.size_bytes > limits.target_bytes):
-                done, future = waiting.popleft()
-                ahead -= done.size_bytes
-                yield from _row(done, future.result, names, on_bad)
-            waiting.append((f, threads.submit(_read, f)))
-            ahead += f.size_bytes
-        while waiting:
-            done, future = waiting.popleft()
-            yield from _row(done, future.result, names, on_bad)
-    finally:
-        threads.shutdown(wait=True, cancel_futures=True)
 
 
 def _piece(f: Fragment, data: pa.Buffer | None, names: list[str]) -> Piece:

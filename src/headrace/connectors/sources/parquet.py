@@ -343,9 +343,10 @@ class ParquetSource(FileSource):
         if reader.whole and metadata.num_rows < PROBE_FROM_ROWS and metadata.total_byte_size <= TINY_BYTES:
             row_bytes = metadata.total_byte_size / metadata.num_rows
         else:
-            ranges, size = _ranges(metadata, columns)
-            if size <= S3_AHEAD_BYTES:
-                reader.prefetch(ranges)
+            if storage.is_remote(reader.uri):
+                ranges, size = _ranges(metadata, columns)
+                if size <= S3_AHEAD_BYTES:
+                    reader.prefetch(ranges)
             row_bytes = _row_bytes(columns, g, where)
         rows = rows_per_block(row_bytes, limits)
         with _explained(where):

@@ -8,7 +8,7 @@ MOST = 20  # subjects
 
 
 class Remarks:
-    """Of one action in one process: another process begins with none. Thread-safe."""
+    """Of one action in one process: another process begins with none. Each subject once, of all that are added. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
