@@ -307,7 +307,10 @@ class Dataset:
     def write_csv(
         self, path: str, *, outputs: Outputs = "packed", fresh: bool = False, **options: Unpack[ActionOptions]
     ) -> Run:
-        """Run, and write CSV files with a header; as `write_parquet`. Nested, tensor and binary columns are refused."""
+        """Run, and write CSV files with a header; as `write_parquet`. Nested, tensor and binary columns are refused.
+
+        Nulls are empty, texts in quotes; the nulls of a single column are `""`, as no reader would see a blank line.
+        """
         from headrace.connectors.sinks.csv import CsvSink
 
         return session.write(self._plan, CsvSink(str(path), outputs=outputs, fresh=fresh), options)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 
@@ -128,6 +129,30 @@ def test_csv_refuses_what_it_can_not_hold(tmp_path: Path, column: pa.Array) -> N
         CsvSink(tmp_path).check(batch.schema)
     with pytest.raises(DataError, match="'odd'"):
         CsvSink(tmp_path).bind("run-00000", 1, None).open(SPLIT, 0).write(batch)
+
+
+@pytest.mark.parametrize("many", [1, 400_000])  # in memory, and as rows come
+@pytest.mark.parametrize(
+    "values",
+    [
+        pa.array([None, 1, None, None, 2]),
+        pa.array([0.5, None, -0.0]),
+        pa.array([None, datetime.datetime(2026, 1, 2)], pa.timestamp("us")),
+        pa.nulls(3),
+    ],
+    ids=lambda v: str(v.type),
+)
+def test_nulls_of_a_single_csv_column_are_rows(tmp_path: Path, values: pa.Array, many: int) -> None:
+    batch = pa.record_batch({"x": pa.concat_arrays([values] * many)})
+    found = pacsv.read_csv(written(CsvSink(tmp_path), batch)).column("x")
+    assert found.is_null().to_pylist() == batch.column("x").is_null().to_pylist()
+
+
+def test_null_texts_of_a_single_csv_column_are_rows(tmp_path: Path) -> None:
+    batch = pa.record_batch({"x": pa.array([None, "a", "", "two\n\nlines", None])})
+    options = pacsv.ParseOptions(newlines_in_values=True)
+    found = pacsv.read_csv(written(CsvSink(tmp_path), batch), parse_options=options).column("x")
+    assert found.to_pylist() == ["", "a", "", "two\n\nlines", ""]
 
 
 def test_destination_refusals(tmp_path: Path) -> None:

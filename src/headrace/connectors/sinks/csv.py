@@ -15,6 +15,7 @@ from headrace.connectors.sinks.files import SMALL_BYTES, Encoder, FileSink, Part
 from headrace.core.errors import PlanError
 
 JOIN_BYTES = 1 << 20  # text held at once while files are joined
+NULL_ROW = b'""\n'  # where there is but one column: readers pass over blank lines
 
 
 class CsvSink(FileSink):
@@ -39,9 +40,12 @@ class CsvSink(FileSink):
                 hint = f"drop({f.name!r}), or write Parquet (or JSON lines)"
                 raise PlanError(f"CSV can't hold column {f.name!r} of type {f.type}", where=(("column", f.name),), hint=hint)
 
+    def _joins_alone(self, schema: pa.Schema) -> bool:
+        return len(schema) == 1  # its nulls are blank lines
+
     def _join(self, parts: Sequence[Part], path: str, schema: pa.Schema) -> tuple[int, Written]:
-        """Each value keeps the very text it was written with: rows get commas for the columns that they lack, and nothing is
-        parsed.
+        """Each value keeps the very text it was written with: rows get commas for the columns that they lack, quotes where they
+        are blank, and nothing is parsed.
         """
         rows, size = 0, 0
         digest = hashlib.sha256()
@@ -65,17 +69,35 @@ def _padded(part: Part, width: int) -> Iterator[tuple[int, memoryview]]:
     """The rows of a file, with nulls to be `width` columns: (rows ended in it, text). Then the file is removed."""
     missing = width - len(part.schema)
     if len(part.schema):
-        yield from _with_commas(part.path, missing)
+        yield from _with_commas(part.path, missing) if width > 1 else _with_quotes(part.path)
     else:  # the file is empty, however many rows there were
         step = max(1, JOIN_BYTES // width)
+        row = b"," * (missing - 1) + b"\n" if missing > 1 else NULL_ROW
         for at in range(0, part.rows, step):
             count = min(step, part.rows - at)
-            yield count, memoryview((b"," * (missing - 1) + b"\n") * count)
+            yield count, memoryview(row * count)
     os.unlink(part.path)
 
 
 def _with_commas(path: str, missing: int) -> Iterator[tuple[int, memoryview]]:
-    """The rows of a CSV file without its header, and with commas at their ends: (rows ended in it, text).
+    """The rows of a CSV file without its header, and with commas at their ends: (rows ended in it, text)."""
+    for data, ends in _rows(path):
+        padded = np.insert(data, np.repeat(ends, missing), ord(",")) if missing else data
+        yield len(ends), padded.data
+
+
+def _with_quotes(path: str) -> Iterator[tuple[int, memoryview]]:
+    """The same of a single column: rows that are blank become NULL_ROW."""
+    last = -1  # where the row before ended, seen from this piece
+    for data, ends in _rows(path):
+        blank = ends[np.diff(ends, prepend=last) == 1]
+        last = (int(ends[-1]) if len(ends) else last) - len(data)
+        quoted = np.insert(data, np.repeat(blank, 2), ord('"')) if len(blank) else data
+        yield len(ends), quoted.data
+
+
+def _rows(path: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The bytes of a CSV file without its header, in pieces, and where rows end in each.
 
     A row ends with a line break after an even number of quotes: quotes in a value are written twice, and the value in quotes.
     """
@@ -92,8 +114,7 @@ def _with_commas(path: str, missing: int) -> Iterator[tuple[int, memoryview]]:
                     continue
                 start = ends[0] + 1
                 data, ends, in_header = data[start:], ends[1:] - start, False
-            padded = np.insert(data, np.repeat(ends, missing), ord(",")) if missing else data
-            yield len(ends), padded.data
+            yield data, ends
 
 
 class _CsvEncoder:

@@ -252,9 +252,13 @@ class FileSink(ABC):
     def _join(self, parts: Sequence[Part], path: str, schema: pa.Schema) -> tuple[int, Written | None]:
         """Write the rows of files of this sink as one, in their order, and remove each when it has been read: (rows, the file).
 
-        Sinks that do not widen have it. Raises ArrowException for a value that does not fit `schema`.
+        Sinks that do not widen, or that `_joins_alone`, have it. Raises ArrowException for a value that does not fit `schema`.
         """
         raise NotImplementedError
+
+    def _joins_alone(self, schema: pa.Schema) -> bool:
+        """Does a file of this schema need `_join` even where there are no others?"""
+        return False
 
     def _refuse(self, schema: pa.Schema) -> None:
         """Raise PlanError for a type that the format can't hold."""
@@ -539,7 +543,9 @@ class FileSplitWriter:
                 return self._receipt(())
             self._begin(self._sink._schema, None)
         with self._whole_or_none():
-            done = measured(self._join_files() if self._narrow else self._close_encoder(), self._path)
+            assert self._schema is not None
+            joined = self._narrow or self._sink._joins_alone(self._schema)
+            done = measured(self._join_files() if joined else self._close_encoder(), self._path)
             self._there.stage(self._staged, self._path, done.digest)
             self._files.append(OutputFile(self._name, self._rows, done.bytes, done.digest, self._staged))
             return self._receipt(lineage)
