@@ -366,6 +366,17 @@ def test_the_ray_client_needs_a_package_that_ray_does_not_bring(monkeypatch: pyt
     assert "ray[client]" in caught.value.hint
 
 
+def test_a_server_for_clients_that_can_not_begin_is_not_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(**options: Any) -> None:
+        raise ConnectionAbortedError("Initialization failure from server:\nTraceback:\n  somewhere\nRuntimeError: no port\n")
+
+    monkeypatch.setattr(cluster.socket, "create_connection", lambda *_, **__: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(cluster.ray, "init", refuses)
+    pytest.importorskip("grpc")
+    with pytest.raises(PlanError, match=r"could not begin: Initialization failure from server: RuntimeError: no port"):
+        cluster._connect("ray://head:10001")
+
+
 def test_errands_do_not_hold_up_those_who_send_them() -> None:
     errands, gate, done = Errands(), threading.Event(), threading.Event()
 

@@ -117,11 +117,20 @@ def _connect(address: str | None) -> None:
         _knock(address or named or "")
         ray.init(address=address or named, **options)
     except (OSError, RuntimeError, ValueError) as error:
-        text = f"there is no Ray cluster at {address or named}: {(str(error) or type(error).__name__).splitlines()[0]}"
+        text = f"there is no Ray cluster at {address or named}: {_in_short(error)}"
         hint = "ray start --head starts one; without an address Headrace starts one on this machine"
         if (address or named or "").startswith(_CLIENT):
             hint = "ray:// leads to the server for clients on the head (port 10001, unless ray start was told another one)"
+            if isinstance(error, ConnectionAbortedError):  # it is there
+                text = f"the server for clients at {address or named} could not begin: {_in_short(error)}"
+                hint = "try again; the logs of the head tell more (ray_client_server*.err)"
         raise PlanError(text, hint=hint) from None
+
+
+def _in_short(error: Exception) -> str:
+    """The first line of what an error says; with the last one of a traceback that follows it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0] if len(lines) == 1 or not lines[0].endswith(":") else f"{lines[0]} {lines[-1]}"
 
 
 def _need_client(address: str) -> None:
