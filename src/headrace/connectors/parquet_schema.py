@@ -16,7 +16,7 @@ from headrace.connectors.blocks import goes_into
 from headrace.connectors.sources.unreadable import Mismatch
 from headrace.core.errors import DataError, PlanError
 from headrace.core.schemas import common, nullable
-from headrace.core.tensors import fixed_to_ragged, is_ragged, is_tensor
+from headrace.core.tensors import is_tensor, tensors_brought, tensors_meet
 
 Where = tuple[tuple[str, str], ...]
 
@@ -94,7 +94,7 @@ def _meeting(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     type = common(a, b)
     if (type is None or not _holds(type, a)) and goes_into(b, a):
         return a
-    if type is None or not all(goes_into(side, type) or _becomes_ragged(side, type) for side in (a, b)):
+    if type is None or not all(goes_into(side, type) or _takes_tensors(side, type) for side in (a, b)):
         return None
     return type
 
@@ -158,8 +158,8 @@ def _cast(array: pa.Array, f: pa.Field, where: Where, by_user: bool) -> pa.Array
         return array
     if pa.types.is_null(array.type):
         return pa.nulls(len(array), f.type)
-    if _becomes_ragged(array.type, f.type):
-        return fixed_to_ragged(array)
+    if _takes_tensors(array.type, f.type):
+        return tensors_brought(array, f.type)
     if not by_user and not goes_into(array.type, f.type):
         text = f"column {f.name!r} has type {array.type} here, {f.type} was expected"
         raise DataError(text, where=(*where, ("column", f.name)), hint=HINT)
@@ -173,9 +173,9 @@ def _cast(array: pa.Array, f: pa.Field, where: Where, by_user: bool) -> pa.Array
         raise DataError(text, where=(*where, ("column", f.name)), hint=HINT) from e
 
 
-def _becomes_ragged(a: pa.DataType, b: pa.DataType) -> bool:
+def _takes_tensors(a: pa.DataType, b: pa.DataType) -> bool:
     """Tensors of one shape, among those of several."""
-    return is_tensor(a) and is_ragged(b) and a.value_type.equals(b.value_type)
+    return is_tensor(a) and not is_tensor(b) and tensors_meet(a, b) == b
 
 
 def _has_new_infinity(array: pa.Array, cast: pa.Array) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
-from headrace.core.tensors import fixed_to_ragged, is_ragged, is_tensor, ragged_type
+from headrace.core.tensors import is_ragged, is_tensor, tensors_brought, tensors_meet
 
 
 class Conflict(Exception):
@@ -51,8 +51,7 @@ def common(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     if pa.types.is_null(a):
         return b
     if isinstance(a, pa.BaseExtensionType) or isinstance(b, pa.BaseExtensionType):
-        tensors = all(is_tensor(t) or is_ragged(t) for t in (a, b))
-        return ragged_type(a.value_type) if tensors and a.value_type.equals(b.value_type) else None
+        return tensors_meet(a, b)
     if pa.types.is_dictionary(a) != pa.types.is_dictionary(b):
         plain = [t.value_type if pa.types.is_dictionary(t) else t for t in (a, b)]
         return common(plain[0], plain[1])
@@ -131,6 +130,6 @@ def _cast(column: pa.Array, type: pa.DataType) -> pa.Array:
         return column
     if pa.types.is_null(column.type):
         return pa.nulls(len(column), type)
-    if is_tensor(column.type) and is_ragged(type):
-        return fixed_to_ragged(column)
+    if is_tensor(column.type) or is_ragged(type):
+        return tensors_brought(column, type)
     return column.cast(type)

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from headrace.core.errors import DataError, SchemaConflict
 from headrace.core.schemas import Conflict, bring, unify
-from headrace.core.tensors import fixed_to_ragged, is_ragged, is_tensor, ragged_type
+from headrace.core.tensors import is_ragged, is_tensor, tensors_brought, tensors_meet
 
 _t = pa.types
 
@@ -21,8 +21,9 @@ def widens(a: pa.DataType, b: pa.DataType) -> bool:
     """Whether values of type `a` may become type `b`: the same kind of value, though maybe not every single one fits."""
     if a.equals(b) or _t.is_null(a):
         return True
-    if is_tensor(a):
-        return is_ragged(b) and a.value_type.equals(b.value_type)
+    if is_tensor(a) or is_ragged(b):
+        met = tensors_meet(a, b)
+        return met is not None and met.equals(b)
     if isinstance(a, pa.BaseExtensionType) or isinstance(b, pa.BaseExtensionType):
         return False
     if _t.is_dictionary(a):
@@ -54,8 +55,8 @@ def cast_array(column: pa.Array, type: pa.DataType) -> pa.Array:
         return column
     if _t.is_null(column.type):
         return pa.nulls(len(column), type)
-    if is_tensor(column.type) and is_ragged(type):
-        return fixed_to_ragged(column)
+    if is_tensor(column.type) or is_ragged(type):
+        return tensors_brought(column, type)
     return column.cast(type)
 
 
@@ -92,18 +93,21 @@ def _cast_column(column: pa.Array, field: pa.Field, place: str) -> pa.Array:
 
 def concat(batches: Sequence[pa.RecordBatch], place: str) -> pa.RecordBatch:
     """One batch of all rows; copies unless there is only one. Types that drift from batch to batch are brought together."""
-    if len(batches) == 1:
-        return batches[0]
+    return batches[0] if len(batches) == 1 else pa.concat_batches(alike(batches, place))
+
+
+def alike(batches: Sequence[pa.RecordBatch], place: str) -> Sequence[pa.RecordBatch]:
+    """The batches in the schema that the rows of all fit into. Raises DataError."""
     schema = batches[0].schema
-    if not all(b.schema.equals(schema) for b in batches[1:]):
-        try:
-            schema = functools.reduce(unify, [b.schema for b in batches])
-            batches = [bring(b, schema) for b in batches]
-        except Conflict as conflict:
-            raise drift(conflict, ("rows", place)) from None
-        except pa.ArrowInvalid as exc:
-            raise DataError(f"blocks can't be brought together: {exc}", where=(("rows", place),), hint=DRIFT_HINT) from None
-    return pa.concat_batches(batches)
+    if all(b.schema.equals(schema) for b in batches[1:]):
+        return batches
+    try:
+        schema = functools.reduce(unify, [b.schema for b in batches])
+        return [bring(b, schema) for b in batches]
+    except Conflict as conflict:
+        raise drift(conflict, ("rows", place)) from None
+    except pa.ArrowInvalid as exc:
+        raise DataError(f"blocks can't be brought together: {exc}", where=(("rows", place),), hint=DRIFT_HINT) from None
 
 
 DRIFT_HINT = "return one type for every row; declare it (schema=, output={name: type}) to have it checked row by row"
@@ -135,8 +139,8 @@ def common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType:
     """The narrowest of the two that takes both, a wider one where neither does, `a` where they have nothing in common."""
     if a.equals(b) or _t.is_null(b):
         return a
-    if is_tensor(a) and is_tensor(b):
-        return ragged_type(a.value_type) if a.value_type.equals(b.value_type) else a
+    if is_tensor(a) or is_tensor(b):
+        return tensors_meet(a, b) or a
     if _t.is_integer(a) and _t.is_integer(b):
         if a.bit_width == b.bit_width:
             return pa.int64()
