@@ -347,3 +347,14 @@ class Counting:
 def test_a_model_may_write_to_its_own_arrays(data: Path, quiet: Options) -> None:
     rows = hr.read_parquet(data).predict(Counting(), input="x", output="y").to_arrow(**quiet)
     assert rows["y"].to_pylist() == rows["x"].to_pylist()
+
+
+def test_vectors_of_row_functions_need_no_neighbour_of_another_length(tmp_path: Path, quiet: Options) -> None:
+    def tokens(row: dict[str, Any]) -> dict[str, Any]:
+        return {"id": row["id"], "v": np.arange(row["id"] % 7)}
+
+    for rows in (1, 1025, 3000):  # the last block has one row, or only equal ones
+        table = hr.range(rows).map(tokens).to_arrow(**quiet)
+        assert [np.asarray(v).tolist() for v in table["v"].to_pylist()] == [list(range(i % 7)) for i in range(rows)]
+        run = hr.range(rows).map(tokens).write_parquet(tmp_path / f"{rows}", **{**quiet, "on_error": "skip"})
+        assert run.rows == rows

@@ -140,15 +140,13 @@ def to_arrow(plan: Plan, options: ActionOptions) -> pa.Table:
     import pyarrow as pa
 
     from headrace.core.expressions import empty_batch
+    from headrace.worker.casting import alike
 
     batches = list(stream(plan, options))
     if not batches:
         static = static_schema(plan.read.source.schema(), resolve(plan).ops)
         return pa.table({}) if static is None else pa.Table.from_batches([empty_batch(static)])
-    tables = [pa.Table.from_batches([b]) for b in batches]
-    if all(t.schema.equals(tables[0].schema) for t in tables):
-        return pa.concat_tables(tables)
-    return pa.concat_tables(tables, promote_options="permissive")
+    return pa.Table.from_batches(alike(batches, "all rows"))
 
 
 def to_ray_dataset(plan: Plan, options: ActionOptions) -> Any:

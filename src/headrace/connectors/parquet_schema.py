@@ -15,7 +15,7 @@ from msgspec import Struct
 from headrace.connectors.blocks import goes_into
 from headrace.connectors.sources.unreadable import Mismatch
 from headrace.core.errors import DataError, PlanError
-from headrace.core.schemas import becomes_ragged, cast, common, nullable
+from headrace.core.schemas import cast, common, nullable, takes_tensors
 
 Where = tuple[tuple[str, str], ...]
 
@@ -93,7 +93,7 @@ def _meeting(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     type = common(a, b)
     if (type is None or not _holds(type, a)) and goes_into(b, a):
         return a
-    if type is None or not all(goes_into(side, type) or becomes_ragged(side, type) for side in (a, b)):
+    if type is None or not all(goes_into(side, type) or takes_tensors(side, type) for side in (a, b)):
         return None
     return type
 
@@ -153,7 +153,7 @@ def conform(
 
 
 def _cast(array: pa.Array, f: pa.Field, where: Where, by_user: bool) -> pa.Array:
-    if not by_user and not goes_into(array.type, f.type) and not becomes_ragged(array.type, f.type):
+    if not by_user and not goes_into(array.type, f.type) and not takes_tensors(array.type, f.type):
         text = f"column {f.name!r} has type {array.type} here, {f.type} was expected"
         raise DataError(text, where=(*where, ("column", f.name)), hint=HINT)
     try:

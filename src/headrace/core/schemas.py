@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
-from headrace.core.tensors import fixed_to_ragged, is_ragged, is_tensor, ragged_type
+from headrace.core.tensors import is_ragged, is_tensor, tensors_brought, tensors_meet
 
 
 class Conflict(Exception):
@@ -51,8 +51,7 @@ def common(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     if pa.types.is_null(a):
         return b
     if isinstance(a, pa.BaseExtensionType) or isinstance(b, pa.BaseExtensionType):
-        tensors = all(is_tensor(t) or is_ragged(t) for t in (a, b))
-        return ragged_type(a.value_type) if tensors and a.value_type.equals(b.value_type) else None
+        return tensors_meet(a, b)
     if pa.types.is_dictionary(a) != pa.types.is_dictionary(b):
         plain = [t.value_type if pa.types.is_dictionary(t) else t for t in (a, b)]
         return common(plain[0], plain[1])
@@ -127,16 +126,19 @@ def bring(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def cast(column: pa.Array, type: pa.DataType) -> pa.Array:
-    """The column in a type that its values fit into. Raises ArrowInvalid for one that does not."""
+    """The column as `type`. Raises ArrowInvalid or ArrowNotImplementedError for a value that does not fit."""
     if column.type.equals(type):
         return column
     if pa.types.is_null(column.type):
         return pa.nulls(len(column), type)
-    if becomes_ragged(column.type, type):
-        return fixed_to_ragged(column)
+    if takes_tensors(column.type, type):
+        return tensors_brought(column, type)
     return column.cast(type)
 
 
-def becomes_ragged(a: pa.DataType, b: pa.DataType) -> bool:
-    """Tensors of one shape, among those of several."""
-    return is_tensor(a) and is_ragged(b) and a.value_type.equals(b.value_type)
+def takes_tensors(a: pa.DataType, b: pa.DataType) -> bool:
+    """Are tensors of type `a` brought to those of `b` by `tensors_brought`?"""
+    if a.equals(b) or not (is_tensor(a) or is_ragged(b)):
+        return False
+    met = tensors_meet(a, b)
+    return met is not None and met.equals(b)

@@ -223,6 +223,40 @@ def ragged_to_numpy(column: pa.Array) -> np.ndarray[Any, Any]:
     return out
 
 
+def tensors_meet(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """The type of a column that holds tensors of both types, of which at least one is a tensor type; None if there is none.
+    Vectors that differ in length are lists, other tensors that differ in shape are ragged ones.
+    """
+    kinds = [_tensor_kind(t) for t in (a, b)]
+    if None in kinds or not a.value_type.equals(b.value_type):
+        return None
+    if a.equals(b) or is_ragged(a):
+        return a
+    if is_ragged(b) or "tensor" in kinds:
+        return ragged_type(a.value_type)
+    return next((t for t in (a, b) if pa.types.is_list(t)), pa.list_(a.value_type))
+
+
+def _tensor_kind(type: pa.DataType) -> str | None:
+    if is_ragged(type) or (is_tensor(type) and len(type.shape) != 1):
+        return "tensor"
+    if is_tensor(type):
+        return "vector"
+    return "list" if pa.types.is_list(type) and (type.value_type.id in _NUMPY_OF or type.value_type.id == _BOOL) else None
+
+
+def tensors_brought(column: pa.Array, type: pa.DataType) -> pa.Array:
+    """The column as a type that `tensors_meet` found for its own. Raises ArrowInvalid for a list with a null in it."""
+    if column.type.equals(type):
+        return column
+    if is_tensor(column.type):
+        return fixed_to_ragged(column) if is_ragged(type) else column.storage.cast(type)
+    vectors = [values.values for values in column]
+    if any(vector is not None and vector.null_count for vector in vectors):
+        raise pa.ArrowInvalid("a list that holds nulls is no tensor")
+    return ragged_to_array([None if vector is None else vector_to_numpy(vector) for vector in vectors], type.value_type)
+
+
 def fixed_to_ragged(column: pa.Array) -> pa.Array:
     """The same tensors as a ragged column, for columns whose shapes turn out to differ from block to block."""
     return ragged_to_array(list(tensor_to_numpy(column)), column.type.value_type)

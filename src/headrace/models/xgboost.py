@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+import pyarrow as pa
+
 from headrace.core.errors import PlanError
 from headrace.models.base import Adapter, check_choice, check_columns
 from headrace.models.matrix import (
@@ -24,14 +26,15 @@ from headrace.models.matrix import (
     is_feature,
     is_number,
     is_of_kind,
+    is_text,
     is_vector,
     to_matrix,
 )
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from headrace.contracts.model import Place
+
+_COUNTS_BYTES = (3, 3)  # the first release in which categories beyond ASCII are whole
 
 Output = Literal["predict", "proba", "margin", "leaf", "contrib"]
 
@@ -52,7 +55,8 @@ class XGBoost(Adapter):
 
     iteration_range: (first, end) of boosting rounds; None for all, or those up to the best one where a live model of the
     scikit-learn API stopped early. Null is missing. Features that are categories (enable_categorical) come as texts or
-    dictionaries, or as the numbers that they were trained as; a category that the model does not know is missing, too.
+    dictionaries, or as the numbers that they were trained as; a category that the model does not know is missing, too. Texts
+    beyond ASCII are refused before XGBoost 3.3, which damages them when it is trained from pandas.
 
     Runs on CPUs; on a GPU only with predict(device="cuda"). With input=None the columns are the model's features.
     Raises PlanError before the run for features that are missing or of no use.
@@ -127,7 +131,7 @@ class _Inputs:
         types = booster.feature_types or []
         self._name = name
         self._features = Features(tuple(names) if names else None, booster.num_features())
-        self._categories = _categories(booster) if "c" in types else {}
+        self._categories = _categories(name, booster) if "c" in types else {}
 
     def choose(self, schema: pa.Schema, inputs: tuple[str, ...]) -> tuple[str, ...]:
         """The columns in the model's order. Raises PlanError."""
@@ -152,12 +156,38 @@ class _Inputs:
         return to_matrix(columns, np.float32, names)
 
 
-def _categories(booster: Any) -> dict[int, pa.Array]:
-    """Index of a feature -> its categories, of those that were trained by name. Before XGBoost 3.1 models do not hold them."""
+def _categories(name: str, booster: Any) -> dict[int, pa.Array]:
+    """Index of a feature -> its categories, of those that were trained by name. Before XGBoost 3.1 models do not hold them.
+
+    Raises PlanError for categories that are not those of the training, or may not be.
+    """
     if not hasattr(booster, "get_categories"):
         return {}
     held = booster.get_categories(export_to_arrow=True).to_arrow()
-    return {i: categories for i, (_, categories) in enumerate(held) if categories is not None}
+    found = {i: categories for i, (_, categories) in enumerate(held) if categories is not None}
+    for i, categories in found.items():
+        if is_text(categories.type) and _may_be_cut(categories):
+            raise PlanError(
+                f"{name}: the categories of {held[i][0]!r} hold letters beyond ASCII, or parts of them: XGBoost cuts them "
+                "at the wrong places when it is trained from pandas, so that the model does not know them",
+                hint="train it with categories of ASCII letters or of whole numbers",
+            )
+    return found
+
+
+def _may_be_cut(categories: pa.Array) -> bool:
+    """Up to 3.2 offsets counted letters where bytes were meant (dmlc/xgboost#12371): pieces of UTF-8, which by chance may be
+    whole letters. What a later version read from a file may be that, too, but only pieces tell.
+    """
+    import pyarrow.compute as pc
+    import xgboost
+
+    try:
+        categories.validate(full=True)
+    except pa.ArrowInvalid:
+        return True
+    release = tuple(int(part) for part in xgboost.__version__.split(".")[:2])
+    return release < _COUNTS_BYTES and not pc.call_function("all", [pc.call_function("string_is_ascii", [categories])]).as_py()
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from headrace.core.errors import DataError, SchemaConflict
-from headrace.core.schemas import Conflict, bring, unify
-from headrace.core.tensors import fixed_to_ragged, is_ragged, is_tensor, ragged_type
+from headrace.core.schemas import Conflict, bring, cast, takes_tensors, unify
+from headrace.core.tensors import is_ragged, is_tensor, tensors_meet
 
 _t = pa.types
 
@@ -21,8 +21,8 @@ def widens(a: pa.DataType, b: pa.DataType) -> bool:
     """Whether values of type `a` may become type `b`: the same kind of value, though maybe not every single one fits."""
     if a.equals(b) or _t.is_null(a):
         return True
-    if is_tensor(a):
-        return is_ragged(b) and a.value_type.equals(b.value_type)
+    if is_tensor(a) or is_ragged(b):
+        return takes_tensors(a, b)
     if isinstance(a, pa.BaseExtensionType) or isinstance(b, pa.BaseExtensionType):
         return False
     if _t.is_dictionary(a):
@@ -48,17 +48,6 @@ def has_null_type(type: pa.DataType) -> bool:
     return _t.is_null(type) or (_t.is_nested(type) and any(has_null_type(type.field(i).type) for i in range(type.num_fields)))
 
 
-def cast_array(column: pa.Array, type: pa.DataType) -> pa.Array:
-    """The column as `type`. Raises ArrowInvalid or ArrowNotImplementedError when a value does not fit."""
-    if column.type.equals(type):
-        return column
-    if _t.is_null(column.type):
-        return pa.nulls(len(column), type)
-    if is_tensor(column.type) and is_ragged(type):
-        return fixed_to_ragged(column)
-    return column.cast(type)
-
-
 def cast_batch(batch: pa.RecordBatch, schema: pa.Schema, place: str) -> pa.RecordBatch:
     """The batch with the columns of `schema`, in its order. place: the rows, for messages."""
     if batch.schema.equals(schema):
@@ -80,7 +69,7 @@ def _cast_column(column: pa.Array, field: pa.Field, place: str) -> pa.Array:
     problem = ""
     if widens(column.type, field.type):
         try:
-            return cast_array(column, field.type)
+            return cast(column, field.type)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as exc:
             problem = f": {exc}"
     raise DataError(
@@ -92,18 +81,21 @@ def _cast_column(column: pa.Array, field: pa.Field, place: str) -> pa.Array:
 
 def concat(batches: Sequence[pa.RecordBatch], place: str) -> pa.RecordBatch:
     """One batch of all rows; copies unless there is only one. Types that drift from batch to batch are brought together."""
-    if len(batches) == 1:
-        return batches[0]
+    return batches[0] if len(batches) == 1 else pa.concat_batches(alike(batches, place))
+
+
+def alike(batches: Sequence[pa.RecordBatch], place: str) -> Sequence[pa.RecordBatch]:
+    """The batches in the schema that the rows of all fit into. Raises DataError."""
     schema = batches[0].schema
-    if not all(b.schema.equals(schema) for b in batches[1:]):
-        try:
-            schema = functools.reduce(unify, [b.schema for b in batches])
-            batches = [bring(b, schema) for b in batches]
-        except Conflict as conflict:
-            raise drift(conflict, ("rows", place)) from None
-        except pa.ArrowInvalid as exc:
-            raise DataError(f"blocks can't be brought together: {exc}", where=(("rows", place),), hint=DRIFT_HINT) from None
-    return pa.concat_batches(batches)
+    if all(b.schema.equals(schema) for b in batches[1:]):
+        return batches
+    try:
+        schema = functools.reduce(unify, [b.schema for b in batches])
+        return [bring(b, schema) for b in batches]
+    except Conflict as conflict:
+        raise drift(conflict, ("rows", place)) from None
+    except pa.ArrowInvalid as exc:
+        raise DataError(f"blocks can't be brought together: {exc}", where=(("rows", place),), hint=DRIFT_HINT) from None
 
 
 DRIFT_HINT = "return one type for every row; declare it (schema=, output={name: type}) to have it checked row by row"
@@ -135,8 +127,8 @@ def common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType:
     """The narrowest of the two that takes both, a wider one where neither does, `a` where they have nothing in common."""
     if a.equals(b) or _t.is_null(b):
         return a
-    if is_tensor(a) and is_tensor(b):
-        return ragged_type(a.value_type) if a.value_type.equals(b.value_type) else a
+    if is_tensor(a) or is_tensor(b):
+        return tensors_meet(a, b) or a
     if _t.is_integer(a) and _t.is_integer(b):
         if a.bit_width == b.bit_width:
             return pa.int64()

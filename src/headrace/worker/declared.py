@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
+from headrace.core.schemas import cast
 from headrace.core.tensors import is_tensor
-from headrace.worker.casting import cast_array, widens
+from headrace.worker.casting import widens
 from headrace.worker.refused import Refused
 
 _t = pa.types
@@ -80,7 +81,7 @@ def _fits(a: pa.DataType, b: pa.DataType) -> bool:
 
 def _converted(column: pa.Array, type: pa.DataType) -> pa.Array:
     if not (is_tensor(column.type) or is_tensor(type)) or _t.is_null(column.type) or not _is_vector(type):
-        return cast_array(column, type)
+        return cast(column, type)
     storage = column.storage if is_tensor(column.type) else column
     if not is_tensor(type):
         return storage.cast(type)

@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.core.extras import is_instance
+from headrace.core.schemas import cast
 from headrace.core.tensors import arrow_type, is_ragged, numpy_to_array, ragged_to_array
-from headrace.worker.casting import cast_array, widens
+from headrace.worker.casting import widens
 from headrace.worker.refused import Refused
 
 _t = pa.types
@@ -230,7 +231,7 @@ def kept(made: pa.Array, hint: pa.DataType | None) -> pa.Array:
     if _t.is_integer(made.type) and _t.is_floating(hint):
         return made
     try:
-        return cast_array(made, hint)
+        return cast(made, hint)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         return made
 

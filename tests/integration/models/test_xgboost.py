@@ -209,3 +209,16 @@ def test_a_run_knows_a_live_model_by_its_content(
     assert write(copy.deepcopy(booster)).already_done
     with pytest.raises(hr.DestinationError, match="predict"):
         write(xgb.train({"objective": "binary:logistic"}, xgb.DMatrix(frame, labels > 0), 2))
+
+
+@pytest.mark.parametrize("cities", [["Bonn", "Köln", "Ulm"], ["Ulm", "Kö"], ["東京", "Ulm"]])
+def test_categories_that_xgboost_has_damaged_are_refused(cities: list[str]) -> None:
+    frame = pd.DataFrame({"a": np.arange(ROWS) / ROWS, "c": pd.Categorical.from_codes(np.arange(ROWS) % len(cities), cities)})
+    matrix = xgb.DMatrix(frame, frame["c"] == cities[-1], enable_categorical=True)
+    booster = xgb.train({"objective": "binary:logistic"}, matrix, 2)
+    table = pa.table({"a": pa.array(frame["a"]), "c": pa.array(frame["c"].astype(object), pa.string())})
+    if xgb.__version__ < "3.3":
+        with pytest.raises(hr.PlanError, match="the categories of 'c' hold letters beyond ASCII"):
+            answer(table, hr.models.XGBoost(booster))
+    else:
+        same(answer(table, hr.models.XGBoost(booster)), booster.predict(matrix))

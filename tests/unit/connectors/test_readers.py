@@ -267,6 +267,17 @@ def test_csv_matches_columns_by_name(tmp_path: Path) -> None:
         read_all(CsvSource(tmp_path))
 
 
+def test_the_last_line_needs_no_newline_to_tell_types(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x,y\n1,2.5")
+    assert CsvSource(tmp_path / "a.csv").schema().types == [pa.int64(), pa.float64()]
+    (tmp_path / "a.csv").write_text("x,y\n1,2\n3,n/k")
+    assert read_all(CsvSource(tmp_path / "a.csv")).to_pydict() == {"x": [1, 3], "y": ["2", "n/k"]}
+    (tmp_path / "a.json").write_text('{"x": 1}\n{"x": 0.5}')
+    assert read_all(JsonSource(tmp_path / "a.json")).to_pydict() == {"x": [1.0, 0.5]}
+    (tmp_path / "a.json").write_text('{"x": 1}\n{"x": ')
+    assert JsonSource(tmp_path / "a.json").schema().types == [pa.int64()]
+
+
 def test_csv_options(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("1\t\n2\t\n")
     source = CsvSource(tmp_path, column_names=["a", "b"], column_types={"a": pa.string()})

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from headrace.core.schemas import Conflict, bring, common, unify
-from headrace.core.tensors import numpy_to_array, ragged_type
+from headrace.core.tensors import numpy_to_array, ragged_to_array, ragged_to_numpy, ragged_type
 
 TYPES = [
     pa.int8(), pa.int64(), pa.uint32(), pa.float32(), pa.float64(), pa.string(), pa.large_string(), pa.binary(), pa.bool_(),
@@ -51,3 +51,24 @@ def test_tensors_of_two_shapes_are_ragged() -> None:
     both = unify(a.schema, b.schema)
     assert both.field("v").type == ragged_type(pa.float64())
     assert bring(a, both).num_rows == 2
+
+
+def test_vectors_are_lists_and_all_others_ragged_whatever_comes_first() -> None:
+    columns = [
+        numpy_to_array(np.ones((2, 3))),
+        numpy_to_array(np.ones((1, 0))),
+        pa.array([[1.0], None, []]),
+        numpy_to_array(np.ones((1, 2, 2))),
+        ragged_to_array([np.ones((1, 2)), None]),
+        pa.nulls(1),
+    ]
+    for a, b, c in itertools.product((pa.schema([("v", column.type)]) for column in columns), repeat=3):
+        assert unify(unify(a, b), c) == unify(a, unify(b, c))
+    vectors, tensors = pa.schema([("v", pa.list_(pa.float64()))]), pa.schema([("v", ragged_type(pa.float64()))])
+    assert unify(unify(*(pa.schema([("v", column.type)]) for column in columns[:2])), vectors) == vectors
+    for column in columns[:3]:
+        assert bring(pa.record_batch({"v": column}), vectors).column(0).to_pylist() == column.to_pylist()
+        rows = ragged_to_numpy(bring(pa.record_batch({"v": column}), tensors).column(0))
+        assert [None if row is None else row.tolist() for row in rows] == column.to_pylist()
+    with pytest.raises(pa.ArrowInvalid, match="nulls"):
+        bring(pa.record_batch({"v": pa.array([[1.0, None]])}), tensors)

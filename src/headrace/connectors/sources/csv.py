@@ -71,7 +71,7 @@ class CsvSource(FileSource):
                     parse_options=options,
                 )
             return self._typed(reader.schema)
-        data = next((chunk for _, chunk in lines.line_chunks(fragment, lines.INFER_BYTES)), b"")
+        data = lines.beginning(fragment, lines.INFER_BYTES)
         if not data.strip():
             raise DataError("the file is empty: it has no header line", where=where)
         parse_options = self._parse_options(first.uri)

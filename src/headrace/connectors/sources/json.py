@@ -35,7 +35,7 @@ class JsonSource(FileSource):
         self._full = schema
 
     def _read_schema(self, first: Stored) -> pa.Schema:
-        data = next((chunk for _, chunk in lines.line_chunks(packing.whole(first), lines.INFER_BYTES)), b"")
+        data = lines.beginning(packing.whole(first), lines.INFER_BYTES)
         if not data.strip():
             raise DataError("the file is empty, so its columns are unknown", where=(("file", first.uri),))
         return _inferred(data, (("file", first.uri),))

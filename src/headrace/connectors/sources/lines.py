@@ -6,8 +6,8 @@ first newline at or beyond b. So every line belongs to exactly one range, wherev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ def opened(fragment: Fragment) -> Iterator[tuple[storage.Reader, pa.NativeFile]]
         reader.close()
 
 
-def line_chunks(fragment: Fragment, size: int) -> Iterator[tuple[int, bytes]]:
+def line_chunks(fragment: Fragment, size: int) -> Generator[tuple[int, bytes], None, None]:
     """(byte offset, whole lines) of about `size` bytes each; a longer line comes alone. Offsets are of the plain bytes."""
     with opened(fragment) as (reader, stream):
         at, carry = _seek_line(stream, fragment.start)
@@ -94,6 +94,19 @@ def line_chunks(fragment: Fragment, size: int) -> Iterator[tuple[int, bytes]]:
                 yield at, joined[:cut]
             at, carry = at + cut, joined[cut:]
         reader.check()
+
+
+def beginning(fragment: Fragment, size: int) -> bytes:
+    """The whole lines of the first `size` bytes; a longer first line by itself. Of a shorter object the last line, too, whether
+    or not a newline ends it.
+    """
+    with closing(line_chunks(fragment, size)) as chunks:
+        _, data = next(chunks, (0, b""))
+        if fragment.size_bytes < size:
+            with suppress(DataError):  # whoever reads these rows will say so, or set them aside
+                _, rest = next(chunks, (0, b""))
+                data += rest if len(data) + len(rest) <= size else b""
+    return data
 
 
 def _seek_line(stream: pa.NativeFile, start: int) -> tuple[int, bytes]:
