@@ -86,6 +86,27 @@ def test_a_failed_job_does_not_touch_the_others(tmp_path: Path, capfd: pytest.Ca
     assert "4 of 4 jobs, 1 failed, 30 rows" in said
 
 
+def test_a_job_that_changes_the_working_directory_does_not_lead_others_astray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    here = tmp_path / "here"
+    source = make_input(here / "in", 10)
+    (here / "note").touch()
+    monkeypatch.chdir(here)
+
+    def go_away(row: dict[str, int]) -> dict[str, int]:
+        assert Path("note").exists()  # of each job, whatever the one before it did
+        os.chdir(elsewhere)
+        return row
+
+    jobs = [hr.Job(hr.read_parquet(source).limit(1).map(go_away).write_parquet, f"out{i}") for i in range(12)]
+    assert all(r.ok for r in hr.run_jobs(jobs, progress="quiet"))
+    assert all(len(ids(here / f"out{i}")) == 1 for i in range(12))
+    assert not list(elsewhere.glob("out*"))
+
+
 def test_a_job_whose_process_dies_is_tried_again_alone(tmp_path: Path) -> None:
     source = make_input(tmp_path / "in", 30)
     deadly = Deadly(str(tmp_path / "mark"))

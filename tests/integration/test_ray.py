@@ -830,3 +830,30 @@ def test_an_autoscaler_brings_the_nodes_and_takes_them_away(tmp_path: Path, requ
     command = [sys.executable, str(script), "--files", "25", "--idle"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data's of its own options
+def test_tensors_of_ray_data_keep_their_shape(connected: Any) -> None:
+    from ray.data.extensions import ArrowTensorArray
+
+    class Blocks:
+        """As a Ray Dataset, without the actors that outlive its execution."""
+
+        def __init__(self, *columns: pa.Array) -> None:
+            self._tables = [pa.table({"id": np.arange(len(c)), "a": c}) for c in columns]
+
+        def to_arrow_refs(self) -> list[Any]:
+            return [ray.put(table) for table in self._tables]
+
+    fixed = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
+    for array in (fixed, fixed.astype(np.uint8), fixed % 3 == 0):
+        ds = hr.from_ray_dataset(Blocks(ArrowTensorArray.from_numpy(array[:3]), ArrowTensorArray.from_numpy(array[3:])))
+        got = np.concatenate([b["a"] for b in ds.iter_batches(batch_size=2, **QUIET)])
+        assert (got.dtype, got.shape) == (array.dtype, array.shape)
+        assert (got == array).all()
+    ragged = np.array([*(np.full((i + 1, 2), i) for i in range(3)), None], dtype=object)[:-1]
+    of_shapes = hr.from_ray_dataset(Blocks(ArrowTensorArray.from_numpy(ragged))).map(
+        lambda row: {"id": row["id"], "shape": list(row["a"].shape), "sum": row["a"].sum()}
+    )
+    told = of_shapes.to_arrow(**QUIET).to_pylist()
+    assert told == [{"id": i, "shape": [i + 1, 2], "sum": i * (i + 1) * 2} for i in range(3)]

@@ -1,7 +1,7 @@
 """A process that runs small jobs, one after the other: `python -m headrace.jobs.member <control fd> <lifeline fd>`.
 
 It never imports the user's `__main__`: jobs arrive pickled, with functions of `__main__` by value. Each runs in the main
-thread, by the inline engine. When the driver is gone the process is gone too.
+thread, by the inline engine, and begins in the driver's working directory. When the driver is gone the process is gone too.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def main(control_fd: int, lifeline_fd: int) -> None:
         os._exit(0)
     driver_pid, cwd, sys.path[:], memory_bytes, typed, script = begin
     watch_driver(driver_pid, control_fd)
-    with contextlib.suppress(OSError):
-        os.chdir(cwd)
+    _go_to(cwd)
     linecache.cache.update(typed)
     if script is not None:
         sys.modules["__main__"].__file__ = script  # where the source of by-value classes is looked for
     _warm()
     control.sendall(frame((None,)))
     for number, payload in messages:
+        _go_to(cwd)  # where the job before it left the process: relative paths would lead elsewhere
         outcome = _run(number, payload, memory_bytes)
         flush_prints()
         control.sendall(_framed(outcome))
@@ -58,6 +58,11 @@ def main(control_fd: int, lifeline_fd: int) -> None:
     logging.shutdown()
     flush_prints()
     os._exit(0)  # without waiting for threads of user code
+
+
+def _go_to(cwd: str) -> None:
+    with contextlib.suppress(OSError):  # it may be gone
+        os.chdir(cwd)
 
 
 def _warm() -> None:

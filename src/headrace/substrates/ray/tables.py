@@ -1,9 +1,14 @@
-"""To and from Ray Data: blocks change hands as objects of the cluster, and no byte passes the driver."""
+"""To and from Ray Data: blocks change hands as objects of the cluster, and no byte passes the driver.
+
+Ray has Arrow types of its own for tensors, by which all its NumPy columns of more than one dimension are made. They become ours
+as they are read, so that models see arrays of (rows, *shape).
+"""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
@@ -17,10 +22,13 @@ from headrace.core.errors import DataError, PlanError, TransientError
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin, Segment
 from headrace.core.splits import Fragment, Split
+from headrace.core.tensors import ragged_type
 from headrace.substrates.ray.ingest import RefBlock
 
 SPLIT_BYTES = 16 << 20  # no reading to do: small splits balance better
 _BLOCK = "block-"
+_FIXED = ("ray.data.arrow_tensor", "ray.data.arrow_tensor_v2")  # a list a row; the shape is the type's
+_RAGGED = ("ray.data.arrow_variable_shaped_tensor",)  # a struct a row: "data" and "shape"
 
 
 class RayTables:
@@ -110,7 +118,7 @@ class RayTables:
                 raise TransientError(
                     f"{f.uri} is lost ({type(lost).__name__})", hint="its node is gone: make it anew"
                 ) from None
-            table = table if self._columns is None else table.select(list(self._columns))
+            table = _ours(table if self._columns is None else table.select(list(self._columns)))
             at, row_bytes = f.start, table.nbytes / max(1, table.num_rows)
             if table.num_columns == 0:
                 yield Piece(no_columns(f.stop - at), Origin((Segment(f.uri, at, f.stop - at),)), 1e-9)
@@ -148,7 +156,24 @@ def _look(table: pa.Table) -> tuple[int, int, str, pa.Schema]:
         with pa.ipc.new_stream(sink, batch.schema) as writer:
             writer.write_batch(batch)
         digest.update(sink.getvalue())
-    return table.num_rows, table.nbytes, digest.hexdigest(), table.schema
+    return table.num_rows, table.nbytes, digest.hexdigest(), _ours(table.slice(0, 0)).schema
+
+
+def _ours(table: pa.Table) -> pa.Table:
+    """The same rows, with tensors of Ray's types as tensors of ours."""
+    for i, field in enumerate(table.schema):
+        name = getattr(field.type, "extension_name", "")
+        if name not in _FIXED + _RAGGED:
+            continue
+        if name in _FIXED:
+            value, shape = field.type.storage_type.value_type, tuple(field.type.shape)
+            storage, tensor = pa.list_(value, math.prod(shape)), pa.fixed_shape_tensor(value, shape)
+        else:
+            tensor = ragged_type(field.type.storage_type.field("data").type.value_type)
+            storage = tensor.storage_type
+        chunks = [pa.ExtensionArray.from_storage(tensor, chunk.storage.cast(storage)) for chunk in table.column(i).chunks]
+        table = table.set_column(i, field.with_type(tensor), pa.chunked_array(chunks, tensor))
+    return table
 
 
 def from_ray_dataset(dataset: Any) -> RayTables:
