@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from headrace.connectors.blocks import Piece, rechunk, rows_per_block, sized
+from headrace.connectors.blocks import BLOCKS_PER_SPLIT, LEAST_ROWS_OF_WIDE, Piece, rechunk, rows_per_block, shareable, sized
 from headrace.connectors.packing import even_ranges, pack, whole
 from headrace.connectors.storage import Stored
 from headrace.core.options import BlockLimits
@@ -74,6 +74,15 @@ def test_rows_per_block() -> None:
     assert rows_per_block(1e12, BlockLimits()) == 1
     assert rows_per_block(1e12, BlockLimits(rows_multiple=128)) == 128
     assert rows_per_block(1, BlockLimits(target_bytes=1000, rows_multiple=64)) == 960
+
+
+def test_a_split_is_cut_to_be_shared_but_for_the_sake_of_many_columns() -> None:
+    limits = BlockLimits()
+    assert shareable(limits, 800, 10).max_rows == 800 // BLOCKS_PER_SPLIT
+    assert 128 < shareable(limits, 800, 100).max_rows < 200
+    assert shareable(limits, 10_000, 5_000).max_rows == LEAST_ROWS_OF_WIDE
+    assert shareable(limits, 160_000, 5_000).max_rows == 160_000 // BLOCKS_PER_SPLIT
+    assert shareable(limits, 10**9, 5_000) == limits
 
 
 def test_packing_by_size_and_cost() -> None:

@@ -55,7 +55,7 @@ class ArrowSource:
         return self, False
 
     def open(self, split: Split, limits: BlockLimits, on_bad: OnBad | None = None) -> Iterator[tuple[pa.RecordBatch, Origin]]:
-        limits = shareable(limits, split.rows or 0)
+        limits = shareable(limits, split.rows or 0, self._table.num_columns)
         yield from rechunk(self._pieces(split.fragments[0]), limits)
 
     def _pieces(self, f: Fragment) -> Iterator[Piece]:
@@ -110,7 +110,7 @@ class RangeSource:
         return self, False
 
     def open(self, split: Split, limits: BlockLimits, on_bad: OnBad | None = None) -> Iterator[tuple[pa.RecordBatch, Origin]]:
-        limits = shareable(limits, split.rows or 0)
+        limits = shareable(limits, split.rows or 0, 1)
         yield from rechunk(self._pieces(split.fragments[0], limits), limits)
 
     def _pieces(self, f: Fragment, limits: BlockLimits) -> Iterator[Piece]:

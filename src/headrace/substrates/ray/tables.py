@@ -106,7 +106,7 @@ class RayTables:
         return self, False
 
     def open(self, split: Split, limits: BlockLimits, on_bad: OnBad | None = None) -> Iterator[tuple[pa.RecordBatch, Origin]]:
-        yield from rechunk(self._pieces(split), shareable(limits, split.rows or 0))
+        yield from rechunk(self._pieces(split), shareable(limits, split.rows or 0, len(self.schema())))
 
     def _pieces(self, split: Split) -> Iterator[Piece]:
         if not ray.is_initialized():
