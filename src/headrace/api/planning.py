@@ -121,6 +121,7 @@ def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
     """Everything that is decided before work starts. Raises PlanError for what can never run."""
     ready = choose(lay_out(plan, options, at_end))
     ready.program.ahead.close()
+    ready.program.tried.close()
     return ready
 
 
@@ -161,20 +162,23 @@ def lay_out(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
 
 def choose(ready: Prepared, *, after_crash: bool | None = None) -> Prepared:
     """The plan with an engine; as it is where it has one. What was read to choose it waits in `program.ahead` for workers of
-    this process; the caller closes that in the end.
+    this process, what was constructed in `program.tried`; the caller closes both in the end.
 
     after_crash: an earlier session of this run died at work, maybe of the user's code; None: it keeps no log.
     """
     if ready.engine != "auto":
         return ready
-    ahead = ready.program.ahead
+    ahead, tried = ready.program.ahead, ready.program.tried
     try:
         choice = choose_engine(ready.program, ready.options.cpus or ready.machine.cores, after_crash=after_crash)
     except BaseException:
         ahead.close()
+        tried.close()
         raise
     if choice.engine == "processes":
         ahead.close()
+    if choice.engine != "threads" or choice.models_wait:  # the CPU workers of such a run have other functions
+        tried.close()
     return _with_engine(ready, choice, _PoolChoice(ready.machine, waiting=choice.models_wait))
 
 

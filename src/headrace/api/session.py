@@ -254,6 +254,7 @@ def _run_opened(laid_out: Prepared, sink: Sink, opened: OpenedRun, schema: pa.Sc
         return _run_logged(replace(ready, program=replace(ready.program, sink=bound)), bound, opened, schema, server)
     finally:
         ready.program.ahead.close()
+        ready.program.tried.close()
 
 
 def _chosen(laid_out: Prepared, opened: OpenedRun) -> Prepared:

@@ -30,6 +30,7 @@ from headrace.plan.nodes import AUTO_BATCH_ROWS, FilterRows, FlatMap, MapBatches
 from headrace.runtime.trial_mark import died_of, key_of, mark
 from headrace.worker.program import Program
 from headrace.worker.readahead import Ahead, Begun, begin_reading
+from headrace.worker.tried import Tried
 
 PROBE_S = 0.03  # enough for about 40 samples of the interpreter lock, too short to be felt
 PROBE_AIM_S = 0.04  # what the next sample may take if it takes as long for each row as the one before
@@ -54,6 +55,8 @@ LOOK_AHEAD = 4096  # inputs listed to see how much there is; with more, processe
 SMALL_S = 0.05  # of work in all: more workers than one cost about half of that, and save no more
 SMALL_BYTES = 4 << 20  # of input, read and written in about that time
 
+SOON_S, SOON_SHARE = 2.0, 0.25  # of work in all, by a sample, at most; and of the time that the first row took, with loading
+
 WAITS_SHARE = 0.5  # of a model's time without CPU: it waits for an endpoint, a device, a sleep
 WAITS_LEAST = 0.1  # of the sample's time: less is not worth workers of its own
 
@@ -62,7 +65,8 @@ class Probe(Struct, frozen=True):
     """held: share of the time in which the interpreter lock was held. rows, wall_s, bytes: of the sample that was run; without
     the time in which other programs had its core, as far as the system tells.
 
-    cpu_s: CPU time of its thread. models_s: time inside models.
+    cpu_s: CPU time of its thread. models_s: time inside models. first_s: of the first row, with what it
+    imports and loads.
     """
 
     held: float
@@ -71,6 +75,7 @@ class Probe(Struct, frozen=True):
     bytes: int
     cpu_s: float
     models_s: float
+    first_s: float = 0.0
 
     @property
     def models_wait(self) -> bool:
@@ -164,6 +169,8 @@ def _by_work(program: Program, ops: int, named: Sequence[str], cores: int) -> Ch
         alone = locked_s < WORTH_S and locked_s >= ALONE_SHARE * total_s
         if alone and known and not waits and ops == len(program.ops):
             return Choice("threads", f"{why}, one worker is enough", small=True)
+    if probe is not None and work.all and not waits and total_s <= min(SOON_S, probe.first_s * SOON_SHARE):
+        return Choice("threads", f"{why}; one worker ends before another one has loaded what it needs", small=True)
     if locked_s < WORTH_S:
         return Choice("threads", why, waits)
     if locked_s < max(LEAST_HELD_SHARE, HELD_SHARE * 2 / cores) * total_s:
@@ -268,7 +275,7 @@ def _probe(program: Program, ops: int, work: Work) -> Probe | None:
     try:
         return _grown(trial, block, work)
     finally:
-        trial.close()
+        trial.close()  # what it has constructed waits in `program.tried`
 
 
 def _grown(trial: _Trial, block: Any, work: Work) -> Probe | None:
@@ -278,7 +285,7 @@ def _grown(trial: _Trial, block: Any, work: Work) -> Probe | None:
     aim_s = PROBE_SMALL_AIM_S if work.small else PROBE_AIM_S
     best: Probe | None = None
     failures = start = 0
-    rows, watched = 1, False  # the first run imports libraries and constructs models: it is not counted
+    rows, watched, first_s = 1, False, 0.0  # the first run imports libraries and constructs models: it is not counted
     while failures < PROBE_FAILURES and start < block.num_rows:
         rows = min(rows, block.num_rows - start)
         if rows > AUTO_BATCH_ROWS:
@@ -289,12 +296,15 @@ def _grown(trial: _Trial, block: Any, work: Work) -> Probe | None:
             failures += 1
             start, rows = start + rows, max(1, rows // PROBE_GROWTH)
             continue
-        if watched:
-            best = found
+        if not watched:
+            first_s = found.wall_s
+        else:
+            found = best = replace(found, first_s=first_s)
             if found.wall_s >= PROBE_S or (work.small and work.is_quick(found)):
                 return found
             if rows == block.num_rows - start:  # again and again: the lock is held for milliseconds at a time
-                return trial.run(block.slice(start), times=min(PROBE_TIMES, int(PROBE_S / found.wall_s) + 1)) or best
+                again = trial.run(block.slice(start), times=min(PROBE_TIMES, int(PROBE_S / found.wall_s) + 1))
+                return best if again is None else replace(again, first_s=first_s)
         growth = min(max(1 + watched, int(aim_s / max(found.wall_s, 1e-6))), PROBE_GROWTH)
         rows, watched = rows * growth, True
     return best
@@ -340,8 +350,16 @@ class _Trial:
         self._source = _Sample(program.source)
         source: Any = self._source
         trial = replace(
-            program, source=source, ops=program.ops[:ops], stages=(stage,), sink=None, on_error="fail", ahead=Ahead()
+            program,
+            source=source,
+            ops=program.ops[:ops],
+            stages=(stage,),
+            sink=None,
+            on_error="fail",
+            ahead=Ahead(),
+            tried=Tried(),
         )
+        self._tried = program.tried
         self._body = WorkerBody(trial, WorkerSpec(0, CPU_POOL, "cpu"), LocalStore(0, itertools.count().__next__))
         self._split = split
         self._models = [i for i, op in enumerate(program.ops[:ops]) if isinstance(op, Predict)]
@@ -352,7 +370,11 @@ class _Trial:
         from headrace.core.steps import StepDone
 
         self._source.block = sample
-        answers, held, wall_s = _watch(lambda: [self._body.run(self._step()) for _ in range(times)], watched)
+
+        def run() -> tuple[list[Any], float, float]:
+            return _watch(lambda: [self._body.run(self._step()) for _ in range(times)], watched)
+
+        answers, held, wall_s = self._tried.call(run)
         timings = [answer.timing for answer in answers if isinstance(answer, StepDone)]
         if len(timings) < times:
             return None
@@ -368,7 +390,7 @@ class _Trial:
         return Advance(0, 0, 0, self._runs, index, 1, split=self._split, end=True, credit_bytes=1 << 62, credit_s=1e9)
 
     def close(self) -> None:
-        self._body.close()
+        self._tried.keep(self._tried.call(self._body.leave))
 
 
 def _watch(call: Callable[[], Any], watched: bool) -> tuple[Any, float, float]:

@@ -23,7 +23,7 @@ STEPS_AHEAD = 3  # so many steps of a worker outlast that: only short ones are q
 
 
 class Body(Protocol):
-    """What runs a worker's steps, one at a time. A body may have `begin` too: see `begins`."""
+    """What runs a worker's steps, one at a time. A body may have `begin` and `warm` too: see `begins` and `warm`."""
 
     def run(self, step: Step) -> StepDone | StepFailed: ...
 
@@ -48,6 +48,13 @@ def begins(body: Body, step: Step, ready: Callable[[], None]) -> bool:
     """
     begin: Callable[[Step, Callable[[], None]], bool] | None = getattr(body, "begin", None)
     return begin is not None and begin(step, ready)
+
+
+def warm(body: Body, over: Callable[[], bool]) -> None:
+    """Construct what steps will need, if the body can, before a step waits for it. over: it is too late for that."""
+    warms: Callable[[Callable[[], bool]], None] | None = getattr(body, "warm", None)
+    if warms is not None:
+        warms(over)
 
 
 def run_guarded(body: Body, step: Step, *, interruptible: bool = False) -> StepDone | StepFailed:

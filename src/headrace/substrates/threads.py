@@ -35,9 +35,11 @@ from headrace.substrates.bodies import (
     let_answers_gather,
     run_guarded,
     usable_cores,
+    warm,
 )
 from headrace.substrates.inline import LocalStore, fetch_local
 from headrace.substrates.spill import LocalSpill
+from headrace.worker.tried import Tried
 
 STOP_WAIT_S = 30.0  # a step is about a second (Advance.credit_s); a model's batch may take many
 
@@ -51,7 +53,7 @@ class ThreadsSubstrate:
         self._factory = body_factory or default_body
         self._cores = cores or usable_cores()
         self._program: Any = None
-        self._threads: dict[int, _WorkerThread] = {}
+        self._threads: dict[int, _Worker] = {}
         self._next_id = itertools.count(1).__next__
         self._outbox: queue.SimpleQueue[SubstrateEvent | None] = queue.SimpleQueue()  # None: a wake
         self._construction = threading.Lock()
@@ -66,20 +68,26 @@ class ThreadsSubstrate:
         if busy > 1:
             self._limits = NativeLimits(max(1, self._cores // busy))
             self._limits.apply()
+        first = next((w.id for w in workers if w.pool == CPU_POOL), None)
         for spec in workers:
-            self.add_worker(spec)
+            self._add(spec, warms=spec.pool == CPU_POOL and spec.id != first)
 
     def add_worker(self, worker: WorkerSpec) -> None:
-        thread = _WorkerThread(
+        self._add(worker, warms=False)
+
+    def _add(self, worker: WorkerSpec, *, warms: bool) -> None:
+        """warms: it comes up when its models are loaded, in turn with others; meanwhile those that are up do the work."""
+        thread = _Worker(
             worker,
             lambda store: self._factory(self._program, worker, store),
             LocalStore(worker.id, self._next_id),
             self._outbox,
             self._construction,
             self._limits,
+            warms,
         )
         self._threads[worker.id] = thread
-        thread.start()
+        thread.start(getattr(self._program, "tried", None) if worker.pool == CPU_POOL else None)
 
     def submit(self, step: Step | Discard) -> None:
         if self._stopped:
@@ -152,8 +160,8 @@ class _Ready(Struct, frozen=True):
     step: Step
 
 
-class _WorkerThread(threading.Thread):
-    """Makes its body, says WorkerUp, then answers its inbox until `finish`."""
+class _Worker:
+    """A thread that makes its body, says WorkerUp, then answers its inbox until `finish`."""
 
     def __init__(
         self,
@@ -163,8 +171,8 @@ class _WorkerThread(threading.Thread):
         outbox: queue.SimpleQueue[SubstrateEvent | None],
         construction: threading.Lock,
         limits: NativeLimits | None,
+        warms: bool,
     ) -> None:
-        super().__init__(name=f"headrace-{spec.pool}-{spec.id}", daemon=True)
         self.inbox: queue.SimpleQueue[Step | Discard | _Ready | None] = queue.SimpleQueue()
         self.steps = 0  # submitted, and their answers not taken up
         self._spec = spec
@@ -173,15 +181,29 @@ class _WorkerThread(threading.Thread):
         self._outbox = outbox
         self._construction = construction
         self._limits = limits
+        self._warms = warms
         self._finishing = False
         self._up = False
+        self._thread: threading.Thread | None = None
+
+    def start(self, tried: Tried | None) -> None:
+        """tried: goes on in its thread, if it has one."""
+        name = f"headrace-{self._spec.pool}-{self._spec.id}"
+        found = None if tried is None else tried.go_on(self._run, name)
+        self._thread = found or threading.Thread(target=self._run, name=name, daemon=True)
+        if found is None:
+            self._thread.start()
+
+    def join(self, timeout_s: float) -> None:
+        if self._thread is not None:
+            self._thread.join(timeout_s)
 
     def finish(self) -> None:
         """Let the running step end; what is queued behind it is dropped."""
         self._finishing = True
         self.inbox.put(None)
 
-    def run(self) -> None:
+    def _run(self) -> None:
         try:
             self._serve()
         except BaseException as exc:  # also SystemExit from a constructor: the driver must hear of a lost worker
@@ -194,6 +216,8 @@ class _WorkerThread(threading.Thread):
             self._limits.apply_to_thread()
         with self._construction:
             body = self._make_body(self._store)
+        if self._warms:
+            warm(body, lambda: self._finishing)
         self._up = True
         self._outbox.put(WorkerUp(self._spec.id, self._spec.pool))
         try:

@@ -26,7 +26,7 @@ from headrace.core.resources import WorkerSpec
 from headrace.core.splits import Split
 from headrace.core.stages import End, Order, Stage
 from headrace.core.steps import Advance, Apply, StepDone, StepFailed, Timing
-from headrace.plan.nodes import Predict
+from headrace.plan.nodes import FilterRows, FlatMap, MapBatches, MapRows, Predict
 from headrace.worker.bad_rows import BadRows
 from headrace.worker.batching import Piece
 from headrace.worker.blocks import BlockOutput
@@ -54,7 +54,7 @@ class WorkerBody:
         source = program.source
         self._take_remarks = source.take_remarks if isinstance(source, RemarkingSource) else _no_remarks
         self._cursors: dict[int, Cursor] = {}
-        self._functions = Functions(
+        self._functions = program.tried.take() or Functions(
             spec.device, threads=fair_threads(spec.pool), deterministic=program.deterministic, crumb=store.crumb
         )
         groups = (op for op in program.ops if isinstance(op, Predict) and op.group is not None)
@@ -62,6 +62,18 @@ class WorkerBody:
         self._next: tuple[Split, ...] = ()  # to be opened soon, as told last
         self._begun: dict[int, _Begun] = {}  # by step
         self._last_begun_s = 0.0  # when the last of those was answered
+
+    def warm(self, over: Callable[[], bool]) -> None:
+        """Construct the functions and models of this worker's stages now. over: see Functions.warm."""
+        for stage in self._stages.values():
+            if stage.pool != self._spec.pool:
+                continue
+            for index in range(stage.first, stage.stop):
+                op = self._program.ops[index]
+                if isinstance(op, FilterRows | MapRows | FlatMap | MapBatches):
+                    self._functions.warm(index, op.fn, op.name, (), over)
+                elif isinstance(op, Predict):
+                    self._functions.warm(index, op.model, op.name, op.inputs, over)
 
     def begin(self, step: Advance | Apply, ready: Callable[[], None]) -> bool:
         """Start a step that goes on beside others. `ready` is called once, from any thread, when `run` would not wait for it.
@@ -129,6 +141,10 @@ class WorkerBody:
 
     def close(self) -> None:
         """Abort all cursors and close models and functions. Idempotent."""
+        self.leave().close()
+
+    def leave(self) -> Functions:
+        """Close all but the functions, which another body of this thread and place may go on with. Idempotent."""
         for cursor in list(self._cursors):
             self.discard(cursor)
         self._program.ahead.close()
@@ -136,7 +152,7 @@ class WorkerBody:
             runner.close()
         self._begun.clear()
         self._host.models.clear()
-        self._functions.close()
+        return self._functions
 
     # --- cursors -----------------------------------------------------------------------------------------------------
 

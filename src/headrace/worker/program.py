@@ -13,6 +13,7 @@ from headrace.core.options import BlockLimits, OnError
 from headrace.core.stages import Stage
 from headrace.plan.nodes import Op
 from headrace.worker.readahead import Ahead
+from headrace.worker.tried import Tried
 
 
 class Program(Struct, frozen=True):
@@ -20,7 +21,7 @@ class Program(Struct, frozen=True):
 
     out_schema: what blocks are cast to before the sink, field by field where it is safe; None when not known before the run.
     on_error: what becomes of rows that fail. carried: columns that the sink takes from the source, None for none. ahead: what
-    the workers of a process have begun to read for each other.
+    the workers of a process have begun to read for each other. tried: what choosing the engine has constructed already.
     """
 
     source: Source
@@ -34,3 +35,4 @@ class Program(Struct, frozen=True):
     on_error: OnError = "fail"
     carried: Carried | None = None
     ahead: Ahead = field(default_factory=Ahead)
+    tried: Tried = field(default_factory=Tried)

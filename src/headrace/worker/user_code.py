@@ -61,6 +61,17 @@ class Functions:
             self._made[index] = found
         return found
 
+    def warm(self, index: int, fn: UserFunction, op: str, inputs: tuple[str, ...], over: Callable[[], bool]) -> None:
+        """Construct it before it is needed, if that may take long. What fails then will be told when it is needed.
+
+        over: is it too late for that? Asked when other workers have had their turn.
+        """
+        if not (fn.is_class or isinstance(fn.target, ModelAdapter)):
+            return
+        with _CONSTRUCTION, contextlib.suppress(HeadraceError):
+            if not over():
+                self.get(index, fn, op, inputs)
+
     def close(self) -> None:
         """Close the instances that were constructed here and can be closed."""
         while self._constructed:

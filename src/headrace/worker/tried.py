@@ -1,0 +1,108 @@
+"""What trying the user's functions before a run leaves behind: a thread, and what they constructed in it.
+
+Loading a model may take a minute, so a worker of the run goes on where the trial ended. Objects may belong to the thread that
+made them (SQLite connections, event loops): a worker takes both or neither. What must not live here: the trial.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from headrace.worker.user_code import Functions
+
+T = TypeVar("T")
+
+
+class _Thread(threading.Thread):
+    """Does one call after the other, until None."""
+
+    def __init__(self) -> None:
+        super().__init__(name="headrace-trial", daemon=True)
+        self.calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        while (call := self.calls.get()) is not None:
+            call()
+            del call
+
+
+class Tried:
+    """Of one action, in the process that chose its engine; workers elsewhere have an empty one. All but `take` belongs to the
+    action's thread.
+    """
+
+    def __init__(self) -> None:
+        self._thread: _Thread | None = None
+        self._worker: threading.Thread | None = None
+        self._functions: Functions | None = None
+        self._left = False  # a call was left behind
+
+    def __reduce__(self) -> tuple[type[Tried], tuple[()]]:
+        return Tried, ()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """The function's answer, or what it raises, from the thread. An interrupt does not end the call, but leaves it."""
+        if self._thread is None:
+            self._thread = _Thread()
+            self._thread.start()
+        answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+        def answer() -> None:
+            try:
+                answers.put((function(), None))
+            except BaseException as exc:
+                answers.put((None, exc))
+
+        self._thread.calls.put(answer)
+        try:
+            made, error = answers.get()
+        except BaseException:
+            self._left = True
+            raise
+        if error is None:
+            return made
+        try:
+            raise error
+        finally:
+            del error
+
+    def keep(self, functions: Functions) -> None:
+        """What was constructed in calls."""
+        self._functions = functions
+
+    def go_on(self, run: Callable[[], None], name: str) -> threading.Thread | None:
+        """Let a worker run in the thread, which is the worker's from now on, and ends with it. None: there is no thread."""
+        if self._thread is None or self._left:
+            return None
+        thread, self._thread = self._thread, None
+        self._worker = thread
+        thread.name = name
+        thread.calls.put(run)
+        thread.calls.put(None)
+        return thread
+
+    def take(self) -> Functions | None:
+        """What was constructed, once, for the worker that went on in this very thread."""
+        if self._worker is not threading.current_thread():
+            return None
+        functions, self._functions = self._functions, None
+        return functions
+
+    def close(self) -> None:
+        """End the thread, and close what was constructed, unless a worker has them. Idempotent."""
+        thread, self._thread = self._thread, None
+        functions = None
+        if thread is not None or (self._worker is not None and not self._worker.is_alive()):
+            functions, self._functions = self._functions, None
+        if thread is None:
+            if functions is not None:  # the worker ended before it took them
+                functions.close()
+            return
+        if functions is not None:
+            thread.calls.put(functions.close)
+        thread.calls.put(None)
+        if not self._left:
+            thread.join()
