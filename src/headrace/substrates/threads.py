@@ -265,6 +265,9 @@ class NativeLimits:
         self._undo.append(self._pools.limit(limits=self._threads).restore_original_limits)
 
     def apply_to_thread(self) -> None:
+        torch = sys.modules.get("torch")
+        if torch is not None and hasattr(torch, "set_num_threads"):  # a thread that has used it keeps the number from then
+            torch.set_num_threads(self._threads)
         if self._pools is not None:
             self._pools.select(user_api="openmp").limit(limits=self._threads)
 
