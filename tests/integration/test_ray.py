@@ -764,6 +764,32 @@ def test_leaving_a_stream_early(connected: Any, data: Path) -> None:
     batches.close()
 
 
+@pytest.mark.timeout(60)
+def test_a_run_inside_of_another_ones_loop(connected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one's workers hold every CPU until its consumer has finished, which waits for the second."""
+    from headrace.substrates.ray import standing
+
+    monkeypatch.setattr(standing, "LOOK_S", 0.2)
+    train, val = (hr.range(rows).map(lambda row: row) for rows in (50_000, 1000))
+    batches = train.iter_batches(batch_size=1000, **QUIET)
+    assert next(iter(batches))["id"][0] == 0
+    assert val.count(**QUIET) == 1000
+    both = zip(batches, val.iter_batches(batch_size=100, **QUIET), strict=False)
+    assert [len(b["id"]) for _, b in both] == [100] * 10
+    batches.close()
+
+
+@pytest.mark.timeout(60)
+def test_two_streaming_splits_at_a_time(connected: Any) -> None:
+    """They are driven by actors, which know nothing of each other."""
+    train, val = (hr.range(rows).map(lambda row: row).streaming_split(1, engine="ray")[0] for rows in (50_000, 1000))
+    first = train.iter_batches(batch_size=1000)
+    assert len(next(first)["id"]) == 1000
+    assert sum(len(b["id"]) for b in val.iter_batches()) == 1000
+    for split in (val, train):
+        split.close()
+
+
 def test_a_block_that_is_lost_on_its_way_to_the_consumer(connected: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from headrace.substrates.ray import pool
 

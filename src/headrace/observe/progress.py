@@ -212,7 +212,8 @@ class LogLines(_Drawn):
 
     def _begin(self, event: RunStarted) -> None:
         pools = ", ".join(f"{workers} {pool}" for pool, workers in event.pools.items())
-        self._say(f"{_title(event.name)}  started  {event.engine}: {pools}")
+        asked = "asked for " if event.engine == "ray" else ""  # of a cluster that may have none free for a while
+        self._say(f"{_title(event.name)}  started  {event.engine}: {asked}{pools}")
         if event.settled:
             self._say(resumed(event))
 

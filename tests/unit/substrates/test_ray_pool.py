@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any, cast
@@ -29,14 +30,15 @@ from ray.exceptions import (
 from headrace.core.errors import BlockLost, InternalError, PlanError, TransientError
 from headrace.core.refs import BlockRef, PartRef
 from headrace.core.resources import WorkerSpec
-from headrace.core.steps import Advance, RoomOffered, StepDone, StepFailed, WorkerLost, WorkerResting
-from headrace.substrates.ray import cluster, store
+from headrace.core.steps import Advance, RoomOffered, StepDone, StepFailed, WorkerLost, WorkerResting, WorkerUp
+from headrace.substrates.ray import cluster, standing, store
 from headrace.substrates.ray import pool as pool_module
-from headrace.substrates.ray.actor import Vitals
+from headrace.substrates.ray.actor import Presence, Vitals
 from headrace.substrates.ray.cluster import HOLD_S, PATIENCE_S, Changed, Demand, Errands, Watch
 from headrace.substrates.ray.placement import Node, Shape, budget_bytes
 from headrace.substrates.ray.pool import RaySubstrate, _Site, _Worker
 from headrace.substrates.ray.remains import Obituary, Remains
+from headrace.substrates.ray.standing import Standing
 
 OBJECT = "00" * 28
 
@@ -389,3 +391,96 @@ def test_errands_do_not_hold_up_those_who_send_them() -> None:
     gate.set()
     errands.close(5.0)
     assert done.is_set()
+
+
+# ---------------------------------------------------------------- pools without a worker
+
+
+class Kind:
+    """What actors are asked for with; they never come up by themselves."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.calls: list[Future[Any]] = []
+
+    def options(self, **options: Any) -> Kind:
+        self.asked.append(options)
+        return self
+
+    def remote(self, *_: Any) -> Any:
+        self.calls.append(Future())
+        ref = SimpleNamespace(future=lambda call=self.calls[-1]: call)
+        return SimpleNamespace(_actor_id=bytes([len(self.calls)]), up=SimpleNamespace(remote=lambda: ref))
+
+
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> Callable[[Shape], tuple[RaySubstrate, Kind, list[Any]]]:
+    """A substrate with a worker that has waited for a minute for what its shape wants; and the actors that were ended."""
+
+    def made(shape: Shape) -> tuple[RaySubstrate, Kind, list[Any]]:
+        kind, ended_ones, substrate = Kind(), list[Any](), RaySubstrate(shapes={"p": shape})
+        monkeypatch.setattr(pool_module.ray, "kill", ended_ones.append)
+        substrate._kinds = (kind, kind)
+        substrate._errands = cast(Any, SimpleNamespace(add=lambda errand: errand()))
+        substrate._sites["a"] = _Site(Node("a", "00" * 28, {"CPU": 1, "GPU": 1}))
+        substrate.add_worker(WorkerSpec(3, "p", "cpu", "a"))
+        substrate._waits._since["p"] -= 60.0
+        return substrate, kind, ended_ones
+
+    monkeypatch.setattr(standing.Waits, "helped", False)
+    return made
+
+
+Waiting = Callable[[Shape], tuple[RaySubstrate, Kind, list[Any]]]
+
+
+@pytest.mark.parametrize("seen", [Standing(held=frozenset({"CPU"})), Standing(known=False)], ids=["held", "unknown"])
+def test_who_waits_for_cpus_of_its_own_program_starts_without(
+    waiting: Waiting, seen: Standing, capfd: pytest.CaptureFixture[str]
+) -> None:
+    substrate, kind, ended_ones = waiting(Shape("cpu", cpus=1.0, resources={"license": 1}))
+    before = substrate._workers[3].handle
+    for _ in range(3):
+        substrate._on_standing(seen)
+    first, second = kind.asked
+    where = [options.pop("scheduling_strategy").node_id for options in kind.asked]
+    assert where == ["00" * 28] * 2
+    assert second == {**first, "num_cpus": 0.0}, "what else it asked for is still asked for"
+    assert ended_ones == [before]
+    kind.calls[0].set_exception(ActorDiedError())  # of the one that was ended
+    assert substrate.wait(0.0) == []
+    kind.calls[1].set_result(Presence("a", "00" * 28, Remains(), True))
+    assert [type(e) for e in substrate.wait(0.0)] == [WorkerUp]
+    told = capfd.readouterr().err
+    assert told.count("this program holds some") == 1
+    assert told.count("it needs 1 license, and") == 1
+
+
+def test_who_waits_for_others_is_patient_and_says_so_once(waiting: Waiting, capfd: pytest.CaptureFixture[str]) -> None:
+    substrate, kind, ended_ones = waiting(Shape("cpu", cpus=1.0))
+    for _ in range(3):
+        substrate._on_standing(Standing(free={"CPU": 0.0}))
+    assert len(kind.asked) == 1
+    assert ended_ones == []
+    told = capfd.readouterr().err
+    assert told.count("no CPU left") == 1
+    assert "this program" not in told
+
+
+def test_a_device_that_the_program_holds_can_not_be_had(waiting: Waiting, capfd: pytest.CaptureFixture[str]) -> None:
+    substrate, kind, _ = waiting(Shape("cuda:0", gpus=1.0))
+    for _ in range(3):
+        substrate._on_standing(Standing(held=frozenset({"CPU", "GPU"})))
+    assert len(kind.asked) == 1
+    told = capfd.readouterr().err
+    assert told.count("no GPU left: this program holds some") == 1
+
+
+def test_nothing_is_said_of_workers_that_start_or_wait_for_a_node(waiting: Waiting, capfd: pytest.CaptureFixture[str]) -> None:
+    substrate, kind, _ = waiting(Shape("cpu", cpus=1.0))
+    held = Standing(held=frozenset({"CPU"}), starting=frozenset({substrate._workers[3].handle._actor_id.hex()}))
+    substrate._on_standing(held)
+    substrate._workers[3].node = ""
+    substrate._on_standing(Standing(held=frozenset({"CPU"})))
+    assert len(kind.asked) == 1
+    assert capfd.readouterr().err == ""

@@ -215,6 +215,28 @@ def _draining_nodes() -> list[str]:
     return list(state.get_draining_nodes())
 
 
+def actors_of(job: str) -> dict[str, tuple[bool, dict[str, float]]] | None:
+    """The actors of a job: id -> (whether it has a process, what it holds then). None where nobody answers."""
+    try:
+        return _in_cluster(_actors_of, job)
+    except Exception:
+        return None
+
+
+def _actors_of(job: str) -> dict[str, tuple[bool, dict[str, float]]]:
+    from ray._private.state import state
+
+    data: Any = importlib.import_module("ray.core.generated.gcs_pb2").ActorTableData
+    found: dict[str, tuple[bool, dict[str, float]]] = {}
+    accessor = state._connect_and_get_accessor()
+    for standing in ("PENDING_CREATION", "ALIVE"):  # the dead would be many in a long program
+        for row in accessor.get_actor_table(ray.JobID.from_hex(job), standing):
+            actor = data.FromString(row)
+            holds = {k.partition("_group_")[0]: v for k, v in actor.required_resources.items()}  # of a placement group, too
+            found[actor.actor_id.hex()] = (actor.pid > 0, holds)
+    return found
+
+
 def _request(bundles: list[dict[str, float]], job: str) -> None:
     """Ask the autoscaler, for a job; for nothing: take it back."""
     from ray.autoscaler.sdk import request_resources
@@ -238,7 +260,7 @@ def _take_back_left() -> None:
 
 
 # Made once: both ends of a ray:// connection keep each that is made, and one is asked for every two seconds.
-_TASKS: dict[Any, Any] = {f: ray.remote(f) for f in (_most_to_come, _draining_nodes, _request, _take_back_left)}
+_TASKS: dict[Any, Any] = {f: ray.remote(f) for f in (_most_to_come, _draining_nodes, _actors_of, _request, _take_back_left)}
 
 
 class Changed(Struct, frozen=True):

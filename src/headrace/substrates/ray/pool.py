@@ -13,6 +13,7 @@ import contextlib
 import os
 import queue
 import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,11 +53,12 @@ from headrace.core.steps import (
 )
 from headrace.substrates.blocks import anonymous_bytes, own_copy, zip_parts
 from headrace.substrates.ray.actor import Presence, RayWorker, StreamingRayWorker, Surroundings, Vitals
-from headrace.substrates.ray.cluster import Changed, Demand, Errands, Watch, live_nodes, through_client
+from headrace.substrates.ray.cluster import Changed, Demand, Errands, Watch, actors_of, live_nodes, through_client
 from headrace.substrates.ray.ingest import deliver
 from headrace.substrates.ray.parcel import send
 from headrace.substrates.ray.placement import Node, Shape, budget_bytes, place
 from headrace.substrates.ray.remains import Obituary, Remains, bury, stack
+from headrace.substrates.ray.standing import Standing, Waits, helped_out, standing, waits_for
 from headrace.substrates.ray.store import NO_ROOM, block_lost, fetch, no_room
 
 if TYPE_CHECKING:
@@ -76,7 +78,9 @@ _TASKS: dict[Any, Any] = {bury: ray.remote(bury), stack: ray.remote(stack)}  # m
 
 
 class _Worker(Struct):
-    """node: its name; "" until it is up, if Ray chose. steps: handed over and not answered. killed: why we ended it."""
+    """node: its name; "" until it is up, if Ray chose. steps: handed over and not answered. killed: why we ended it.
+    beside: it asks for no CPU, see `_help_out`.
+    """
 
     spec: WorkerSpec
     handle: Any
@@ -90,6 +94,7 @@ class _Worker(Struct):
     reason: str = ""
     remains: Remains | None = None
     own_bytes: int = 0
+    beside: bool = False
 
 
 class _Site(Struct):
@@ -158,6 +163,7 @@ class RaySubstrate:
         self._watch: Watch | None = None
         self._errands = Errands()
         self._demand = Demand()
+        self._waits = Waits()
         self._kinds: tuple[Any, Any] = ray.remote(RayWorker), ray.remote(StreamingRayWorker)  # the head is told of each new one
         self._stopped = self._headless = False
         self.fetched_bytes = 0  # of blocks that came through this process, all for the consumer
@@ -187,10 +193,21 @@ class RaySubstrate:
 
     def add_worker(self, worker: WorkerSpec) -> None:
         """Its id must be new in this run."""
-        shape = self._shapes.get(worker.pool, _NO_SHAPE)
+        site = self._sites.get(worker.node)
         streaming = worker.pool in self._streaming
+        made = _Worker(worker, None, streaming, worker.node if site is not None else "")
+        self._workers[worker.id] = made
+        if site is not None:
+            site.workers.add(worker.id)
+        self._start(made)
+        if worker.pool not in self._waits:
+            self._wait_for(worker.pool)
+
+    def _start(self, worker: _Worker) -> None:
+        """Ask for its actor. What was asked for before for the same worker is forgotten."""
+        shape = self._shapes.get(worker.spec.pool, _NO_SHAPE)
         options: dict[str, Any] = {
-            "num_cpus": shape.cpus,
+            "num_cpus": 0.0 if worker.beside else shape.cpus,
             "num_gpus": shape.gpus,
             "resources": dict(shape.resources),
             "max_restarts": 0,
@@ -199,14 +216,10 @@ class RaySubstrate:
         site = self._sites.get(worker.node)
         if site is not None:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(site.node.id, soft=False)
-        if streaming:
+        if worker.streaming:
             options["max_concurrency"] = MANY_CALLS
-        handle = self._kinds[streaming].options(**options).remote(worker, [self._payload], self._around)
-        made = _Worker(worker, handle, streaming, worker.node if site is not None else "")
-        self._workers[worker.id] = made
-        if site is not None:
-            site.workers.add(worker.id)
-        self._call(("up", worker.id), handle.up.remote())
+        worker.handle = self._kinds[worker.streaming].options(**options).remote(worker.spec, [self._payload], self._around)
+        self._call(("up", worker.spec.id, worker.handle), worker.handle.up.remote())
 
     def submit(self, step: Step | Discard) -> None:
         """Handed over at once; a short step that others go before, at the next `wait`, with what else goes there."""
@@ -237,6 +250,7 @@ class RaySubstrate:
         while True:
             woken = self._take_in(self._patience(deadline))
             self._end_overdue()
+            self._look_around()
             self._check_head()
             if self._events or woken or (deadline is not None and time.monotonic() >= deadline):
                 events = list(self._events)
@@ -392,7 +406,7 @@ class RaySubstrate:
         if self._events:
             return 0.0
         by = [until for _, until in self._dying.values()] + list(self._condemned.values())
-        by += [] if deadline is None else [deadline]
+        by += [t for t in (deadline, self._waits.look_s) if t is not None]
         return max(0.0, min(by) - time.monotonic()) if by else None
 
     def _take_in(self, timeout_s: float | None) -> bool:
@@ -416,7 +430,9 @@ class RaySubstrate:
         elif kind == "event":
             self._events.append(message[1])
         elif kind == "up":
-            self._on_up(message[1], message[2])
+            self._on_up(message[1], message[2], message[3])
+        elif kind == "standing":
+            self._on_standing(message[1])
         elif kind == "bury":
             self._on_buried(message[1], message[2])
         elif kind == "stack":
@@ -462,9 +478,9 @@ class RaySubstrate:
                     self._store_bytes += part.bytes
         self._events.append(answer)
 
-    def _on_up(self, id: int, done: Any) -> None:
+    def _on_up(self, id: int, handle: Any, done: Any) -> None:
         worker = self._workers.get(id)
-        if worker is None:
+        if worker is None or worker.handle is not handle:
             return
         error = done.exception()
         if error is not None:
@@ -480,9 +496,57 @@ class RaySubstrate:
                 hint="write to a place that all nodes share: s3://, or a file system mounted on each at the same path",
             )
         worker.up = True
+        self._waits.end(worker.spec.pool)
         self._events.append(WorkerUp(id, worker.spec.pool, worker.node))
         if site.leaving:
             self._events.append(WorkerResting(id, True))
+
+    # -- pools without a worker
+
+    def _wait_for(self, pool: str) -> None:
+        """Note whether the pool waits for its first worker to come up, after one was asked for or lost."""
+        ups = [w.up for w in self._workers.values() if w.spec.pool == pool]
+        if ups and not any(ups):
+            self._waits.begin(pool, time.monotonic())
+        else:
+            self._waits.end(pool)
+
+    def _look_around(self) -> None:
+        """Find out why pools have no worker, where that takes long."""
+        look_s = self._waits.look_s
+        if look_s is None or time.monotonic() < look_s:
+            return
+        self._waits.looks()
+        inbox, own = self._inbox, {w.handle._actor_id.hex() for w in self._workers.values()}
+
+        def look() -> None:
+            inbox.put(("standing", standing(actors_of(ray.get_runtime_context().get_job_id()), own)))
+
+        self._errands.add(look)
+
+    def _on_standing(self, seen: Standing) -> None:
+        now = time.monotonic()
+        for pool in self._waits.seen(now):
+            # Those without a node wait for one to come, and the run has said so.
+            its = [w for w in self._workers.values() if w.spec.pool == pool and w.node in self._sites and not w.killed]
+            if not its or any(w.handle._actor_id.hex() in seen.starting for w in its):
+                continue
+            shape = self._shapes.get(pool, _NO_SHAPE)
+            beside = any(w.beside for w in its)
+            if shape.cpus and not beside and ("CPU" in seen.held or not seen.known):
+                self._help_out(its[0])
+                if self._waits.tells_help():
+                    _say(helped_out(pool))
+                continue
+            lacks = {k: v for k, v in shape.wanted.items() if not (beside and k == "CPU")}
+            if lacks and self._waits.tells_of(pool, now):
+                _say(waits_for(pool, lacks, seen))
+
+    def _help_out(self, worker: _Worker) -> None:
+        """Start it without a CPU of its own: who holds the CPUs may have to wait for this run before it can give any back."""
+        self._errands.add(partial(ray.kill, worker.handle))
+        worker.beside = True
+        self._start(worker)
 
     def _light_beacon(self) -> str:
         """A new file in the folder that every node must see: a folder of that name may be there on a node of its own."""
@@ -512,6 +576,7 @@ class RaySubstrate:
             return
         self._outbox.pop(id, None)
         self._condemned.pop(id, None)
+        self._wait_for(worker.spec.pool)
         worker.reason = worker.killed or _reason(error)
         if isinstance(error, ActorUnavailableError):  # it may be alive behind a broken network: it must not come back
             self._errands.add(partial(ray.kill, worker.handle))
@@ -690,6 +755,12 @@ class RaySubstrate:
         for worker in list(self._workers.values()):
             with contextlib.suppress(Exception):
                 ray.kill(worker.handle)
+
+
+def _say(text: str) -> None:
+    """Whatever the progress mode: nobody would know otherwise why nothing happens."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no stderr, or a closed one
+        print(f"headrace: {text}", file=sys.stderr, flush=True)
 
 
 def _reason(error: BaseException) -> str:
