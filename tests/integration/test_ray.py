@@ -883,3 +883,38 @@ def test_tensors_of_ray_data_keep_their_shape(connected: Any) -> None:
     )
     told = of_shapes.to_arrow(**QUIET).to_pylist()
     assert told == [{"id": i, "shape": [i + 1, 2], "sum": i * (i + 1) * 2} for i in range(3)]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Ray Data's of its own options
+def test_tensors_reach_ray_data_and_come_back(connected: Any) -> None:
+    """Bools of one shape, and tensors of several; both with nulls among them, too."""
+
+    from headrace.core.tensors import numpy_to_array, ragged_to_array
+
+    def tensors(batch: pa.Table) -> pa.Table:
+        ids = batch["id"].to_numpy()
+        bools = [np.array([[i, 0], [1, i]]) > 1 for i in ids]
+        ragged = [np.full((i + 1, 2), i, np.float32) for i in ids]
+        columns = {"bool": numpy_to_array(np.stack(bools)), "ragged": ragged_to_array(ragged)}
+        some = pa.array([None if i == 2 else k for k, i in enumerate(ids)])
+        return pa.table({"id": batch["id"], **columns, **{f"{n}_null": c.take(some) for n, c in columns.items()}})
+
+    def shown(rows: Any) -> list[Any]:
+        return [
+            {k: (v.dtype.kind, v.tolist()) if isinstance(v, np.ndarray) else v for k, v in row.items() if k != "id"}
+            for row in rows
+        ]
+
+    ds = hr.range(5).map_batches(tensors, batch_format="pyarrow", batch_size=4)
+    there = ds.to_ray_dataset()
+    blocks: list[pa.Table] = ray.get(there.to_arrow_refs())  # to execute it would leave actors
+    rows = shown(row for block in blocks for row in block.to_pylist())
+    for i, row in enumerate(rows):
+        bools, ragged = ("b", [[i > 1, False], [False, i > 1]]), ("f", np.full((i + 1, 2), i, float).tolist())
+        assert (row["bool"], row["ragged"]) == (bools, ragged)
+        assert (row["bool_null"], row["ragged_null"]) == ((None, None) if i == 2 else (bools, ragged))
+    assert [t.shape for t in blocks[0]["ragged_null"].chunk(0).to_numpy()] == [(1, 2), (2, 2), (0, 0), (4, 2)]
+    back = hr.from_ray_dataset(there).map(lambda row: {"id": row["id"], "kinds": [str(np.shape(v)) for v in row.values()]})
+    kinds = [r["kinds"][1:] for r in back.to_arrow(**QUIET).to_pylist()]
+    assert kinds[3] == ["(2, 2)", "(4, 2)"] * 2
+    assert kinds[2] == ["(2, 2)", "(3, 2)", "()", "()"]

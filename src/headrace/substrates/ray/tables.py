@@ -1,7 +1,7 @@
 """To and from Ray Data: blocks change hands as objects of the cluster, and no byte passes the driver.
 
 Ray has Arrow types of its own for tensors, by which all its NumPy columns of more than one dimension are made. They become ours
-as they are read, so that models see arrays of (rows, *shape).
+as they are read, so that models see arrays of (rows, *shape); and ours become Ray's as they leave, where Ray can't read them.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
+import numpy as np
 import pyarrow as pa
 import ray
 from ray.exceptions import ObjectLostError
@@ -22,7 +23,7 @@ from headrace.core.errors import DataError, PlanError, TransientError
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin, Segment
 from headrace.core.splits import Fragment, Split
-from headrace.core.tensors import ragged_type
+from headrace.core.tensors import is_ragged, is_tensor, ragged_to_array, ragged_to_numpy, ragged_type, tensor_to_numpy
 from headrace.substrates.ray.ingest import RefBlock
 
 SPLIT_BYTES = 16 << 20  # no reading to do: small splits balance better
@@ -187,8 +188,49 @@ def to_ray_dataset(blocks: Sequence[RefBlock], schema: pa.Schema | None) -> Any:
 
     table = ray.remote(_as_table).options(num_cpus=0)
     refs: list[Any] = [table.remote(block.ref, block.start, block.num_rows) for block in blocks]
-    return data.from_arrow_refs(refs) if refs else data.from_arrow((schema or pa.schema([])).empty_table())
+    return data.from_arrow_refs(refs) if refs else data.from_arrow(_rays((schema or pa.schema([])).empty_table()))
 
 
 def _as_table(batch: pa.RecordBatch, start: int, rows: int) -> pa.Table:
-    return pa.Table.from_batches([batch.slice(start, rows)])
+    return _rays(pa.Table.from_batches([batch.slice(start, rows)]))
+
+
+def _rays(table: pa.Table) -> pa.Table:
+    """The same rows, at most one chunk a column, with tensors as Ray can read them: numbers of one shape as they are; bools of
+    one shape, and tensors of several, as Ray's own types. Tensors with nulls among them are of several shapes, too: a null is
+    None, and in a NumPy batch, where Ray has no nulls, a tensor without elements.
+    """
+    for i, field in enumerate(table.schema):
+        if not is_ragged(field.type) and not is_tensor(field.type):
+            continue
+        column = pa.concat_arrays(table.column(i).chunks) if table.num_rows else field.type.wrap_array(_none(field.type))
+        if is_ragged(field.type):
+            made = _of_shapes(list(ragged_to_numpy(column)), field.type.value_type)
+        elif column.null_count:
+            made = _of_shapes(list(tensor_to_numpy(column)), field.type.value_type)
+        elif pa.types.is_boolean(field.type.value_type):
+            from ray.data.extensions import ArrowTensorArray
+
+            made = ArrowTensorArray.from_numpy(tensor_to_numpy(column))
+        else:
+            continue
+        table = table.set_column(i, field.with_type(made.type), made)
+    return table
+
+
+def _none(type: Any) -> pa.Array:
+    """The storage of no rows."""
+    return pa.array([], type.storage_type)
+
+
+def _of_shapes(rows: Sequence[Any], value_type: pa.DataType) -> pa.Array:
+    """Arrays as tensors of Ray's type for several shapes; None for null. It names a number of dimensions: the most of any."""
+    from ray.data.extensions import ArrowVariableShapedTensorType
+
+    dimensions = max((row.ndim for row in rows if row is not None), default=1)
+    nothing = np.empty((0,) * dimensions, value_type.to_pandas_dtype())
+    storage = ragged_to_array([nothing if row is None else row for row in rows], value_type).storage
+    type = ArrowVariableShapedTensorType(value_type, dimensions)
+    parts = [storage.field(f.name).cast(f.type) for f in type.storage_type]
+    mask = pa.array([row is None for row in rows], pa.bool_())
+    return type.wrap_array(pa.StructArray.from_arrays(parts, fields=list(type.storage_type), mask=mask))
