@@ -200,11 +200,14 @@ def test_a_run_that_is_left_leaves_nothing_behind(engine: str) -> None:
 
 
 def ask(answer: Any, rows: pa.Table, inputs: list[str], output: Any, **kwargs: Any) -> tuple[pa.Table, ModelServer]:
+    """All rows come in one block: of rows that come one by one, a request takes those that are there in time."""
+
     async def reply(server: ModelServer, asked: Asked) -> Reply:
         return answer(asked)
 
     with ModelServer(reply) as server:
-        ds = hr.from_arrow(rows).predict(hr.models.Endpoint(server.url, **kwargs), input=inputs, output=output)
+        ds = hr.from_arrow(rows).map_batches(lambda b: b, batch_format="pyarrow", batch_size=len(rows))
+        ds = ds.predict(hr.models.Endpoint(server.url, **kwargs), input=inputs, output=output)
         found = pa.concat_tables(ds.iter_batches(batch_size=None, batch_format="pyarrow", engine="inline", progress="quiet"))
     return found, server
 
