@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sqlite3
 import threading
 import time
@@ -108,6 +109,23 @@ def test_a_stream_leaves_nothing_behind(data: Path) -> None:
     batches.close()
     assert made
     assert all(m.closed == 1 for m in made)
+
+
+def test_an_interrupt_does_not_wait_for_what_is_tried(data: Path, tmp_path: Path) -> None:
+    gate, ended = threading.Event(), threading.Event()
+
+    def hangs(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        gate.wait()
+        ended.set()
+        return batch
+
+    with pytest.raises(KeyboardInterrupt):
+        hr.read_parquet(data).map_batches(hangs).write_parquet(tmp_path / "out", progress="quiet")
+    gate.set()
+    assert ended.wait(30)
+    run = hr.read_parquet(data).map_batches(lambda b: {**b, "y": b["x"] * 2}).write_parquet(tmp_path / "out2", progress="quiet")
+    assert run.rows == 64_000
 
 
 class Failing(Bound):

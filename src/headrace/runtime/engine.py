@@ -169,7 +169,7 @@ def _by_work(program: Program, ops: int, named: Sequence[str], cores: int) -> Ch
         alone = locked_s < WORTH_S and locked_s >= ALONE_SHARE * total_s
         if alone and known and not waits and ops == len(program.ops):
             return Choice("threads", f"{why}, one worker is enough", small=True)
-    if probe is not None and work.all and not waits and total_s <= min(SOON_S, probe.first_s * SOON_SHARE):
+    if probe is not None and work.known and not waits and total_s <= min(SOON_S, probe.first_s * SOON_SHARE):
         return Choice("threads", f"{why}; one worker ends before another one has loaded what it needs", small=True)
     if locked_s < WORTH_S:
         return Choice("threads", why, waits)
@@ -231,11 +231,15 @@ class Work(Struct, frozen=True):
         return f"{count:,} {unit}" + ("" if count == 1 else "s")
 
     @property
+    def known(self) -> bool:
+        """Is it known how much there is?"""
+        return self.all and (bool(self.bytes or self.rows) or not self.splits)
+
+    @property
     def small(self) -> bool:
         """Is reading and writing it quickly done?"""
         quick = self.bytes <= SMALL_BYTES and self.overhead_s <= SMALL_S
-        known = bool(self.bytes or self.rows) or not self.splits
-        return self.all and known and quick and (self.splits <= 1 or not self.remote)
+        return self.known and quick and (self.splits <= 1 or not self.remote)
 
     def functions_s(self, probe: Probe) -> float:
         """What the functions take for all of it, by a sample."""
@@ -390,7 +394,8 @@ class _Trial:
         return Advance(0, 0, 0, self._runs, index, 1, split=self._split, end=True, credit_bytes=1 << 62, credit_s=1e9)
 
     def close(self) -> None:
-        self._tried.keep(self._tried.call(self._body.leave))
+        if not self._tried.left:
+            self._tried.keep(self._tried.call(self._body.leave))
 
 
 def _watch(call: Callable[[], Any], watched: bool) -> tuple[Any, float, float]:

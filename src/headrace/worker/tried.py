@@ -38,7 +38,7 @@ class Tried:
         self._thread: _Thread | None = None
         self._worker: threading.Thread | None = None
         self._functions: Functions | None = None
-        self._left = False  # a call was left behind
+        self.left = False  # a call was left behind by an interrupt: the thread is of no more use
 
     def __reduce__(self) -> tuple[type[Tried], tuple[()]]:
         return Tried, ()
@@ -60,7 +60,7 @@ class Tried:
         try:
             made, error = answers.get()
         except BaseException:
-            self._left = True
+            self.left = True
             raise
         if error is None:
             return made
@@ -75,7 +75,7 @@ class Tried:
 
     def go_on(self, run: Callable[[], None], name: str) -> threading.Thread | None:
         """Let a worker run in the thread, which is the worker's from now on, and ends with it. None: there is no thread."""
-        if self._thread is None or self._left:
+        if self._thread is None or self.left:
             return None
         thread, self._thread = self._thread, None
         self._worker = thread
@@ -104,5 +104,5 @@ class Tried:
         if functions is not None:
             thread.calls.put(functions.close)
         thread.calls.put(None)
-        if not self._left:
+        if not self.left:
             thread.join()
