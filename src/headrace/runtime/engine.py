@@ -361,7 +361,7 @@ class _Trial:
             sink=None,
             on_error="fail",
             ahead=Ahead(),
-            tried=Tried(),
+            tried=Tried(program.tried.loads),
         )
         self._tried = program.tried
         self._body = WorkerBody(trial, WorkerSpec(0, CPU_POOL, "cpu"), LocalStore(0, itertools.count().__next__))

@@ -55,7 +55,11 @@ class WorkerBody:
         self._take_remarks = source.take_remarks if isinstance(source, RemarkingSource) else _no_remarks
         self._cursors: dict[int, Cursor] = {}
         self._functions = program.tried.take() or Functions(
-            spec.device, threads=fair_threads(spec.pool), deterministic=program.deterministic, crumb=store.crumb
+            spec.device,
+            threads=fair_threads(spec.pool),
+            deterministic=program.deterministic,
+            crumb=store.crumb,
+            loads=program.tried.loads,
         )
         groups = (op for op in program.ops if isinstance(op, Predict) and op.group is not None)
         self._host = Host(self._functions, program.deterministic, gaps=frozenset(name for op in groups for name in op.output))
@@ -64,7 +68,7 @@ class WorkerBody:
         self._last_begun_s = 0.0  # when the last of those was answered
 
     def warm(self, over: Callable[[], bool]) -> None:
-        """Construct the functions and models of this worker's stages now. over: see Functions.warm."""
+        """Construct the functions and models of this worker's stages when it is their turn. over: see Functions.warm."""
         for stage in self._stages.values():
             if stage.pool != self._spec.pool:
                 continue

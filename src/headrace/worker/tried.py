@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from headrace.worker.loads import Loads
 from headrace.worker.user_code import Functions
 
 T = TypeVar("T")
@@ -30,11 +31,12 @@ class _Thread(threading.Thread):
 
 
 class Tried:
-    """Of one action, in the process that chose its engine; workers elsewhere have an empty one. All but `take` belongs to the
-    action's thread.
+    """Of one action, in the process that chose its engine; workers elsewhere have an empty one. All but `take` and `loads`
+    belongs to the action's thread.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, loads: Loads | None = None) -> None:
+        self.loads = loads or Loads()
         self._thread: _Thread | None = None
         self._worker: threading.Thread | None = None
         self._functions: Functions | None = None

@@ -25,6 +25,7 @@ from headrace.core.redact import redact
 from headrace.core.refs import Origin
 from headrace.core.steps import CONSTRUCTING, Doing
 from headrace.plan.nodes import UserFunction
+from headrace.worker.loads import Loads
 from headrace.worker.refused import Refused
 
 MESSAGE_CHARS = 2000  # an exception's text may hold a whole batch
@@ -38,9 +39,18 @@ _LIBRARIES = tuple({p + os.sep for k, p in sysconfig.get_paths().items() if k in
 class Functions:
     """The user's functions in one worker; classes are constructed at first use."""
 
-    def __init__(self, device: str, *, threads: int = 1, deterministic: bool = False, crumb: Crumb | None = None) -> None:
-        """crumb: says what is being constructed, should the worker not live through it."""
+    def __init__(
+        self,
+        device: str,
+        *,
+        threads: int = 1,
+        deterministic: bool = False,
+        crumb: Crumb | None = None,
+        loads: Loads | None = None,
+    ) -> None:
+        """crumb: says what is being constructed, should the worker not live through it. loads: of all workers here."""
         self.device = device
+        self._loads = loads or Loads()
         self._crumb = crumb
         self.threads = threads
         self.deterministic = deterministic
@@ -51,7 +61,7 @@ class Functions:
         """What to call for operator `index`. Raises UserCodeError when its construction fails. inputs: of a model."""
         found = self._made.get(index)
         if found is None:
-            with _CONSTRUCTION:
+            with _CONSTRUCTION, self._loads.loading(index):
                 crumb = self._crumb if fn.is_class or isinstance(fn.target, ModelAdapter) else None
                 if crumb is not None:
                     crumb.write(Doing(CONSTRUCTING, op))
@@ -62,15 +72,18 @@ class Functions:
         return found
 
     def warm(self, index: int, fn: UserFunction, op: str, inputs: tuple[str, ...], over: Callable[[], bool]) -> None:
-        """Construct it before it is needed, if that may take long. What fails then will be told when it is needed.
-
-        over: is it too late for that? Asked when other workers have had their turn.
+        """Construct it before it is needed, if that may take long, and after another worker has. What fails then will be told
+        when it is needed. over: is it too late?
         """
         if not (fn.is_class or isinstance(fn.target, ModelAdapter)):
             return
-        with _CONSTRUCTION, contextlib.suppress(HeadraceError):
-            if not over():
-                self.get(index, fn, op, inputs)
+        while self._loads.await_turn(index, over):
+            with _CONSTRUCTION:
+                if over() or not self._loads.may_begin(index):
+                    continue
+                with contextlib.suppress(HeadraceError):
+                    self.get(index, fn, op, inputs)
+                return
 
     def close(self) -> None:
         """Close the instances that were constructed here and can be closed."""
