@@ -102,6 +102,30 @@ def test_little_work_does_not_wait_for_a_second_load(tmp_path: Path) -> None:
     assert any("one worker ends before another one has loaded" in note for note in run.notes), run.notes
 
 
+class Once:
+    """Lets a row pass that it has not seen."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def __call__(self, row: dict[str, Any]) -> bool:
+        new = row["id"] not in self.seen
+        self.seen.add(row["id"])
+        return new
+
+
+def test_a_function_with_a_state_begins_the_run_without_a_trial_behind_it(data: Path, tmp_path: Path) -> None:
+    run = hr.read_parquet(data).filter(Once).write_parquet(tmp_path / "out", cpus=1, progress="quiet")
+    assert run.rows == 64_000
+
+
+def test_a_deterministic_run_begins_with_fresh_models(data: Path, tmp_path: Path) -> None:
+    ds = hr.read_parquet(data).predict(Bound, input="x", output="y")
+    ds.write_parquet(tmp_path / "out", cpus=1, deterministic=True, progress="quiet")
+    check(tmp_path / "out", 64_000)
+    assert [m.closed for m in made] == [1, 1]
+
+
 def test_a_stream_leaves_nothing_behind(data: Path) -> None:
     ds = hr.read_parquet(data).predict(Bound, input="x", output="y")
     batches = ds.iter_batches(batch_size=1000, cpus=2, progress="quiet")

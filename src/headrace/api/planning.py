@@ -119,10 +119,12 @@ def for_action(plan: Plan) -> Plan:
 
 def prepare(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
     """Everything that is decided before work starts. Raises PlanError for what can never run."""
-    ready = choose(lay_out(plan, options, at_end))
-    ready.program.ahead.close()
-    ready.program.tried.close()
-    return ready
+    laid_out = lay_out(plan, options, at_end)
+    try:
+        return choose(laid_out)
+    finally:
+        laid_out.program.ahead.close()
+        laid_out.program.tried.close()
 
 
 def lay_out(plan: Plan, options: RunOptions, at_end: Columns = ALL) -> Prepared:
@@ -168,17 +170,11 @@ def choose(ready: Prepared, *, after_crash: bool | None = None) -> Prepared:
     """
     if ready.engine != "auto":
         return ready
-    ahead, tried = ready.program.ahead, ready.program.tried
-    try:
-        choice = choose_engine(ready.program, ready.options.cpus or ready.machine.cores, after_crash=after_crash)
-    except BaseException:
-        ahead.close()
-        tried.close()
-        raise
+    choice = choose_engine(ready.program, ready.options.cpus or ready.machine.cores, after_crash=after_crash)
     if choice.engine == "processes":
-        ahead.close()
+        ready.program.ahead.close()
     if choice.engine != "threads" or choice.models_wait:  # the CPU workers of such a run have other functions
-        tried.close()
+        ready.program.tried.close()
     return _with_engine(ready, choice, _PoolChoice(ready.machine, waiting=choice.models_wait))
 
 

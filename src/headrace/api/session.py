@@ -247,14 +247,14 @@ def _run_opened(laid_out: Prepared, sink: Sink, opened: OpenedRun, schema: pa.Sc
     bound = sink.bind(opened.run, opened.epoch, schema)
     if opened.finished:
         return _finished_before(laid_out, bound, opened, schema)
-    ready = _chosen(laid_out, opened) if laid_out.engine == "auto" else laid_out
-    if server is not None and ready.engine != "processes":
-        server.close()
     try:
+        ready = _chosen(laid_out, opened) if laid_out.engine == "auto" else laid_out
+        if server is not None and ready.engine != "processes":
+            server.close()
         return _run_logged(replace(ready, program=replace(ready.program, sink=bound)), bound, opened, schema, server)
     finally:
-        ready.program.ahead.close()
-        ready.program.tried.close()
+        laid_out.program.ahead.close()
+        laid_out.program.tried.close()
 
 
 def _chosen(laid_out: Prepared, opened: OpenedRun) -> Prepared:

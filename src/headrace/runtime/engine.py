@@ -31,6 +31,7 @@ from headrace.runtime.trial_mark import died_of, key_of, mark
 from headrace.worker.program import Program
 from headrace.worker.readahead import Ahead, Begun, begin_reading
 from headrace.worker.tried import Tried
+from headrace.worker.user_code import Functions
 
 PROBE_S = 0.03  # enough for about 40 samples of the interpreter lock, too short to be felt
 PROBE_AIM_S = 0.04  # what the next sample may take if it takes as long for each row as the one before
@@ -169,7 +170,13 @@ def _by_work(program: Program, ops: int, named: Sequence[str], cores: int) -> Ch
         alone = locked_s < WORTH_S and locked_s >= ALONE_SHARE * total_s
         if alone and known and not waits and ops == len(program.ops):
             return Choice("threads", f"{why}, one worker is enough", small=True)
-    if probe is not None and work.known and not waits and total_s <= min(SOON_S, probe.first_s * SOON_SHARE):
+    if (
+        probe is not None
+        and work.known
+        and not waits
+        and ops == len(program.ops)
+        and total_s <= min(SOON_S, probe.first_s * SOON_SHARE)
+    ):
         return Choice("threads", f"{why}; one worker ends before another one has loaded what it needs", small=True)
     if locked_s < WORTH_S:
         return Choice("threads", why, waits)
@@ -364,7 +371,9 @@ class _Trial:
             tried=Tried(program.tried.loads),
         )
         self._tried = program.tried
+        self._deterministic = program.deterministic
         self._body = WorkerBody(trial, WorkerSpec(0, CPU_POOL, "cpu"), LocalStore(0, itertools.count().__next__))
+        self._tried.begin(self._body.close)
         self._split = split
         self._models = [i for i, op in enumerate(program.ops[:ops]) if isinstance(op, Predict)]
         self._runs = 0
@@ -372,11 +381,12 @@ class _Trial:
     def run(self, sample: Any, *, times: int = 1, watched: bool = True) -> Probe | None:
         """watched: held is told."""
         from headrace.core.steps import StepDone
+        from headrace.substrates.bodies import run_guarded
 
         self._source.block = sample
 
         def run() -> tuple[list[Any], float, float]:
-            return _watch(lambda: [self._body.run(self._step()) for _ in range(times)], watched)
+            return _watch(lambda: [run_guarded(self._body, self._step()) for _ in range(times)], watched)
 
         answers, held, wall_s = self._tried.call(run)
         timings = [answer.timing for answer in answers if isinstance(answer, StepDone)]
@@ -394,8 +404,14 @@ class _Trial:
         return Advance(0, 0, 0, self._runs, index, 1, split=self._split, end=True, credit_bytes=1 << 62, credit_s=1e9)
 
     def close(self) -> None:
+        """What may go on is kept: models. Functions may have a state, which must be that of a run without a trial."""
         if not self._tried.left:
-            self._tried.keep(self._tried.call(self._body.leave))
+            self._tried.keep(self._tried.call(self._leave))
+
+    def _leave(self) -> Functions:
+        functions = self._body.leave()
+        functions.keep(() if self._deterministic else self._models)
+        return functions
 
 
 def _watch(call: Callable[[], Any], watched: bool) -> tuple[Any, float, float]:

@@ -105,7 +105,7 @@ class ThreadsSubstrate:
     def wait(self, timeout_s: float | None) -> list[SubstrateEvent]:
         if self._stopped:
             return []
-        let_answers_gather((t.steps for t in self._threads.values()), timeout_s)
+        let_answers_gather((t.steps for t in self._threads.values() if t.up), timeout_s)
         events: list[SubstrateEvent] = []
         with contextlib.suppress(queue.Empty):
             event = self._outbox.get(timeout=timeout_s)
@@ -183,7 +183,7 @@ class _Worker:
         self._limits = limits
         self._warms = warms
         self._finishing = False
-        self._up = False
+        self.up = False
         self._thread: threading.Thread | None = None
 
     def start(self, tried: Tried | None) -> None:
@@ -209,7 +209,7 @@ class _Worker:
         except BaseException as exc:  # also SystemExit from a constructor: the driver must hear of a lost worker
             if not self._finishing:
                 reason = f"its thread ended: {describe_exception(exc)}"
-                self._outbox.put(WorkerLost(self._spec.id, reason, started=self._up, pool=self._spec.pool))
+                self._outbox.put(WorkerLost(self._spec.id, reason, started=self.up, pool=self._spec.pool))
 
     def _serve(self) -> None:
         if self._limits is not None:
@@ -218,7 +218,7 @@ class _Worker:
             body = self._make_body(self._store)
         if self._warms:
             warm(body, lambda: self._finishing)
-        self._up = True
+        self.up = True
         self._outbox.put(WorkerUp(self._spec.id, self._spec.pool))
         try:
             while (step := self.inbox.get()) is not None and not self._finishing:

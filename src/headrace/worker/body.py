@@ -69,15 +69,16 @@ class WorkerBody:
 
     def warm(self, over: Callable[[], bool]) -> None:
         """Construct the functions and models of this worker's stages when it is their turn. over: see Functions.warm."""
+        since_s = time.monotonic()
         for stage in self._stages.values():
             if stage.pool != self._spec.pool:
                 continue
             for index in range(stage.first, stage.stop):
                 op = self._program.ops[index]
                 if isinstance(op, FilterRows | MapRows | FlatMap | MapBatches):
-                    self._functions.warm(index, op.fn, op.name, (), over)
+                    self._functions.warm(index, op.fn, op.name, (), over, since_s)
                 elif isinstance(op, Predict):
-                    self._functions.warm(index, op.model, op.name, op.inputs, over)
+                    self._functions.warm(index, op.model, op.name, op.inputs, over, since_s)
 
     def begin(self, step: Advance | Apply, ready: Callable[[], None]) -> bool:
         """Start a step that goes on beside others. `ready` is called once, from any thread, when `run` would not wait for it.

@@ -31,6 +31,7 @@ class Loads:
         began_s = time.monotonic()
         with self._changed:
             self._begun.add(index)
+            self._next_s[index] = float("inf")
         try:
             yield
         finally:
@@ -39,19 +40,24 @@ class Loads:
                 self._next_s[index] = now_s + SHARE * (now_s - began_s)
                 self._changed.notify_all()
 
+    def forget(self, index: int) -> None:
+        """What was constructed is gone: the first worker has to, again."""
+        with self._changed:
+            self._begun.discard(index)
+            self._next_s.pop(index, None)
+
     def may_begin(self, index: int) -> bool:
         """Has one been constructed, and has the work gone on for long enough since the last?"""
         return time.monotonic() >= self._next_s.get(index, float("inf"))
 
-    def await_turn(self, index: int, over: Callable[[], bool]) -> bool:
-        """Wait until `may_begin`. False: nobody has begun at all for a while, or it is over, as `over` says."""
-        asked_s = time.monotonic()
+    def await_turn(self, index: int, over: Callable[[], bool], since_s: float) -> bool:
+        """Wait until `may_begin`. False: nobody has begun at all for a while since `since_s`, or it is over, as `over` says."""
         with self._changed:
             while not over():
                 wait_s = self._next_s.get(index, float("inf")) - time.monotonic()
                 if wait_s <= 0:
                     return True
-                if index not in self._begun and time.monotonic() - asked_s > PATIENCE_S:
+                if index not in self._begun and time.monotonic() - since_s > PATIENCE_S:
                     return False
                 self._changed.wait(min(wait_s, POLL_S))
         return False

@@ -6,15 +6,18 @@ made them (SQLite connections, event loops): a worker takes both or neither. Wha
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from headrace.worker.loads import Loads
-from headrace.worker.user_code import Functions
+from headrace.worker.user_code import Functions, abandon_construction
 
 T = TypeVar("T")
+WAKE_S = 0.5
 
 
 class _Thread(threading.Thread):
@@ -30,6 +33,13 @@ class _Thread(threading.Thread):
             del call
 
 
+def _answer(answers: queue.SimpleQueue[T]) -> T:
+    """The first one. Wakes now and then: a signal that comes just before the waiting begins does not end it."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return answers.get(timeout=WAKE_S)
+
+
 class Tried:
     """Of one action, in the process that chose its engine; workers elsewhere have an empty one. All but `take` and `loads`
     belongs to the action's thread.
@@ -40,10 +50,15 @@ class Tried:
         self._thread: _Thread | None = None
         self._worker: threading.Thread | None = None
         self._functions: Functions | None = None
+        self._undo: Callable[[], None] | None = None
         self.left = False  # a call was left behind by an interrupt: the thread is of no more use
 
     def __reduce__(self) -> tuple[type[Tried], tuple[()]]:
         return Tried, ()
+
+    def begin(self, undo: Callable[[], None]) -> None:
+        """Before calls. undo: closes what they construct, unless it is kept."""
+        self._undo = undo
 
     def call(self, function: Callable[[], T]) -> T:
         """The function's answer, or what it raises, from the thread. An interrupt does not end the call, but leaves it."""
@@ -58,12 +73,14 @@ class Tried:
             except BaseException as exc:
                 answers.put((None, exc))
 
-        self._thread.calls.put(answer)
+        self.left = True  # whenever an interrupt comes
         try:
-            made, error = answers.get()
+            self._thread.calls.put(answer)
+            made, error = _answer(answers)
         except BaseException:
-            self.left = True
+            abandon_construction()
             raise
+        self.left = False
         if error is None:
             return made
         try:
@@ -72,8 +89,8 @@ class Tried:
             del error
 
     def keep(self, functions: Functions) -> None:
-        """What was constructed in calls."""
-        self._functions = functions
+        """What was constructed in calls, and may go on."""
+        self._functions, self._undo = functions, None
 
     def go_on(self, run: Callable[[], None], name: str) -> threading.Thread | None:
         """Let a worker run in the thread, which is the worker's from now on, and ends with it. None: there is no thread."""
@@ -103,8 +120,9 @@ class Tried:
             if functions is not None:  # the worker ended before it took them
                 functions.close()
             return
-        if functions is not None:
-            thread.calls.put(functions.close)
+        undo = self._undo if functions is None else partial(functions.keep, ())
+        if undo is not None:
+            thread.calls.put(undo)
         thread.calls.put(None)
         if not self.left:
             thread.join()

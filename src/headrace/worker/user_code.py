@@ -13,7 +13,7 @@ import os
 import sysconfig
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,14 @@ from headrace.worker.refused import Refused
 MESSAGE_CHARS = 2000  # an exception's text may hold a whole batch
 
 _CONSTRUCTION = threading.RLock()
+
+
+def abandon_construction() -> None:
+    """A thread that may be constructing is left behind: others need not wait for it."""
+    global _CONSTRUCTION
+    _CONSTRUCTION = threading.RLock()
+
+
 _WORKER = str(Path(__file__).resolve().parent) + os.sep
 _OURS = str(Path(__file__).resolve().parent.parent) + os.sep
 _LIBRARIES = tuple({p + os.sep for k, p in sysconfig.get_paths().items() if k in ("stdlib", "purelib", "platlib")})
@@ -55,53 +63,62 @@ class Functions:
         self.threads = threads
         self.deterministic = deterministic
         self._made: dict[int, Callable[..., Any]] = {}
-        self._constructed: list[Any] = []
+        self._constructed: dict[int, Any] = {}
 
     def get(self, index: int, fn: UserFunction, op: str, inputs: tuple[str, ...] = ()) -> Callable[..., Any]:
         """What to call for operator `index`. Raises UserCodeError when its construction fails. inputs: of a model."""
         found = self._made.get(index)
         if found is None:
-            with _CONSTRUCTION, self._loads.loading(index):
-                crumb = self._crumb if fn.is_class or isinstance(fn.target, ModelAdapter) else None
-                if crumb is not None:
-                    crumb.write(Doing(CONSTRUCTING, op))
-                found = self._make(fn, op, inputs)
-                if crumb is not None:
-                    crumb.clear()
+            if _is_constructed(fn):
+                with _CONSTRUCTION, self._loads.loading(index):
+                    if self._crumb is not None:
+                        self._crumb.write(Doing(CONSTRUCTING, op))
+                    found = self._make(index, fn, op, inputs)
+                    if self._crumb is not None:
+                        self._crumb.clear()
+            else:
+                found = self._make(index, fn, op, inputs)
             self._made[index] = found
         return found
 
-    def warm(self, index: int, fn: UserFunction, op: str, inputs: tuple[str, ...], over: Callable[[], bool]) -> None:
+    def warm(
+        self, index: int, fn: UserFunction, op: str, inputs: tuple[str, ...], over: Callable[[], bool], since_s: float
+    ) -> None:
         """Construct it before it is needed, if that may take long, and after another worker has. What fails then will be told
-        when it is needed. over: is it too late?
+        when it is needed. over: is it too late? since_s: when the worker began to warm.
         """
-        if not (fn.is_class or isinstance(fn.target, ModelAdapter)):
+        if not _is_constructed(fn):
             return
-        while self._loads.await_turn(index, over):
+        while self._loads.await_turn(index, over, since_s):
             with _CONSTRUCTION:
                 if over() or not self._loads.may_begin(index):
                     continue
-                with contextlib.suppress(HeadraceError):
+                with contextlib.suppress(Exception):
                     self.get(index, fn, op, inputs)
                 return
+
+    def keep(self, indices: Collection[int]) -> None:
+        """Close and forget all others: they are constructed anew when they are needed."""
+        for index in [i for i in self._made if i not in indices]:
+            del self._made[index]
+            self._loads.forget(index)
+            if index in self._constructed:
+                _close(self._constructed.pop(index))
 
     def close(self) -> None:
         """Close the instances that were constructed here and can be closed."""
         while self._constructed:
-            close = getattr(self._constructed.pop(), "close", None)
-            if callable(close):
-                with contextlib.suppress(Exception):  # the run is decided; nobody is left to act on it
-                    close()
+            _close(self._constructed.popitem()[1])
         self._made.clear()
 
-    def _make(self, fn: UserFunction, op: str, inputs: tuple[str, ...]) -> Callable[..., Any]:
+    def _make(self, index: int, fn: UserFunction, op: str, inputs: tuple[str, ...]) -> Callable[..., Any]:
         made: Any = fn.target
         if not fn.is_class and isinstance(fn.target, ModelAdapter):
             try:
                 made = fn.target.load(Place(self.device, self.threads, inputs, self.deterministic))
             except BaseException as exc:
                 raise explain(exc, op, doing="loading the model") from None
-            self._constructed.append(made)
+            self._constructed[index] = made
             return made
         if fn.is_class:
             kwargs = dict(fn.ctor_kwargs)
@@ -111,8 +128,19 @@ class Functions:
                 made = fn.target(*fn.ctor_args, **kwargs)
             except BaseException as exc:
                 raise explain(exc, op, doing=f"constructing {fn.name}") from None
-            self._constructed.append(made)
+            self._constructed[index] = made
         return _module_model(made, self.device) if is_instance(made, "torch.nn", "Module") else made
+
+
+def _is_constructed(fn: UserFunction) -> bool:
+    return fn.is_class or isinstance(fn.target, ModelAdapter)
+
+
+def _close(instance: Any) -> None:
+    close = getattr(instance, "close", None)
+    if callable(close):
+        with contextlib.suppress(Exception):  # the run is decided; nobody is left to act on it
+            close()
 
 
 def _wants_device(fn: UserFunction) -> bool:

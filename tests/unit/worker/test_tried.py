@@ -98,6 +98,57 @@ def test_an_interrupted_call_is_left_behind() -> None:
     assert ended.wait(10)
 
 
+def test_what_an_interrupted_trial_constructed_is_closed() -> None:
+    tried, gate = Tried(), threading.Event()
+    functions = Functions("cpu")
+    tried.begin(functions.close)
+    model: Any = tried.call(lambda: functions.get(0, UserFunction(Model, is_class=True), "predict"))
+
+    def hangs() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        gate.wait()
+
+    with pytest.raises(KeyboardInterrupt):
+        tried.call(hangs)
+    thread = next(t for t in threading.enumerate() if t.ident == model.thread)
+    tried.close()
+    gate.set()
+    thread.join()
+    assert model.closed == [model.thread]
+
+
+def test_a_constructor_that_is_left_behind_holds_nobody_up() -> None:
+    tried, gate = Tried(), threading.Event()
+
+    class Hangs:
+        def __init__(self) -> None:
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            gate.wait()
+
+    functions = Functions("cpu")
+    with pytest.raises(KeyboardInterrupt):
+        tried.call(lambda: functions.get(0, UserFunction(Hangs, is_class=True), "map"))
+    found: list[Any] = []
+    other = threading.Thread(
+        target=lambda: found.append(Functions("cpu").get(0, UserFunction(Model, is_class=True), "predict"))
+    )
+    other.start()
+    other.join()
+    assert found
+    tried.close()
+    gate.set()
+
+
+def test_functions_that_do_not_go_on_are_closed_and_made_anew() -> None:
+    functions, fn = Functions("cpu"), UserFunction(Model, is_class=True)
+    model: Any = functions.get(0, fn, "predict")
+    other: Any = functions.get(1, fn, "map")
+    functions.keep([0])
+    assert (len(model.closed), len(other.closed)) == (0, 1)
+    assert functions.get(0, fn, "predict") is model
+    assert functions.get(1, fn, "map") is not other
+
+
 def test_elsewhere_there_is_none() -> None:
     tried = Tried()
     model = constructed(tried)
