@@ -247,8 +247,6 @@ def _tensor_kind(type: pa.DataType) -> str | None:
 
 def tensors_brought(column: pa.Array, type: pa.DataType) -> pa.Array:
     """The column as a type that `tensors_meet` found for its own. Raises ArrowInvalid for a list with a null in it."""
-    if column.type.equals(type):
-        return column
     if is_tensor(column.type):
         return fixed_to_ragged(column) if is_ragged(type) else column.storage.cast(type)
     vectors = [values.values for values in column]

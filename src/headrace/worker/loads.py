@@ -22,15 +22,13 @@ class Loads:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._begun: set[int] = set()
-        self._next_s: dict[int, float] = {}  # when the next load may begin
+        self._next_s: dict[int, float] = {}  # of what was begun: when the next load may begin
 
     @contextmanager
     def loading(self, index: int) -> Iterator[None]:
         """Operator `index` is constructed inside."""
         began_s = time.monotonic()
         with self._changed:
-            self._begun.add(index)
             self._next_s[index] = float("inf")
         try:
             yield
@@ -43,7 +41,6 @@ class Loads:
     def forget(self, index: int) -> None:
         """What was constructed is gone: the first worker has to, again."""
         with self._changed:
-            self._begun.discard(index)
             self._next_s.pop(index, None)
 
     def may_begin(self, index: int) -> bool:
@@ -57,7 +54,7 @@ class Loads:
                 wait_s = self._next_s.get(index, float("inf")) - time.monotonic()
                 if wait_s <= 0:
                     return True
-                if index not in self._begun and time.monotonic() - since_s > PATIENCE_S:
+                if index not in self._next_s and time.monotonic() - since_s > PATIENCE_S:
                     return False
                 self._changed.wait(min(wait_s, POLL_S))
         return False
