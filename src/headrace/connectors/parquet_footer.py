@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
-from msgspec import Struct
+from msgspec import Struct, field
 
 MAGIC = b"PAR1"
 TAIL_BYTES = 8  # the footer's length and the magic
@@ -51,23 +51,25 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _skip(data: bytes, at: int, kind: int, depth: int = 0) -> int:
-    """Where the value that begins at `at` ends."""
-    if kind in (I16, I32, I64):
-        while data[at] >= 0x80:
-            at += 1
-        return at + 1
-    if kind == BINARY:
-        size, at = varint(data, at)
-        return at + size
+    """Where the value that begins at `at` ends. Numbers and strings in structs are most of what there is, and not worth a call."""
     if kind == STRUCT:
         if depth > _MOST_DEPTH:
             raise Refused("structs are nested too deeply")
         while head := data[at]:
             at += 1
-            if head < 0x10:
-                at = _skip(data, at, I16)
+            if head < 0x10:  # the field's id in full
+                while data[at] >= 0x80:
+                    at += 1
+                at += 1
             kind = head & 0x0F
-            if kind > FALSE:
+            if I16 <= kind <= I64:
+                while data[at] >= 0x80:
+                    at += 1
+                at += 1
+            elif kind == BINARY:
+                size, at = (data[at], at + 1) if data[at] < 0x80 else varint(data, at)
+                at += size
+            elif kind > FALSE:
                 at = _skip(data, at, kind, depth + 1)
         return at + 1
     if kind in (LIST, SET):
@@ -79,6 +81,13 @@ def _skip(data: bytes, at: int, kind: int, depth: int = 0) -> int:
         for _ in range(count):
             at = _skip(data, at, element, depth + 1)
         return at
+    if I16 <= kind <= I64:
+        while data[at] >= 0x80:
+            at += 1
+        return at + 1
+    if kind == BINARY:
+        size, at = varint(data, at)
+        return at + size
     if kind in (TRUE, FALSE, I8):  # a boolean in a list takes a byte
         return at + 1
     if kind == DOUBLE:
@@ -119,7 +128,13 @@ def struct_at(data: bytes, at: int = 0) -> tuple[Fields, int]:
             id = (raw >> 1) ^ -(raw & 1)
         else:
             id += head >> 4
-        end = at if kind <= FALSE else _skip(data, at, kind)
+        end = at
+        if I16 <= kind <= I64:
+            while data[end] >= 0x80:
+                end += 1
+            end += 1
+        elif kind > FALSE:
+            end = _skip(data, at, kind)
         if end > len(data):
             raise IndexError(end)
         if id in fields:
@@ -171,7 +186,12 @@ def part(fields: Mapping[int, tuple[int, bytes]], id: int) -> Fields:
     return {} if found is None else struct_at(found[1])[0]
 
 
+_BYTES = [bytes([value]) for value in range(256)]
+
+
 def put_varint(value: int) -> bytes:
+    if 0 <= value < 0x80:
+        return _BYTES[value]
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)
@@ -201,7 +221,7 @@ def put_struct(fields: Mapping[int, tuple[int, bytes]]) -> bytes:
     for id in sorted(fields):
         kind, raw = fields[id]
         step = id - last
-        out.append(bytes([step << 4 | kind]) if 0 < step < 16 else bytes([kind]) + put_number(id))
+        out.append(_BYTES[step << 4 | kind] if 0 < step < 16 else _BYTES[kind] + put_number(id))
         out.append(raw)
         last = id
     out.append(b"\0")
@@ -261,14 +281,24 @@ class Column(Struct, frozen=True):
 
 
 class Group(Struct, frozen=True):
-    """A row group. chunks: one for each leaf."""
+    """A row group."""
 
     rows: int
     fields: Fields
 
-    @property
-    def chunks(self) -> list[Fields]:
-        return list(structs(self.fields[_COLUMNS][1]))
+
+class Chunks(Struct, frozen=True):
+    """Of a row group, one for each leaf. fields: as they are stored."""
+
+    fields: list[Fields]
+    known: dict[int, Chunk] = field(default_factory=dict[int, "Chunk"])
+
+    def __getitem__(self, leaf: int) -> Chunk:
+        """Raises Refused for one that can't be moved, IndexError."""
+        found = self.known.get(leaf)
+        if found is None:
+            found = self.known[leaf] = Chunk.of(self.fields[leaf])
+        return found
 
 
 class Footer:
@@ -286,8 +316,17 @@ class Footer:
             self.elements = tuple(structs(self.fields[_SCHEMA][1]))
             self.leaves, self.columns = _tree(self.elements)
             self.groups = tuple(Group(number(g, _GROUP_ROWS), g) for g in structs(self.fields[_GROUPS][1]))
+            self._last = -1, Chunks([])
         except (IndexError, KeyError, ValueError, RecursionError) as e:
             raise Refused("the metadata are damaged") from e
+
+    def chunks(self, group: int) -> Chunks:
+        """Those of the row group that was asked for last are kept: of all of a large file they would take hundreds of MB."""
+        number, chunks = self._last
+        if number != group:
+            chunks = Chunks(list(structs(self.groups[group].fields[_COLUMNS][1])))
+            self._last = group, chunks
+        return chunks
 
     @cached_property
     def by_name(self) -> dict[str, Column]:

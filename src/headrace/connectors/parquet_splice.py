@@ -51,6 +51,8 @@ class Bytes(Protocol):
 
     def read(self, nbytes: int | None = None) -> bytes: ...
 
+    def readinto(self, b: Any) -> int: ...
+
 
 class SplicedFile(Struct, frozen=True):
     """A whole file. digest: SHA-256."""
@@ -125,6 +127,7 @@ class Splicer:
         self._digest = hashlib.sha256()
         self._groups: list[bytes] = []
         self._rows = 0
+        self._piece = memoryview(b"")  # what chunks are copied by way of: new memory for each would cost as much as the copy
         self._write(MAGIC)
 
     def append(self, rows: int, columns: Mapping[str, tuple[Source, int, str]]) -> None:
@@ -136,18 +139,16 @@ class Splicer:
         try:
             chunks: list[bytes] = []
             moved: list[Chunk] = []
-            found: dict[tuple[int, int], list[Any]] = {}
             for column in self.template.footer.columns:
                 source, group, name = columns[column.name]
                 if source.footer.groups[group].rows != rows:
                     raise Refused("the row groups differ in length")
-                if (id(source), group) not in found:
-                    found[id(source), group] = source.footer.groups[group].chunks
+                found = source.footer.chunks(group)
                 from_column = source.footer.by_name[name]
                 if from_column.layout != column.layout:
                     raise Refused(f"column {name!r} is stored in another way")
                 for leaf, at in zip(column.leaves, from_column.leaves, strict=True):
-                    chunk = Chunk.of(found[id(source), group][at])
+                    chunk = found[at]
                     chunks.append(self._copy(source, chunk, rows, leaf))
                     moved.append(chunk)
         except BaseException as e:
@@ -165,7 +166,7 @@ class Splicer:
         self._write(footer + len(footer).to_bytes(4, "little") + MAGIC)
         return SplicedFile(self._at, self._digest.hexdigest())
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes | memoryview) -> None:
         self._digest.update(data)
         self._out.write(data)
         self._at += len(data)
@@ -181,11 +182,14 @@ class Splicer:
         pages = _Pages()
         source.file.seek(chunk.start)
         left = chunk.stored_bytes
+        if len(self._piece) < min(left, PIECE_BYTES):
+            self._piece = memoryview(bytearray(PIECE_BYTES))
         while left:
-            piece = source.file.read(min(left, PIECE_BYTES))
-            if not piece:
+            n = source.file.readinto(self._piece[: min(left, PIECE_BYTES)])
+            if not n:
                 raise Refused("a chunk ends before its time")
-            left -= len(piece)
+            piece = self._piece[:n]
+            left -= n
             pages.see(piece)
             self._write(piece)
         pages.end(chunk.values)
@@ -205,7 +209,7 @@ class _Pages:
         self._head = b""  # of a page, as long as it is not whole
         self._body = 0  # bytes of the page that are still to come
 
-    def see(self, data: bytes) -> None:
+    def see(self, data: memoryview) -> None:
         at = 0
         while at < len(data):
             if self._body:

@@ -211,7 +211,7 @@ def test_what_is_not_understood_is_refused() -> None:
         read_footer(pa.BufferReader(data[:-1] + b"E"), len(data))
     with pytest.raises(Refused, match="too long"):
         read_footer(pa.BufferReader(data), len(data), 10)
-    (chunk,) = footer.groups[0].chunks
+    (chunk,) = footer.chunks(0).fields
     with pytest.raises(Refused, match="another file"):
         Chunk.of({**chunk, 1: (8, text)})
     with pytest.raises(Refused, match="kind"):

@@ -14,7 +14,7 @@ import bisect
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import pyarrow as pa
 from msgspec import Struct
 
 from headrace.connectors import storage
-from headrace.connectors.parquet_footer import Chunk, Footer, Refused
+from headrace.connectors.parquet_footer import Footer, Refused
 from headrace.connectors.parquet_splice import (
     ENOUGH_GROUP_BYTES,
     LEAST_CHUNK_BYTES,
@@ -87,7 +87,7 @@ def _works() -> bool:
     try:
         column = pa.concat_arrays([texts_to_array(["a"]), pa.nulls(1, pa.string())])
         source = encoded(pa.Table.from_arrays([column], names=["x"]), {})
-        return all(Chunk.of(fields).values == 2 for fields in source.footer.groups[0].chunks)
+        return source.footer.chunks(0)[0].values == 2
     except (Refused, pa.ArrowException, OSError):
         return False
 
@@ -95,8 +95,8 @@ def _works() -> bool:
 def _fits(footer: Footer, group: int, leaves: Sequence[range], compression: Compression) -> bool:
     """Is the row group large enough to be kept, and are these of its chunks to be understood and compressed as asked?"""
     try:
-        fields = footer.groups[group].chunks
-        chunks = [Chunk.of(fields[at]) for span in leaves for at in span]
+        found = footer.chunks(group)
+        chunks = [found[at] for span in leaves for at in span]
     except (Refused, IndexError, KeyError):
         return False
     if compression != "auto" and any(c.codec != compression for c in chunks):
@@ -151,8 +151,17 @@ class _Checked:
         return self._file.seek(position, whence)
 
     def read(self, nbytes: int | None = None) -> bytes:
-        try:
+        with self._explained():
             return self._file.read(nbytes)
+
+    def readinto(self, b: Any) -> int:
+        with self._explained():
+            return self._file.readinto(b)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as e:
             raise DataError(f"reading failed: {e}", where=(("file", redact(self._uri)),)) from e
 

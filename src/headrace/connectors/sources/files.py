@@ -43,6 +43,7 @@ class FileSource(ABC):
         self._listing = Listing.of(paths, self.extensions, compressed=self.compressed)
         self._full: pa.Schema | None = None
         self._columns: tuple[str, ...] | None = None
+        self._projected: pa.Schema | None = None  # of those
 
     @property
     def remote(self) -> bool:
@@ -52,7 +53,9 @@ class FileSource(ABC):
         full = self._full_schema()
         if self._columns is None:
             return full
-        return pa.schema([full.field(c) for c in self._columns], metadata=full.metadata)
+        if self._projected is None:  # asked for with every block, and wide tables have many fields
+            self._projected = pa.schema([full.field(c) for c in self._columns], metadata=full.metadata)
+        return self._projected
 
     def _full_schema(self) -> pa.Schema:
         """Of all columns; read once."""
@@ -99,7 +102,7 @@ class FileSource(ABC):
             if c not in names:
                 raise PlanError(f"column {c!r} is not in the input", hint=f"it has: {', '.join(names[:50])}")
         out = copy.copy(self)
-        out._columns = tuple(columns)
+        out._columns, out._projected = tuple(columns), None
         return out
 
     def prune(self, predicate: Any) -> tuple[FileSource, bool]:
