@@ -16,7 +16,13 @@ if TYPE_CHECKING:
 Paths = str | PathLike[str] | Sequence[str | PathLike[str]]
 
 
-def read_parquet(paths: Paths, *, columns: Sequence[str] | None = None, schema: pa.Schema | None = None) -> Dataset:
+def read_parquet(
+    paths: Paths,
+    *,
+    columns: Sequence[str] | None = None,
+    schema: pa.Schema | None = None,
+    hive_partitioning: bool = False,
+) -> Dataset:
     """Rows of Parquet files. columns: read only these (the engine also leaves out what nothing later needs).
 
     schema: columns and types that all files are brought to, by safe casts; a column that a file lacks is null there, one that
@@ -24,10 +30,14 @@ def read_parquet(paths: Paths, *, columns: Sequence[str] | None = None, schema: 
     between them: 16, of a remote store 8): a column has the wider of its types, and is null in files without it if some of
     these lack it. Types that have nothing in common are a PlanError where their column is read; any other file that does not go
     into the schema is a DataError when it is read.
+
+    hive_partitioning: folders below `paths` that are called "year=2020" make a column: int64 where the values of the first
+    1,000 files are whole numbers, else string; `schema` may say otherwise. A column of that name in a file goes before. Of files
+    that a filter on such columns rules out only the footer is read.
     """
     from headrace.connectors.sources.parquet import ParquetSource
 
-    dataset = from_source(ParquetSource(paths, schema=schema))
+    dataset = from_source(ParquetSource(paths, schema=schema, hive_partitioning=hive_partitioning))
     return dataset if columns is None else dataset.select(list(columns))
 
 

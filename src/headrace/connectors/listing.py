@@ -12,6 +12,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, count, islice, pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -119,22 +120,28 @@ class Listing:
 
     def objects(self) -> Iterator[Stored]:
         """All objects. Raises DataError for an entry that is missing or holds nothing to read."""
-        roots = [_fixed_root(e) for e in self.entries]
-        root = _common_root(roots)
-        names = _Names(in_order=_apart(roots))
+        names = _Names(in_order=_apart([_fixed_root(e) for e in self.entries]))
         earlier: list[_Matcher] = []
         for entry in self.entries:
             found = False
             matcher = _Matcher(entry)
             for o in self._expand(entry):
                 found = True
-                name = _relative(o.uri, root)
+                name = self.relative(o.uri)
                 repeats = sum(m.matches(o.uri) for m in earlier)
                 yield Stored(o.uri, o.size, o.version, names.unique(name, repeats))
             if not found:
                 raise self._nothing(entry)
             if matcher.broad and len(self.entries) > 1:
                 earlier.append(matcher)
+
+    def relative(self, uri: str) -> str:
+        """An object's path below the folder that holds all that is read."""
+        return _relative(uri, self._root)
+
+    @cached_property
+    def _root(self) -> str:
+        return _common_root([_fixed_root(e) for e in self.entries])
 
     def covers(self, uri: str) -> bool:
         """Would `objects` find an object of this path, if there was one?"""

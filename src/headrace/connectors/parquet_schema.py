@@ -6,7 +6,7 @@ named the type, no cast of `conform` loses anything, and no nested field is left
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -127,10 +127,17 @@ def _conflict(name: str, uri: str, other: pa.Schema, found: Sequence[tuple[str, 
 
 
 def conform(
-    batch: pa.RecordBatch, schema: pa.Schema, where: Where, optional: frozenset[str] = frozenset(), *, by_user: bool = False
+    batch: pa.RecordBatch,
+    schema: pa.Schema,
+    where: Where,
+    optional: frozenset[str] = frozenset(),
+    *,
+    by_user: bool = False,
+    known: Mapping[str, pa.Scalar] | None = None,
 ) -> pa.RecordBatch:
     """The batch with the columns and types of `schema`, matched by name. optional: columns that may be missing, and are null
-    then. by_user: the user named the types, and any safe cast will do.
+    then. known: values that a missing column has in all rows, of the schema's type. by_user: the user named the types, and any
+    safe cast will do.
 
     Raises DataError for a column that is missing, or whose type or values do not go in.
     """
@@ -143,13 +150,25 @@ def conform(
         i = batch.schema.get_field_index(f.name)
         if i >= 0:
             arrays.append(_cast(batch.column(i), f, where, by_user))
-        elif f.name in optional and f.name not in batch.schema.names:  # twice there is not missing
-            arrays.append(pa.nulls(batch.num_rows, f.type))
-        else:
+        elif f.name in batch.schema.names or not (known and f.name in known or f.name in optional):  # twice is not missing
             there = ", ".join(batch.schema.names[:20])
             text = f"column {f.name!r} ({f.type}) is missing here (there are: {there})"
             raise Mismatch(text, where=(*where, ("column", f.name)), hint=f"{HINT}; what a file lacks is null then")
+        elif known and f.name in known:
+            arrays.append(pa.repeat(known[f.name], batch.num_rows))
+        else:
+            arrays.append(pa.nulls(batch.num_rows, f.type))
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def constant(text: str | None, f: pa.Field, where: Where) -> pa.Scalar:
+    """A folder's value as one of the field's type. Raises DataError."""
+    if text is None:
+        return pa.scalar(None, f.type)
+    try:
+        return _cast(pa.array([text]), f, where, True)[0]
+    except DataError as e:
+        raise DataError(f"of a folder's name, {e.message}", where=e.where, hint=HINT) from None
 
 
 def _cast(array: pa.Array, f: pa.Field, where: Where, by_user: bool) -> pa.Array:

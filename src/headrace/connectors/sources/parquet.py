@@ -8,7 +8,7 @@ in origins are those of the file.
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from itertools import accumulate, islice, pairwise
@@ -17,10 +17,10 @@ from typing import Any, Self
 import pyarrow as pa
 from msgspec.structs import replace
 
-from headrace.connectors import footers, packing, storage
+from headrace.connectors import footers, hive, packing, storage
 from headrace.connectors.blocks import Piece, no_columns, rows_per_block, shareable, sized
 from headrace.connectors.listing import Paths
-from headrace.connectors.parquet_schema import HINT, conform, named, refused, unified
+from headrace.connectors.parquet_schema import HINT, conform, constant, named, refused, unified
 from headrace.connectors.parquet_splice import worth_copying
 from headrace.connectors.redact import redact
 from headrace.connectors.sources.files import FileSource
@@ -61,6 +61,7 @@ WIDE_VALUE_BYTES = 1 << 10  # stored values of this size are no references into 
 # Footers that types are taken from: a tenth of a millisecond each; from a store they come at once, beside the first one.
 LOOKED_AT = 16
 LOOKED_AT_REMOTE = 8
+FOLDERS_LOOKED_AT = 1000  # objects whose folders say which columns there are, and of which type: names alone cost next to nothing
 
 
 class ParquetSource(FileSource):
@@ -70,6 +71,9 @@ class ParquetSource(FileSource):
     Otherwise the schema is the one that rows of some files fit into, chosen by the listing alone; a column that some of them
     lack is null where it is missing. Where their types don't go together it has the first one, and can't be read. A file that
     does not go into the schema is a DataError.
+
+    hive_partitioning: a column that a file lacks has the value that a folder's name says, if one does; without schema= such
+    columns are in the schema, behind the others.
     """
 
     name = "parquet"
@@ -79,9 +83,15 @@ class ParquetSource(FileSource):
     _chosen = False  # are some columns all that anyone wants?
 
     def __init__(
-        self, paths: Paths, columns: tuple[str, ...] | list[str] | None = None, *, schema: pa.Schema | None = None
+        self,
+        paths: Paths,
+        columns: tuple[str, ...] | list[str] | None = None,
+        *,
+        schema: pa.Schema | None = None,
+        hive_partitioning: bool = False,
     ) -> None:
         super().__init__(paths)
+        self._hive = hive_partitioning
         self._schema = None if schema is None else named(schema)
         self._full = self._schema
         self._optional = frozenset(() if self._schema is None else self._schema.names)  # null in files that lack them
@@ -153,9 +163,10 @@ class ParquetSource(FileSource):
         return total
 
     def describe(self) -> str:
+        folders = ", with the columns that folders say" if self._hive else ""
         types = "" if self._schema is None else f", schema: {', '.join(f'{f.name} {f.type}' for f in self._schema)}"
         where = "" if self._predicate is None else f", where {self._predicate}"
-        return super().describe() + types + where
+        return super().describe() + folders + types + where
 
     def _first_schema(self) -> pa.Schema:
         objects, all_there = self._listing.spread(LOOKED_AT_REMOTE if self.remote else LOOKED_AT)
@@ -165,7 +176,20 @@ class ParquetSource(FileSource):
         found = [(o.uri, schema) for o, schema in zip(objects, schemas, strict=True) if schema is not None]
         known = unified(found, all_there=all_there and None not in schemas)
         self._optional, self._conflicts = known.optional, known.conflicts
-        return known.schema
+        if not self._hive:
+            return known.schema
+        names = (self._listing.relative(o.uri) for o in islice(self._listing.objects(), FOLDERS_LOOKED_AT))
+        more = [f for f in hive.fields(names) if f.name not in known.schema.names]
+        self._optional |= {f.name for f in more}
+        return pa.schema([*known.schema, *more])
+
+    def _told(self, uri: str) -> dict[str, pa.Scalar]:
+        """What the folders of an object say of columns. Raises DataError for a value that is none of the column's type."""
+        if not self._hive:
+            return {}
+        full, where = self._full_schema(), (("file", uri),)
+        said = hive.told(self._listing.relative(uri))
+        return {name: constant(text, full.field(name), where) for name, text in said.items() if name in full.names}
 
     def _schemas(self, objects: list[Stored]) -> list[pa.Schema | None]:
         """Of each; None where it can't be understood: whoever reads it will say so, or set it aside."""
@@ -276,6 +300,10 @@ class ParquetSource(FileSource):
         if self._chosen or self._schema is not None:
             return
         full = self._full_schema().names
+        said = [name for name in hive.told(self._listing.relative(uri)) if name not in full]
+        if said and not self._hive:
+            text = f"names of folders say {', '.join(said[:20])}, which is not read; hive_partitioning=True makes columns of it"
+            self._remarks.add("folders", text)
         if names != full and (left := [name for name in names if name not in full]):
             columns = ", ".join(left[:20])
             text = f"columns {columns} of {redact(uri)} are not in the schema and are left out; {HINT}"
@@ -327,13 +355,16 @@ class ParquetSource(FileSource):
         return pa.schema([full.field(n) for n in names])
 
     def _may_match(self, reader: Reader, file: Any) -> set[int]:
-        """Row groups that statistics don't rule out. Those of values that will be cast say nothing of what comes of them."""
+        """Row groups that statistics, and folders, don't rule out. Those of values that will be cast say nothing of what comes
+        of them.
+        """
         full, stored = self._full_schema(), file.schema_arrow
+        said = {name: value for name, value in self._told(reader.uri).items() if name not in stored.names}
         for name in self._predicate_columns:
             i = stored.get_field_index(name)
-            if i < 0 or not _ordered_alike(stored.field(i).type, full.field(name).type):
+            if name not in said and (i < 0 or not _ordered_alike(stored.field(i).type, full.field(name).type)):
                 return set(range(file.num_row_groups))
-        return _may_match(reader, file, self._predicate)
+        return _may_match(reader, file, self._predicate, said)
 
     def _group_batches(
         self, reader: Reader, columns: _Columns, g: int, limits: BlockLimits, where: tuple[tuple[str, str], ...]
@@ -361,10 +392,11 @@ class ParquetSource(FileSource):
         on_bad: OnBad | None,
     ) -> Iterator[tuple[pa.RecordBatch, Origin]]:
         """The batch in the types promised, without what the predicate rules out. A row whose value does not fit is bad."""
+        said = self._told(where[0][1])
 
         def read(start: int, stop: int) -> tuple[pa.RecordBatch, Origin]:
             part, of = batch.slice(start, stop - start), origin.slice(start, stop - start)
-            brought = conform(part, schema, where, self._optional, by_user=self._schema is not None)
+            brought = conform(part, schema, where, self._optional, by_user=self._schema is not None, known=said)
             return self._filtered(brought, of, where)
 
         try:
@@ -640,17 +672,21 @@ def _ordered_alike(a: pa.DataType, b: pa.DataType) -> bool:
     return a.equals(b) or (pa.types.is_integer(a) and pa.types.is_integer(b))
 
 
-def _may_match(reader: Reader, file: Any, predicate: Any) -> set[int]:
-    """Row groups that statistics don't rule out. When they can't be used (types differ between files) all of them."""
+def _may_match(reader: Reader, file: Any, predicate: Any, said: Mapping[str, pa.Scalar]) -> set[int]:
+    """Row groups that statistics don't rule out. When they can't be used (types differ between files) all of them. said: values
+    that columns have in all rows, which the file lacks.
+    """
     import pyarrow.dataset as ds
 
     every = set(range(file.num_row_groups))
-    if len(every) < 2 and not any(_has_statistics(file, g) for g in every):
+    if not said and len(every) < 2 and not any(_has_statistics(file, g) for g in every):
         return every
     footer = footers.remembered.find(reader.uri, reader.version)
+    data = pa.BufferReader(_footer_of(file) if footer is None else footer)
     try:
-        fragment = ds.ParquetFileFormat().make_fragment(pa.BufferReader(_footer_of(file) if footer is None else footer))
-        kept = fragment.subset(filter=predicate, schema=fragment.physical_schema).row_groups
+        fragment = ds.ParquetFileFormat().make_fragment(data, partition_expression=hive.equal_to(said))
+        schema = pa.schema([*fragment.physical_schema, *(pa.field(name, value.type) for name, value in said.items())])
+        kept = fragment.subset(filter=predicate, schema=schema).row_groups
     except (pa.ArrowException, KeyError, TypeError, ValueError, OSError):
         return every  # the filter itself will be applied, and explain, row by row
     return {group.id for group in kept}
