@@ -358,3 +358,29 @@ def test_vectors_of_row_functions_need_no_neighbour_of_another_length(tmp_path: 
         assert [np.asarray(v).tolist() for v in table["v"].to_pylist()] == [list(range(i % 7)) for i in range(rows)]
         run = hr.range(rows).map(tokens).write_parquet(tmp_path / f"{rows}", **{**quiet, "on_error": "skip"})
         assert run.rows == rows
+
+
+@pytest.mark.parametrize("rows", [5, 70_000, 100_000])
+def test_a_limit_ends_within_what_one_row_becomes(tmp_path: Path, quiet: Options, rows: int) -> None:
+    def expand(row: Any) -> Any:
+        for i in range(100_000):
+            yield {"i": i}
+
+    def doubled(batch: Any) -> Any:
+        yield from ({"i": np.arange(50_000) + at} for at in (0, 50_000))
+
+    for ds in (hr.range(1).flat_map(expand), hr.range(1).map_batches(doubled)):
+        run = ds.limit(rows).write_parquet(tmp_path / "out", fresh=True, **quiet)
+        tally = run.tally
+        assert (tally.written, tally.rows_in, tally.filtered) == (rows, 1, 0)
+        assert tally.rows_in + tally.expanded == tally.written + tally.cut
+    assert [row["i"] for row in hr.range(1).flat_map(expand).take(3)] == [0, 1, 2]
+
+
+def test_outputs_that_readers_would_pass_over_are_refused(tmp_path: Path, quiet: Options) -> None:
+    for name in ("_a", "b"):
+        pq.write_table(pa.table({"x": [1]}), tmp_path / f"{name}.parquet")
+    paths = [tmp_path / "_a.parquet", tmp_path / "b.parquet"]
+    with pytest.raises(hr.DestinationError, match="begin with _"):
+        hr.read_parquet(paths).write_parquet(tmp_path / "out", outputs="per_input", **quiet)
+    assert hr.read_parquet(paths).write_parquet(tmp_path / "packed", **quiet).rows == 2

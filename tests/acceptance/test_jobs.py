@@ -183,6 +183,10 @@ def test_an_error_that_does_not_pickle_is_told(tmp_path: Path) -> None:
             lambda out: [hr.Job(hr.range(3).write_parquet, out), hr.Job(hr.range(4).write_parquet, out + "/")],
             "the same destination",
         ),
+        (
+            lambda out: [hr.Job(hr.range(3).write_parquet, out), hr.Job(hr.range(4).write_parquet, out + "/eu")],
+            "lies in another job's",
+        ),
         (lambda out: [hr.range(3)], "no job"),
         (lambda out: [hr.Job(hr.range(3).count, out)], "a job is made of"),  # pyright: ignore[reportArgumentType]
     ],

@@ -165,9 +165,7 @@ def to_pandas(plan: Plan, options: ActionOptions) -> pd.DataFrame:
 
     table = to_arrow(plan, options).combine_chunks()
     batches = table.to_batches()
-    if not batches:
-        return table.to_pandas()
-    return frame(batches[0])
+    return frame(batches[0]) if batches else table.to_pandas(ignore_metadata=True)
 
 
 def to_torch(batch: dict[str, Any], device: str | None, dtypes: Any) -> dict[str, Any]:

@@ -32,8 +32,8 @@ def read_parquet(
     into the schema is a DataError when it is read.
 
     hive_partitioning: folders below `paths` that are called "year=2020" make a column: int64 where the values of the first
-    1,000 files are whole numbers, else string; `schema` may say otherwise. A column of that name in a file goes before. Of files
-    that a filter on such columns rules out only the footer is read.
+    1,000 files are whole numbers, else string; `schema` may say otherwise. A column of that name in a file goes before. Of
+    files that a filter on such columns rules out only the footer is read.
     """
     from headrace.connectors.sources.parquet import ParquetSource
 
@@ -95,17 +95,22 @@ def from_ray_dataset(dataset: Any) -> Dataset:
 
 
 def from_pandas(frame: pd.DataFrame) -> Dataset:
-    """Rows of a pandas frame (without its index)."""
+    """Rows of a pandas frame; of its index, levels that have a name."""
     import pyarrow as pa
 
-    return from_arrow(pa.Table.from_pandas(frame, preserve_index=False))
+    from headrace.worker.results import with_index
+
+    return from_arrow(pa.Table.from_pandas(with_index(frame), preserve_index=False))
 
 
 def from_items(rows: Iterable[Mapping[str, Any]]) -> Dataset:
-    """Rows given as dicts of Python values."""
+    """Rows given as dicts of Python values. A key that some of them lack is null there."""
     import pyarrow as pa
 
-    return from_arrow(pa.Table.from_pylist([dict(row) for row in rows]))
+    held = [dict(row) for row in rows]
+    names = dict.fromkeys(name for row in held for name in row)
+    table = pa.table({name: pa.array([row.get(name) for row in held]) for name in names})
+    return from_arrow(table if names or not held else pa.table({"_": pa.nulls(len(held))}).select([]))
 
 
 def range(rows: int) -> Dataset:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, count, islice, pairwise
@@ -153,7 +153,7 @@ class Listing:
         if _MAGIC.search(entry) and not os.path.lexists(entry):
             return _local_glob(entry)
         if os.path.isdir(entry):
-            return (o for o in _walk(entry, re.compile(r"[^_.]").match) if self._wanted(o.uri))
+            return _walk(entry, re.compile(r"[^_.]").match, self._wanted)
         found = storage.stat(entry)
         return iter(() if found is None else (found,))
 
@@ -379,8 +379,11 @@ def _offer(name: str, n: int) -> str:
     return f"{name}-{n}{'.x' if suffix.lower() in COMPRESSED else suffix}"
 
 
-def _walk(top: str, keep: Any) -> Iterator[Stored]:
-    """Files under a directory, sorted as S3 sorts keys; `keep(name)` chooses files and directories."""
+def _walk(top: str, keep: Any, wanted: Callable[[str], bool]) -> Iterator[Stored]:
+    """Files under a directory, sorted as S3 sorts keys. `keep(name)` chooses files and directories, `wanted(path)` files.
+
+    Raises DataError for a link that leads nowhere: its rows would be missing without a word.
+    """
     try:
         with os.scandir(top) as entries:
             found = [(e.name + "/" if e.is_dir() else e.name, e) for e in entries if keep(e.name)]
@@ -389,13 +392,25 @@ def _walk(top: str, keep: Any) -> Iterator[Stored]:
     found.sort(key=lambda pair: pair[0])
     for name, entry in found:
         if name.endswith("/"):
-            yield from _walk(entry.path, keep)
+            yield from _walk(entry.path, keep, wanted)
+            continue
+        if not wanted(entry.path):
             continue
         try:
             st = entry.stat()
         except FileNotFoundError:
-            continue  # removed since the directory was read, or a link to nowhere
+            _refuse_lost_link(entry.path)
+            continue  # removed since the directory was read
         yield Stored(entry.path, st.st_size, storage.stat_version(st))
+
+
+def _refuse_lost_link(path: str) -> None:
+    try:
+        to = os.readlink(path)
+    except OSError:  # no link, or none any more
+        return
+    hint = "mount or fetch what it leads to, or remove the link"
+    raise DataError("a link in the input leads nowhere", where=(("link", path), ("it leads to", to)), hint=hint)
 
 
 def _local_glob(pattern: str) -> Iterator[Stored]:
@@ -407,17 +422,19 @@ def _local_glob(pattern: str) -> Iterator[Stored]:
 def _match_level(folder: str, parts: tuple[str, ...]) -> Iterator[Stored]:
     head, rest = parts[0], parts[1:]
     if "**" in head:
-        wanted = _glob_pattern("/".join(parts))
-        for o in _walk(folder, re.compile(r"[^.]").match):
-            if wanted.fullmatch(os.path.relpath(o.uri, folder).replace(os.sep, "/")):
-                yield o
+        pattern = _glob_pattern("/".join(parts))
+
+        def wanted(path: str) -> bool:
+            return pattern.fullmatch(os.path.relpath(path, folder).replace(os.sep, "/")) is not None
+
+        yield from _walk(folder, re.compile(r"[^.]").match, wanted)
         return
     if not _MAGIC.search(head):
         yield from _match_entry(os.path.join(folder, head), rest)
         return
-    wanted = _glob_pattern(head)
+    level = _glob_pattern(head)
     try:
-        names = sorted(n for n in os.listdir(folder) if wanted.fullmatch(n))
+        names = sorted(n for n in os.listdir(folder) if level.fullmatch(n))
     except OSError:
         return
     for name in names:
@@ -433,6 +450,8 @@ def _match_entry(path: str, rest: tuple[str, ...]) -> Iterator[Stored]:
         found = storage.stat(path)
         if found is not None:
             yield found
+    elif not os.path.exists(path):
+        _refuse_lost_link(path)
 
 
 def _glob_pattern(glob: str) -> re.Pattern[str]:

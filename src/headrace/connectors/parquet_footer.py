@@ -51,7 +51,7 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
 
 
 def _skip(data: bytes, at: int, kind: int, depth: int = 0) -> int:
-    """Where the value that begins at `at` ends. Numbers and strings in structs are most of what there is, and not worth a call."""
+    """Where the value that begins at `at` ends. Numbers and strings in structs are most of all, and not worth a call."""
     if kind == STRUCT:
         if depth > _MOST_DEPTH:
             raise Refused("structs are nested too deeply")

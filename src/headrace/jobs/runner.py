@@ -7,12 +7,15 @@ ordinary run, with its own log in its own destination.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from headrace.api.planning import parse_options
 from headrace.connectors.sinks.files import normalise
+from headrace.connectors.storage import is_remote
 from headrace.core.errors import PlanError
 from headrace.core.options import Progress
 from headrace.jobs.crew import Crew
@@ -34,7 +37,8 @@ def run_jobs(jobs: Iterable[Job], *, progress: Progress = "auto") -> list[JobRes
     what was finished is passed over, what was begun goes on. A job that fails, or whose process dies, does not touch the
     others; one that died is tried again by itself, in worker processes, as any run after a crash.
 
-    Raises JobsFailed, after all have ended, if any failed; PlanError, before any begins, when two have the same destination.
+    Raises JobsFailed, after all have ended, if any failed; PlanError, before any begins, when two have the same destination or
+    one's lies in another's.
     """
     todo = list(jobs)
     _check(todo, progress)
@@ -63,7 +67,7 @@ def run_jobs(jobs: Iterable[Job], *, progress: Progress = "auto") -> list[JobRes
 
 def _check(jobs: Sequence[Job], progress: Progress) -> None:
     parse_options({"progress": progress})
-    seen: set[str] = set()
+    places: list[str] = []
     for job in jobs:
         if not isinstance(job, Job):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise PlanError(f"this is no job: {job!r}", hint='make one of it: hr.Job(ds.write_parquet, "out/")')
@@ -71,9 +75,14 @@ def _check(jobs: Sequence[Job], progress: Progress) -> None:
         if place is None:
             continue
         place = normalise(place)
-        if place in seen:
-            raise PlanError("two jobs have the same destination", where=(("destination", place),), hint="give each its own")
-        seen.add(place)
+        places.append(f"{place if is_remote(place) else os.path.realpath(place)}/")
+    for one, other in pairwise(sorted(places)):
+        if one == other:
+            raise PlanError("two jobs have the same destination", where=(("destination", one),), hint="give each its own")
+        if other.startswith(one):
+            where = (("destination", one), ("another one in it", other))
+            hint = "give each a folder beside the others: whoever reads the outer one reads both"
+            raise PlanError("a job's destination lies in another job's", where=where, hint=hint)
 
 
 def _may_share(job: Job, has_devices: bool) -> bool:

@@ -8,16 +8,19 @@ A handler only posts to the driver's loop, which wakes it. It raises by itself o
 that knows of no loop: user code of the inline engine (to which the grace period can't be held either), and waiting for storage.
 
 Signals that the program ignores stay ignored. In other threads nothing is changed: only the main one may handle signals.
+Processes that user code forks meanwhile handle signals as the program did before: whoever ends one waits for it to go.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import signal
 import sys
 import threading
-from collections.abc import Generator
-from typing import Protocol
+from collections.abc import Generator, Mapping
+from typing import Any, Protocol
 
 GRACE_S = 20.0  # Kubernetes, Slurm and spot instances give 30 s from SIGTERM to SIGKILL
 _NAMES: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
@@ -57,15 +60,9 @@ def handling_signals(driver: Stoppable, *, resumable: bool = True) -> Generator[
         return
     handler = _Handler(driver, resumable)
     before = {s: signal.getsignal(s) for s in _NAMES}
-    taken = {s: h for s, h in before.items() if h is not None and h is not signal.SIG_IGN}
     try:
-        for s in taken:
-            signal.signal(s, handler)
-        try:
+        with _handled({s: handler for s, h in before.items() if h is not None and h is not signal.SIG_IGN}):
             yield
-        finally:
-            for s, h in taken.items():
-                signal.signal(s, h)
     except (Stopped, KeyboardInterrupt):
         if not handler.signals:
             raise
@@ -95,15 +92,59 @@ def ending_at_once() -> Generator[None]:
         _say("stopped by SIGTERM while no split was open; resumable: run the same command again")
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, end)
     try:
-        yield
+        with _handled({signal.SIGTERM: end}):
+            yield
     except KeyboardInterrupt:
         if not ended:
             raise
         raise SystemExit(128 + ended[0]) from None
+
+
+_before: dict[int, Any] = {}  # of signals that we handle now: what did so before any run began
+_masks = threading.local()
+
+
+@contextlib.contextmanager
+def _handled(handlers: Mapping[int, Any]) -> Generator[None]:
+    """Inside, these handle the signals, in this process but in none that is forked."""
+    global _before
+    _watch_forks()
+    replaced = {s: signal.getsignal(s) for s in handlers}
+    outer, _before = _before, {**replaced, **_before}
+    try:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+        yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for s, handler in replaced.items():
+            signal.signal(s, handler)
+        _before = outer
+
+
+@functools.cache
+def _watch_forks() -> None:
+    """What comes while a process is being forked waits until its handlers are right: a handler that is taken back first would
+    take the signal with it.
+    """
+    if not hasattr(os, "register_at_fork"):
+        return
+
+    def before() -> None:
+        _masks.held = signal.pthread_sigmask(signal.SIG_BLOCK, _before) if _before else None
+
+    def after() -> None:
+        if _masks.held is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, _masks.held)
+
+    def in_child() -> None:
+        global _before
+        for s, handler in _before.items():
+            signal.signal(s, handler)
+        _before = {}
+        after()
+
+    os.register_at_fork(before=before, after_in_parent=after, after_in_child=in_child)
 
 
 class _Handler:

@@ -672,9 +672,10 @@ class Scheduler(Dispatcher):
         if not self.ends_in_sink:
             self.deliver_next = split.index + 1
         tally = split.tally
-        if self.passed:  # what a limit cut may never have been read to its end: the rest is cut by definition
-            gained = tally.rows_in + tally.expanded
-            tally = dataclasses.replace(tally, cut=gained - tally.written - tally.filtered - tally.skipped - tally.quarantined)
+        if self.passed:  # what a limit cut may never have been read to its end: the rest is cut by definition,
+            left = tally.rows_in + tally.expanded - tally.written - tally.filtered - tally.skipped - tally.quarantined
+            # or made of a row that was still being expanded
+            tally = dataclasses.replace(tally, expanded=tally.expanded + max(0, -left), cut=max(0, left))
         if not tally.balanced or tally.cut < 0:
             raise InternalError(f"the rows of {split.split.label} don't add up: {tally}")
         taken = tuple(sorted((self.stages[stage].first, rows) for stage, rows in split.taken.items()))

@@ -294,7 +294,8 @@ class Cursor:
         bad = NO_ROWS if self._bad is None else self._bad.take_tally()
         self._balance += counts.expanded - counts.filtered - counts.cut - bad.bad
         if self._done:  # rows that a limit made useless before they were counted: held by operators, or never taken
-            counts.cut += self._balance
+            counts.cut += max(0, self._balance)
+            counts.expanded += max(0, -self._balance)  # of a row that was still being expanded
             self._balance = 0
         tally = Tally(
             rows_in=self._rows_in,

@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import functools
 import itertools
+import json
 import operator
 import sys
 import uuid
@@ -422,9 +424,12 @@ def to_torch(values: np.ndarray) -> Any:
 
 
 def to_pandas(batch: pa.RecordBatch) -> Any:
-    """A frame; tensor columns hold an array a row."""
+    """A frame; tensor columns hold an array a row. All columns are columns, also one that was a frame's index when pandas wrote
+    it to a file.
+    """
     import pandas as pd
 
+    batch = batch.replace_schema_metadata(_without_index(tuple((batch.schema.metadata or {}).items())))
     special = [i for i, field in enumerate(batch.schema) if is_tensor(field.type) or is_ragged(field.type)]
     if not special:
         try:
@@ -435,6 +440,19 @@ def to_pandas(batch: pa.RecordBatch) -> Any:
     for i, (name, column) in enumerate(zip(batch.schema.names, batch.columns, strict=True)):
         columns[name] = pd.Series(_tensor_rows(column), dtype=object) if i in special else _pandas_column(column)
     return pd.DataFrame(columns)
+
+
+@functools.lru_cache(maxsize=16)
+def _without_index(metadata: tuple[tuple[bytes, bytes], ...]) -> dict[bytes, bytes]:
+    """A schema's metadata; what pandas says in it of types is kept."""
+    out = dict(metadata)
+    if b"pandas" in out:
+        try:
+            said = json.loads(out[b"pandas"])
+            out[b"pandas"] = json.dumps({**said, "index_columns": []}).encode()
+        except (ValueError, TypeError):
+            del out[b"pandas"]
+    return out
 
 
 def _pandas_column(column: pa.Array) -> Any:

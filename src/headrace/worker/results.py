@@ -119,11 +119,18 @@ def columns_of(result: Any, given: Given, shared: bool) -> dict[str, pa.Array]:
     if isinstance(result, Mapping):
         return _dict_columns(result, given, shared)
     if is_instance(result, "pandas", "DataFrame"):
+        result = with_index(result)
         names = _unique([str(name) for name in result.columns])
         return {n: _series(result.iloc[:, i], given.type_of(n), shared) for i, n in enumerate(names)}
     if result is None:
         raise Refused("returned None", f"return {ACCEPTED}; is a return statement missing?")
     raise Refused(f"returned {described(result)}", f"return {ACCEPTED}")
+
+
+def with_index(frame: Any) -> Any:
+    """A pandas frame whose named index levels are columns, as `set_index` and `groupby` make levels of columns."""
+    named = [name for name in frame.index.names if name is not None and name not in frame.columns]
+    return frame.reset_index(level=named) if named else frame
 
 
 def batch_of(result: Any, given: Given, shared: bool, declared: Declared = NOTHING) -> pa.RecordBatch:

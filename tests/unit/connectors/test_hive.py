@@ -113,7 +113,7 @@ def test_a_value_of_another_kind_behind_those_looked_at(table: Path, monkeypatch
     monkeypatch.setattr(parquet, "FOLDERS_LOOKED_AT", 2)
     (table / "year=later").mkdir()
     pq.write_table(pa.table({"x": [1]}), table / "year=later" / "part.parquet")
-    with pytest.raises(DataError, match="'year' .* does not fit int64") as caught:
+    with pytest.raises(DataError, match=r"'year' .* does not fit int64") as caught:
         rows(hr.read_parquet(table, hive_partitioning=True))
     assert "year=later" in str(caught.value)
 

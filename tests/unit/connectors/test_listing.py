@@ -225,3 +225,14 @@ def test_a_kept_listing_travels_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     assert there == listed.kept
     assert list(there.objects()) == listed.there
     assert listed.begun == 2
+
+
+def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"x")
+    (tmp_path / "notes.txt").symlink_to(tmp_path / "gone.txt")  # no input
+    assert [Path(o.uri).name for o in Listing.of(tmp_path, (".parquet",)).objects()] == ["a.parquet"]
+    (tmp_path / "b.parquet").symlink_to(tmp_path / "gone.parquet")
+    for path in (tmp_path, f"{tmp_path}/*.parquet", f"{tmp_path}/**/*.parquet"):
+        with pytest.raises(DataError, match="leads nowhere") as caught:
+            list(Listing.of(path, (".parquet",)).objects())
+        assert "b.parquet" in str(caught.value)

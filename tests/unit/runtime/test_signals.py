@@ -3,7 +3,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 
 import pytest
 
@@ -191,3 +193,22 @@ def test_a_sigterm_handler_of_the_user_is_left_in_place() -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == [signal.SIGTERM]
+
+
+@pytest.mark.parametrize("action", [lambda: handling_signals(Driver()), ending_at_once], ids=["run", "trial"])
+def test_processes_that_user_code_forks_end_as_without_us(action: Callable[[], AbstractContextManager[None]]) -> None:
+    """Whoever ends a helper waits for it to go (multiprocessing.Pool does)."""
+
+    def forked_and_ended() -> int:
+        child = os.fork()
+        if not child:
+            signal.pause()
+            os._exit(1)
+        os.kill(child, signal.SIGTERM)  # perhaps before it is itself
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    with action(), ThreadPoolExecutor(1) as pool:
+        assert forked_and_ended() == -signal.SIGTERM
+        assert pool.submit(forked_and_ended).result() == -signal.SIGTERM
+        assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL

@@ -231,9 +231,12 @@ class FileSink(ABC):
             check_file(self._run, OutputFile(name, 0, 0))
             if not given:
                 raise DestinationError("it has no name")
+            if any(part[:1] in ("_", ".") for part in name.split("/")):
+                raise DestinationError("whoever reads the destination passes over names that begin with _ or .")
         except DestinationError as e:
             where = (("split", redact(split.label)),)
-            raise DestinationError(f"an output can't be named after the input {given!r}", where=where) from e
+            text = f"an output can't be named after the input {given!r}: {e.message}"
+            raise DestinationError(text, where=where, hint="rename the input, or write without outputs='per_input'") from e
         if _is_same(f"{self.path}/{name}", split.fragments[0].uri):
             where = (("input", redact(split.fragments[0].uri)), ("destination", redact(self.path)))
             raise DestinationError("the output would replace its own input", where=where, hint="write to another directory")
