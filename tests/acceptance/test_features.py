@@ -384,3 +384,17 @@ def test_outputs_that_readers_would_pass_over_are_refused(tmp_path: Path, quiet:
     with pytest.raises(hr.DestinationError, match="begin with _"):
         hr.read_parquet(paths).write_parquet(tmp_path / "out", outputs="per_input", **quiet)
     assert hr.read_parquet(paths).write_parquet(tmp_path / "packed", **quiet).rows == 2
+
+
+def test_an_endless_generator_gives_its_first_rows() -> None:
+    """Also where the engine is chosen by trying it."""
+
+    def forever(row: Any) -> Any:
+        i = 0
+        while True:
+            yield {"i": i}
+            i += 1
+
+    batches = hr.range(1).flat_map(forever).iter_batches(batch_size=10, progress="quiet")
+    assert next(batches)["i"].tolist() == list(range(10))
+    batches.close()

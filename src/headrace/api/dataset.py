@@ -423,7 +423,9 @@ class Dataset:
         return actions.to_ray_dataset(self._plan, options)
 
     def explain(self, **options: Unpack[ActionOptions]) -> str:
-        """The logical plan, the stages it is cut into, and the decisions taken; nothing is run. Print it."""
+        """The logical plan, the stages it is cut into, and the decisions taken. Print it.
+
+        Nothing is written; but which engine suits is found out on the first rows, by the functions and models themselves."""
         return actions.explain(self._plan, options)
 
     def check(

@@ -39,6 +39,9 @@ PROBE_SMALL_AIM_S = 0.12  # the same where there is little input: it tells soone
 PROBE_GROWTH = 64  # the next sample has so many times the rows at most
 PROBE_TIMES = 32  # that a whole block is run at most
 PROBE_FAILURES = 4  # samples with bad rows, until it is given up
+# A generator may make any number of rows of one: no more of them are made than so many bytes, or in so much time.
+PROBE_BYTES = 128 << 20
+PROBE_MOST_S = 1.0
 ASK_S = 0.0002  # between asking twice for the interpreter
 FREE_S = 0.00015  # that asking for a free interpreter takes; one that is held gives way after 5 ms
 ALONE_SHARE = 0.67  # above this, no number of threads does the work of 1.5
@@ -67,7 +70,7 @@ class Probe(Struct, frozen=True):
     the time in which other programs had its core, as far as the system tells.
 
     cpu_s: CPU time of its thread. models_s: time inside models. first_s: of the first row, with what it
-    imports and loads.
+    imports and loads. whole: the sample was run to its end.
     """
 
     held: float
@@ -77,6 +80,7 @@ class Probe(Struct, frozen=True):
     cpu_s: float
     models_s: float
     first_s: float = 0.0
+    whole: bool = True
 
     @property
     def models_wait(self) -> bool:
@@ -309,9 +313,12 @@ def _grown(trial: _Trial, block: Any, work: Work) -> Probe | None:
             continue
         if not watched:
             first_s = found.wall_s
+            if not found.whole:
+                watched = True
+                continue
         else:
             found = best = replace(found, first_s=first_s)
-            if found.wall_s >= PROBE_S or (work.small and work.is_quick(found)):
+            if not found.whole or found.wall_s >= PROBE_S or (work.small and work.is_quick(found)):
                 return found
             if rows == block.num_rows - start:  # again and again: the lock is held for milliseconds at a time
                 again = trial.run(block.slice(start), times=min(PROBE_TIMES, int(PROBE_S / found.wall_s) + 1))
@@ -389,19 +396,30 @@ class _Trial:
             return _watch(lambda: [run_guarded(self._body, self._step()) for _ in range(times)], watched)
 
         answers, held, wall_s = self._tried.call(run)
-        timings = [answer.timing for answer in answers if isinstance(answer, StepDone)]
+        done = [answer for answer in answers if isinstance(answer, StepDone)]
+        timings = [answer.timing for answer in done]
         if len(timings) < times:
             return None
+        whole = all(answer.finished for answer in done)
         models_s = sum(op.wall_s for timing in timings for op in timing.ops if op.op in self._models)
         cpu_s = sum(timing.cpu_s for timing in timings)
+        if not whole:  # how many of the rows it was is not known: one at least was begun
+            self._tried.call(self._drop)
+            return Probe(held, 1, wall_s, max(1, sample.nbytes // sample.num_rows), cpu_s, models_s, whole=False)
         return Probe(held, sample.num_rows * times, wall_s, sample.nbytes * times, cpu_s, models_s)
+
+    def _drop(self) -> None:
+        for cursor in range(1, self._runs + 1):
+            self._body.discard(cursor)
 
     def _step(self) -> Any:
         from headrace.core.steps import Advance
 
         self._runs += 1
         index = self._split.index
-        return Advance(0, 0, 0, self._runs, index, 1, split=self._split, end=True, credit_bytes=1 << 62, credit_s=1e9)
+        return Advance(
+            0, 0, 0, self._runs, index, 1, split=self._split, end=True, credit_bytes=PROBE_BYTES, credit_s=PROBE_MOST_S
+        )
 
     def close(self) -> None:
         """What may go on is kept: models. Functions may have a state, which must be that of a run without a trial."""
