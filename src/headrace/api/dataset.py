@@ -318,7 +318,7 @@ class Dataset:
     def write_json(
         self, path: str, *, outputs: Outputs = "packed", fresh: bool = False, **options: Unpack[ActionOptions]
     ) -> Run:
-        """Run, and write JSON lines; as `write_parquet`."""
+        """Run, and write JSON lines; as `write_parquet`. JSON has no NaN and no infinities: they are null."""
         from headrace.connectors.sinks.json import JsonSink
 
         return session.write(self._plan, JsonSink(str(path), outputs=outputs, fresh=fresh), options)
