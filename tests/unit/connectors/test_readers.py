@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from headrace.connectors import storage
+from headrace.connectors import packing, storage
 from headrace.connectors.sources.csv import CsvSource
 from headrace.connectors.sources.json import JsonSource
 from headrace.connectors.sources.parquet import ParquetSource
@@ -276,6 +277,47 @@ def test_the_last_line_needs_no_newline_to_tell_types(tmp_path: Path) -> None:
     assert read_all(JsonSource(tmp_path / "a.json")).to_pydict() == {"x": [1.0, 0.5]}
     (tmp_path / "a.json").write_text('{"x": 1}\n{"x": ')
     assert JsonSource(tmp_path / "a.json").schema().types == [pa.int64()]
+
+
+RETURNS = {
+    "alone": b"id,a\r" + b"".join(b"%d,x%d\r" % (i, i) for i in range(300)),
+    "no last one": b"id,a\r" + b"\r".join(b"%d,x%d" % (i, i) for i in range(300)),
+    "then newlines": b"id,a\r0,x0\r1,x1\n" + b"".join(b"%d,x%d\n" % (i, i) for i in range(2, 300)),
+    "then both": b"id,a\r0,x0\r" + b"".join(b"%d,x%d\r\n" % (i, i) for i in range(1, 300)),
+    "in the rows": b"id,a\n" + b"".join(b"%d,x%d\r" % (i, i) for i in range(300)),
+    "both": b"id,a\r\n" + b"".join(b"%d,x%d\r\n" % (i, i) for i in range(300)),
+}
+
+
+@pytest.mark.parametrize("newlines", [False, True])
+@pytest.mark.parametrize("divided", [1 << 20, 97])
+@pytest.mark.parametrize("kind", RETURNS)
+def test_csv_lines_may_end_with_a_carriage_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, divided: int, newlines: bool
+) -> None:
+    monkeypatch.setattr(packing, "DIVIDE_BYTES", divided)
+    (tmp_path / "a.csv").write_bytes(RETURNS[kind])
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(RETURNS[kind]))
+    source = CsvSource(tmp_path, newlines_in_values=newlines)
+    assert read_all(source).to_pylist() == 2 * [{"id": i, "a": f"x{i}"} for i in range(300)]
+    body = RETURNS[kind][5 if kind == "both" else 4 :].lstrip(b"\r\n")
+    (tmp_path / "c.csv").write_bytes(body)
+    source = CsvSource(tmp_path / "c.csv", column_names=["id", "a"], newlines_in_values=newlines)
+    assert read_all(source).to_pylist() == [{"id": i, "a": f"x{i}"} for i in range(300)]
+
+
+def test_a_carriage_return_in_a_value_ends_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.csv"
+    monkeypatch.setattr(packing, "DIVIDE_BYTES", 7)
+    path.write_bytes(b'\xef\xbb\xbf"i""\r,d",5" a\n1,"x\ry"\n2,z\n')
+    assert read_all(CsvSource(path)).to_pylist() == [{'i"\r,d': 1, '5" a': "x\ry"}, {'i"\r,d': 2, '5" a': "z"}]
+    path.write_bytes(b'id,a\r1,"x\ny"\r2,z\r')
+    assert read_all(CsvSource(path)).to_pylist() == [{"id": 1, "a": "x\ny"}, {"id": 2, "a": "z"}]
+    path.write_bytes(b'id,a\r1,"x\ry"\r2,z\r')
+    with pytest.raises(DataError, match="goes on behind the end of its line") as raised:
+        read_all(CsvSource(path))
+    assert ("line", "2") in raised.value.where
+    assert read_all(CsvSource(path, newlines_in_values=True))["a"].to_pylist() == ["x\ry", "z"]
 
 
 def test_csv_options(tmp_path: Path) -> None:
