@@ -320,6 +320,22 @@ def test_a_carriage_return_in_a_value_ends_no_line(tmp_path: Path, monkeypatch: 
     assert read_all(CsvSource(path, newlines_in_values=True))["a"].to_pylist() == ["x\ry", "z"]
 
 
+@pytest.mark.parametrize("newlines", [False, True])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1"])
+def test_csv_that_is_not_utf8_names_the_file(tmp_path: Path, encoding: str, newlines: bool) -> None:
+    path = tmp_path / "b.csv"
+    path.write_bytes("id,caf\xe9\n1,x\n".encode(encoding))
+    (tmp_path / "a.csv").write_text("id,caf\xe9\n1,x\n", encoding="utf-8")
+    for paths in (path, tmp_path):
+        with pytest.raises(DataError, match="UTF") as raised:
+            read_all(CsvSource(paths, newlines_in_values=newlines))
+        assert ("file", str(path)) in raised.value.where
+        assert "convert the file to UTF-8" in str(raised.value)
+    path.write_bytes("1,x\n".encode("utf-16"))
+    with pytest.raises(DataError, match="UTF-16"):
+        CsvSource(path, column_names=["a", "b"], newlines_in_values=newlines).schema()
+
+
 def test_csv_options(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("1\t\n2\t\n")
     source = CsvSource(tmp_path, column_names=["a", "b"], column_types={"a": pa.string()})

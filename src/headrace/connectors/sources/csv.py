@@ -27,6 +27,8 @@ from headrace.core.options import BlockLimits
 from headrace.core.splits import Fragment
 
 _HINT = "give its type: read_csv(..., column_types={name: pa.string()})"
+_UTF8_HINT = "convert the file to UTF-8"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _ROW = re.compile(r"Row #\d+: ")  # counted from the beginning of what was parsed, which nobody knows
 
 
@@ -63,6 +65,7 @@ class CsvSource(FileSource):
         if self._newlines:
             with lines.opened(fragment) as (_, stream):
                 data = stream.read(lines.INFER_BYTES)
+            _check_encoding(data.partition(b"\n")[0], where, header=self._names is None)
             sample = max(1, len(data) if len(data) < lines.INFER_BYTES else len(data) // 2)
             options = self._parse_options(first.uri)
             with _explained(where):
@@ -72,9 +75,11 @@ class CsvSource(FileSource):
                     parse_options=options,
                 )
             return self._typed(reader.schema)
-        data = lines.beginning(fragment, lines.INFER_BYTES, self._line_end(first.uri))
+        line_end = self._line_end(first.uri)
+        data = lines.beginning(fragment, lines.INFER_BYTES, line_end)
         if not data.strip():
             raise DataError("the file is empty: it has no header line", where=where)
+        _check_encoding(data.partition(line_end.byte)[0], where, header=self._names is None)
         parse_options = self._parse_options(first.uri)
         parse_options.invalid_row_handler = _skipped  # whoever reads the row will say so, or set it aside
         with _explained(where):
@@ -188,6 +193,7 @@ class CsvSource(FileSource):
 
         if not line.strip():
             raise DataError("the file is empty: it has no header line", where=(("file", uri),))
+        _check_encoding(line, (("file", uri),), header=True)
         with _explained((("file", uri),)):
             table = pc.read_csv(pa.BufferReader(line.removeprefix(lines.BOM)), parse_options=self._parse_options(uri))
         return table.schema.names
@@ -216,6 +222,13 @@ class CsvSource(FileSource):
 
 def _skipped(row: Any) -> str:
     return "skip"
+
+
+def _check_encoding(line: bytes, where: tuple[tuple[str, str], ...], *, header: bool) -> None:
+    """Raise DataError where the first line shows that the file is not UTF-8. Other values are binary, names can't be."""
+    if line.startswith(_UTF16) or (header and (b"\0" in line or not lines.is_utf8(line))):
+        which = "UTF-16" if line.startswith(_UTF16) or b"\0" in line else "not UTF-8"
+        raise DataError(f"the CSV is {which}", where=where, hint=_UTF8_HINT)
 
 
 def _check_lines(rows: int, chunk: bytes, newline: bytes, options: Any, where: tuple[tuple[str, str], ...]) -> None:
@@ -271,4 +284,6 @@ class _explained:
 
 
 def _hint(text: str) -> str:
+    if "invalid UTF8" in text:
+        return _UTF8_HINT
     return "mend that line, or leave the file out" if "Expected" in text and "columns, got" in text else _HINT
