@@ -343,6 +343,19 @@ def test_csv_options(tmp_path: Path) -> None:
     assert read_all(source)["a"].to_pylist() == ["1", "2"]
 
 
+def test_json_rows_may_have_no_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n\n{}\n")
+    (tmp_path / "b.jsonl").write_text("{}\n" * 50_000)
+    source = JsonSource(tmp_path)
+    assert source.schema().names == []
+    assert read_all(source).num_rows == 50_002
+    assert read_all(source.project(())).num_rows == 50_002
+    (tmp_path / "b.jsonl").write_text('{}\n{"x": 1}\n')
+    with pytest.raises(DataError, match="'x' is unknown") as raised:
+        read_all(source)
+    assert ("line", "2") in raised.value.where
+
+
 def test_empty_and_wrong_text_inputs(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("")
     (tmp_path / "a.jsonl").write_text("")

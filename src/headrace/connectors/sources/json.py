@@ -45,10 +45,9 @@ class JsonSource(FileSource):
 
     def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
         schema, full = self.schema(), self._full_schema()
-        if len(schema) and self._columns is None:
-            wanted, unexpected = schema, "error"
-        else:  # rows of no columns can't be counted, so one is parsed
-            wanted, unexpected = (schema if len(schema) else pa.schema([full.field(0)])), "ignore"
+        wanted, unexpected = schema, "error" if self._columns is None else "ignore"
+        if not len(schema) and len(full):  # they are counted by one of the columns there are
+            wanted = pa.schema([full.field(0)])
 
         def parse(chunk: bytes, at: int) -> pa.Table | None:
             if not chunk.strip():
@@ -112,7 +111,9 @@ def _read(data: bytes, schema: pa.Schema | None, unexpected: str) -> pa.Table:
     return pj.read_json(
         pa.BufferReader(data),
         read_options=pj.ReadOptions(use_threads=False, block_size=len(data) + 1),
-        parse_options=pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior=unexpected if schema else "infer"),
+        parse_options=pj.ParseOptions(
+            explicit_schema=schema, unexpected_field_behavior="infer" if schema is None else unexpected
+        ),
     )
 
 
