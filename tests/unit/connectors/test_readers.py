@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -354,6 +355,24 @@ def test_json_rows_may_have_no_columns(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="'x' is unknown") as raised:
         read_all(source)
     assert ("line", "2") in raised.value.where
+
+
+@pytest.mark.parametrize("rows", [1, 100, 60_000])
+@pytest.mark.parametrize("array", [False, True])
+def test_json_over_several_lines_is_refused_whatever_its_size(tmp_path: Path, rows: int, array: bool) -> None:
+    objects = [{"id": i, "name": f"row {i}", "nested": {"x": [i, 0.5], "y": None}} for i in range(rows)]
+    path = tmp_path / "b.json"
+    path.write_text(json.dumps(objects, indent=1) if array else "\n".join(json.dumps(o, indent=1) for o in objects))
+    begun = time.perf_counter()
+    with pytest.raises(DataError, match="not complete at the end of its line") as raised:
+        JsonSource(path).schema()
+    assert "one JSON object a line" in str(raised.value)
+    (tmp_path / "a.json").write_text(json.dumps(objects[0]) + "\n\n \n")
+    with pytest.raises(DataError, match="not complete at the end of its line") as raised:
+        read_all(JsonSource(tmp_path))
+    assert ("line", "1") in raised.value.where
+    assert ("file", str(path)) in raised.value.where
+    assert time.perf_counter() - begun < 20
 
 
 def test_empty_and_wrong_text_inputs(tmp_path: Path) -> None:
