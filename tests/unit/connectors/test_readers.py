@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from headrace.connectors import storage
+from headrace.connectors import packing, storage
 from headrace.connectors.sources.csv import CsvSource
 from headrace.connectors.sources.json import JsonSource
 from headrace.connectors.sources.parquet import ParquetSource
@@ -278,11 +280,99 @@ def test_the_last_line_needs_no_newline_to_tell_types(tmp_path: Path) -> None:
     assert JsonSource(tmp_path / "a.json").schema().types == [pa.int64()]
 
 
+RETURNS = {
+    "alone": b"id,a\r" + b"".join(b"%d,x%d\r" % (i, i) for i in range(300)),
+    "no last one": b"id,a\r" + b"\r".join(b"%d,x%d" % (i, i) for i in range(300)),
+    "then newlines": b"id,a\r0,x0\r1,x1\n" + b"".join(b"%d,x%d\n" % (i, i) for i in range(2, 300)),
+    "then both": b"id,a\r0,x0\r" + b"".join(b"%d,x%d\r\n" % (i, i) for i in range(1, 300)),
+    "in the rows": b"id,a\n" + b"".join(b"%d,x%d\r" % (i, i) for i in range(300)),
+    "both": b"id,a\r\n" + b"".join(b"%d,x%d\r\n" % (i, i) for i in range(300)),
+}
+
+
+@pytest.mark.parametrize("newlines", [False, True])
+@pytest.mark.parametrize("divided", [1 << 20, 97])
+@pytest.mark.parametrize("kind", RETURNS)
+def test_csv_lines_may_end_with_a_carriage_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, divided: int, newlines: bool
+) -> None:
+    monkeypatch.setattr(packing, "DIVIDE_BYTES", divided)
+    (tmp_path / "a.csv").write_bytes(RETURNS[kind])
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(RETURNS[kind]))
+    source = CsvSource(tmp_path, newlines_in_values=newlines)
+    assert read_all(source).to_pylist() == 2 * [{"id": i, "a": f"x{i}"} for i in range(300)]
+    body = RETURNS[kind][5 if kind == "both" else 4 :].lstrip(b"\r\n")
+    (tmp_path / "c.csv").write_bytes(body)
+    source = CsvSource(tmp_path / "c.csv", column_names=["id", "a"], newlines_in_values=newlines)
+    assert read_all(source).to_pylist() == [{"id": i, "a": f"x{i}"} for i in range(300)]
+
+
+def test_a_carriage_return_in_a_value_ends_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.csv"
+    monkeypatch.setattr(packing, "DIVIDE_BYTES", 7)
+    path.write_bytes(b'\xef\xbb\xbf"i""\r,d",5" a\n1,"x\ry"\n2,z\n')
+    assert read_all(CsvSource(path)).to_pylist() == [{'i"\r,d': 1, '5" a': "x\ry"}, {'i"\r,d': 2, '5" a': "z"}]
+    path.write_bytes(b'id,a\r1,"x\ny"\r2,z\r')
+    assert read_all(CsvSource(path)).to_pylist() == [{"id": 1, "a": "x\ny"}, {"id": 2, "a": "z"}]
+    path.write_bytes(b'id,a\r1,"x\ry"\r2,z\r')
+    with pytest.raises(DataError, match="goes on behind the end of its line") as raised:
+        read_all(CsvSource(path))
+    assert ("line", "2") in raised.value.where
+    assert read_all(CsvSource(path, newlines_in_values=True))["a"].to_pylist() == ["x\ry", "z"]
+
+
+@pytest.mark.parametrize("newlines", [False, True])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "latin-1"])
+def test_csv_that_is_not_utf8_names_the_file(tmp_path: Path, encoding: str, newlines: bool) -> None:
+    path = tmp_path / "b.csv"
+    path.write_bytes("id,caf\xe9\n1,x\n".encode(encoding))
+    (tmp_path / "a.csv").write_text("id,caf\xe9\n1,x\n", encoding="utf-8")
+    for paths in (path, tmp_path):
+        with pytest.raises(DataError, match="UTF") as raised:
+            read_all(CsvSource(paths, newlines_in_values=newlines))
+        assert ("file", str(path)) in raised.value.where
+        assert "convert the file to UTF-8" in str(raised.value)
+    path.write_bytes("1,x\n".encode("utf-16"))
+    with pytest.raises(DataError, match="UTF-16"):
+        CsvSource(path, column_names=["a", "b"], newlines_in_values=newlines).schema()
+
+
 def test_csv_options(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("1\t\n2\t\n")
     source = CsvSource(tmp_path, column_names=["a", "b"], column_types={"a": pa.string()})
     assert source.schema() == pa.schema([("a", pa.string()), ("b", pa.string())])
     assert read_all(source)["a"].to_pylist() == ["1", "2"]
+
+
+def test_json_rows_may_have_no_columns(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("{}\n\n{}\n")
+    (tmp_path / "b.jsonl").write_text("{}\n" * 50_000)
+    source = JsonSource(tmp_path)
+    assert source.schema().names == []
+    assert read_all(source).num_rows == 50_002
+    assert read_all(source.project(())).num_rows == 50_002
+    (tmp_path / "b.jsonl").write_text('{}\n{"x": 1}\n')
+    with pytest.raises(DataError, match="'x' is unknown") as raised:
+        read_all(source)
+    assert ("line", "2") in raised.value.where
+
+
+@pytest.mark.parametrize("rows", [1, 100, 60_000])
+@pytest.mark.parametrize("array", [False, True])
+def test_json_over_several_lines_is_refused_whatever_its_size(tmp_path: Path, rows: int, array: bool) -> None:
+    objects = [{"id": i, "name": f"row {i}", "nested": {"x": [i, 0.5], "y": None}} for i in range(rows)]
+    path = tmp_path / "b.json"
+    path.write_text(json.dumps(objects, indent=1) if array else "\n".join(json.dumps(o, indent=1) for o in objects))
+    begun = time.perf_counter()
+    with pytest.raises(DataError, match="not complete at the end of its line") as raised:
+        JsonSource(path).schema()
+    assert "one JSON object a line" in str(raised.value)
+    (tmp_path / "a.json").write_text(json.dumps(objects[0]) + "\n\n \n")
+    with pytest.raises(DataError, match="not complete at the end of its line") as raised:
+        read_all(JsonSource(tmp_path))
+    assert ("line", "1") in raised.value.where
+    assert ("file", str(path)) in raised.value.where
+    assert time.perf_counter() - begun < 20
 
 
 def test_empty_and_wrong_text_inputs(tmp_path: Path) -> None:

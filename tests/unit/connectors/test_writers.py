@@ -22,9 +22,11 @@ from headrace.connectors.sinks.csv import CsvSink
 from headrace.connectors.sinks.files import FileSink
 from headrace.connectors.sinks.json import JsonSink
 from headrace.connectors.sinks.parquet import ParquetSink
+from headrace.connectors.sources.json import JsonSource
 from headrace.core.errors import DataError, DestinationError, PlanError
 from headrace.core.splits import Fragment, Split
 from headrace.testing.check_sink import SCHEMA, Session, a_batch, a_split
+from headrace.testing.check_source import read_all
 
 SPLIT = Split(0, (Fragment("/in/a.parquet", 1, "v", name="a.parquet"),), 1)
 
@@ -114,6 +116,20 @@ def test_json_values(tmp_path: Path) -> None:
     assert second["f"] == 0.5
     assert second["s"] == "ä"
     assert second["deep"] is None
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()])
+def test_json_floats_read_back_as_floats(tmp_path: Path, kind: pa.DataType) -> None:
+    values = [0.0, 1.0, -3.0, None, 2.0**15, 0.25, 0.0]
+    batch = pa.record_batch({"x": pa.array(values, pa.float64()).cast(kind)})
+    for i, whole in enumerate((batch, batch.slice(0, 5), batch.slice(6))):
+        path = written(JsonSink(tmp_path / str(i)), whole)
+        table = read_all(JsonSource(path))
+        assert table.schema.types == [pa.float64()]
+        assert table["x"].to_pylist() == whole["x"].to_pylist()
+    large = pa.record_batch({"x": [1e20, -1e300, -0.0, 123456789.0, float("inf")]})
+    texts = ["1e+20", "-1e+300", "-0.0", "123456789.0", "null"]
+    assert written(JsonSink(tmp_path / "large"), large).read_text().split() == [f'{{"x":{text}}}' for text in texts]
 
 
 def test_json_of_a_slice(tmp_path: Path) -> None:

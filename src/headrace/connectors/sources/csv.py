@@ -1,6 +1,7 @@
 """CSV: types inferred once, from the beginning of the first file, and fixed for all.
 
 Files are divided at newlines, so a quoted value may hold one only with `newlines_in_values=True`, which keeps files whole.
+Where the first line ends with "\r" alone (old Macs, some of Excel's exports), newlines are "\r".
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from headrace.core.options import BlockLimits
 from headrace.core.splits import Fragment
 
 _HINT = "give its type: read_csv(..., column_types={name: pa.string()})"
+_UTF8_HINT = "convert the file to UTF-8"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _ROW = re.compile(r"Row #\d+: ")  # counted from the beginning of what was parsed, which nobody knows
 
 
@@ -62,6 +65,7 @@ class CsvSource(FileSource):
         if self._newlines:
             with lines.opened(fragment) as (_, stream):
                 data = stream.read(lines.INFER_BYTES)
+            _check_encoding(data.partition(b"\n")[0], where, header=self._names is None)
             sample = max(1, len(data) if len(data) < lines.INFER_BYTES else len(data) // 2)
             options = self._parse_options(first.uri)
             with _explained(where):
@@ -71,9 +75,11 @@ class CsvSource(FileSource):
                     parse_options=options,
                 )
             return self._typed(reader.schema)
-        data = lines.beginning(fragment, lines.INFER_BYTES)
+        line_end = self._line_end(first.uri)
+        data = lines.beginning(fragment, lines.INFER_BYTES, line_end)
         if not data.strip():
             raise DataError("the file is empty: it has no header line", where=where)
+        _check_encoding(data.partition(line_end.byte)[0], where, header=self._names is None)
         parse_options = self._parse_options(first.uri)
         parse_options.invalid_row_handler = _skipped  # whoever reads the row will say so, or set it aside
         with _explained(where):
@@ -93,10 +99,11 @@ class CsvSource(FileSource):
         return [packing.whole(o)] if self._newlines else lines.divide_lines(o)
 
     def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
-        names = self._names
-        if names is None and (fragment.start > 0 or self._newlines):
+        names, line_end = self._names, self._line_end(fragment.uri)
+        if fragment.start > 0 or (names is None and self._newlines):
             try:
-                names = self._header(lines.first_line(fragment), fragment.uri)
+                first = lines.first_line(fragment, line_end)
+                names = names or self._header(first, fragment.uri)
             except DataError as error:
                 reported(on_bad, fragment.uri, -1, 0, error)
                 return
@@ -104,9 +111,17 @@ class CsvSource(FileSource):
             yield from self._streamed(fragment, limits, self._convert_options(names or [], fragment.uri), on_bad)
         else:
             size = lines.chunk_bytes(limits, fragment)
-            yield from lines.tables(fragment, size, self._parser(fragment, names), limits, on_bad)
+            yield from lines.tables(fragment, size, self._parser(fragment, names, line_end), limits, on_bad, line_end)
 
-    def _parser(self, fragment: Fragment, names: list[str] | None) -> Callable[[bytes, int], pa.Table | None]:
+    def _line_end(self, uri: str) -> lines.LineEnd:
+        delimiter = re.escape(self._parse_options(uri).delimiter).encode()
+        plain = b"[^%s\r\n]*" % delimiter
+        value = b'(?:"[^"]*(?:""[^"]*)*"(?!")|(?!"))' + plain  # Arrow knows quotes at the beginning of a value only
+        return lines.LineEnd(re.compile(b"%s(?:%s%s)*(?=[\r\n])" % (value, delimiter, value)))
+
+    def _parser(
+        self, fragment: Fragment, names: list[str] | None, line_end: lines.LineEnd
+    ) -> Callable[[bytes, int], pa.Table | None]:
         """Parses a chunk of whole lines by itself. names: None when the first one tells."""
         import pyarrow.csv as pc
 
@@ -119,8 +134,8 @@ class CsvSource(FileSource):
             if at == 0:
                 chunk = chunk.removeprefix(lines.BOM)
                 if self._names is None:
-                    head, _, chunk = chunk.partition(b"\n")
-                    names = names or self._header(head + b"\n", fragment.uri)
+                    head, _, chunk = chunk.partition(line_end.byte)
+                    names = names or self._header(head + line_end.byte, fragment.uri)
             if not chunk.strip(b"\r\n"):
                 return None
             if names is None:
@@ -133,7 +148,7 @@ class CsvSource(FileSource):
                     parse_options=parse_options,
                     convert_options=options,
                 )
-            _check_lines(table.num_rows, chunk, parse_options, where)
+            _check_lines(table.num_rows, chunk, line_end.byte, parse_options, where)
             return table.select(self.schema().names)
 
         return parse
@@ -178,6 +193,7 @@ class CsvSource(FileSource):
 
         if not line.strip():
             raise DataError("the file is empty: it has no header line", where=(("file", uri),))
+        _check_encoding(line, (("file", uri),), header=True)
         with _explained((("file", uri),)):
             table = pc.read_csv(pa.BufferReader(line.removeprefix(lines.BOM)), parse_options=self._parse_options(uri))
         return table.schema.names
@@ -208,16 +224,23 @@ def _skipped(row: Any) -> str:
     return "skip"
 
 
-def _check_lines(rows: int, chunk: bytes, options: Any, where: tuple[tuple[str, str], ...]) -> None:
+def _check_encoding(line: bytes, where: tuple[tuple[str, str], ...], *, header: bool) -> None:
+    """Raise DataError where the first line shows that the file is not UTF-8. Other values are binary, names can't be."""
+    if line.startswith(_UTF16) or (header and (b"\0" in line or not lines.is_utf8(line))):
+        which = "UTF-16" if line.startswith(_UTF16) or b"\0" in line else "not UTF-8"
+        raise DataError(f"the CSV is {which}", where=where, hint=_UTF8_HINT)
+
+
+def _check_lines(rows: int, chunk: bytes, newline: bytes, options: Any, where: tuple[tuple[str, str], ...]) -> None:
     """Raise DataError when a quote that is not closed has made the lines behind it part of a value, or is in the last line.
 
     Without quotes it costs nothing, with them a fiftieth of what parsing costs.
     """
     if b'"' not in chunk:
         return
-    ends = np.count_nonzero(np.frombuffer(chunk, np.uint8) == 10) + (not chunk.endswith(b"\n"))
-    swallowed = rows < ends and rows < sum(1 for line in chunk.split(b"\n") if line.strip(b"\r"))
-    if swallowed or _is_open(_last_line(chunk), options):
+    ends = np.count_nonzero(np.frombuffer(chunk, np.uint8) == newline[0]) + (not chunk.endswith(newline))
+    swallowed = rows < ends and rows < sum(1 for line in chunk.split(newline) if line.strip(b"\r\n"))
+    if swallowed or _is_open(_last_line(chunk, newline), options):
         raise DataError(
             "a quoted value goes on behind the end of its line",
             where=where,
@@ -225,12 +248,12 @@ def _check_lines(rows: int, chunk: bytes, options: Any, where: tuple[tuple[str, 
         )
 
 
-def _last_line(chunk: bytes) -> bytes:
+def _last_line(chunk: bytes, newline: bytes) -> bytes:
     """The last that is not empty."""
     stop = len(chunk)
     while stop and chunk[stop - 1] in b"\r\n":
         stop -= 1
-    return chunk[chunk.rfind(b"\n", 0, stop) + 1 : stop]
+    return chunk[chunk.rfind(newline, 0, stop) + 1 : stop]
 
 
 def _is_open(line: bytes, options: Any) -> bool:
@@ -261,4 +284,6 @@ class _explained:
 
 
 def _hint(text: str) -> str:
+    if "invalid UTF8" in text:
+        return _UTF8_HINT
     return "mend that line, or leave the file out" if "Expected" in text and "columns, got" in text else _HINT

@@ -1,9 +1,15 @@
-"""JSON lines: one object a line; types inferred once, from the beginning of the first file, and fixed for all."""
+"""JSON lines: one object a line; types inferred once, from the beginning of the first file, and fixed for all.
+
+An object over several lines is refused however small the file is, since files are cut at newlines.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from contextlib import suppress
 
+import numpy as np
 import pyarrow as pa
 
 from headrace.connectors import packing
@@ -17,6 +23,12 @@ from headrace.contracts.source import OnBad
 from headrace.core.errors import DataError
 from headrace.core.options import BlockLimits
 from headrace.core.splits import Fragment
+
+MOST_BAD_LINES = 2000  # passed over while types are inferred: each costs a quarter of a millisecond
+_ONE_A_LINE = "write one JSON object a line: json.dumps(row) without indent, or pandas' to_json(orient='records', lines=True)"
+
+
+class _Enough(Exception): ...
 
 
 class JsonSource(FileSource):
@@ -45,10 +57,9 @@ class JsonSource(FileSource):
 
     def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
         schema, full = self.schema(), self._full_schema()
-        if len(schema) and self._columns is None:
-            wanted, unexpected = schema, "error"
-        else:  # rows of no columns can't be counted, so one is parsed
-            wanted, unexpected = (schema if len(schema) else pa.schema([full.field(0)])), "ignore"
+        wanted, unexpected = schema, "error" if self._columns is None else "ignore"
+        if not len(schema) and len(full):  # they are counted by one of the columns there are
+            wanted = pa.schema([full.field(0)])
 
         def parse(chunk: bytes, at: int) -> pa.Table | None:
             if not chunk.strip():
@@ -60,7 +71,9 @@ class JsonSource(FileSource):
 
 
 def _inferred(data: bytes, where: tuple[tuple[str, str], ...]) -> pa.Schema:
-    """Columns and types of the lines that can be parsed. Whoever reads the others will say so, or set them aside."""
+    """Columns and types of the lines that can be parsed: all, or those before too many bad ones. Whoever reads the others will
+    say so, or set them aside.
+    """
     try:
         return _parse(data, None, "error", where).schema
     except DataError:
@@ -70,7 +83,17 @@ def _inferred(data: bytes, where: tuple[tuple[str, str], ...]) -> pa.Schema:
             some = data[starts[start] : starts[stop]]
             return some, _parse(some, None, "error", where).schema
 
-        good = [pair for pair in halves(0, len(starts) - 1, read, lambda line, error: None) if pair[0].strip()]
+        bad = 0
+
+        def passed_over(line: int, error: DataError) -> None:
+            nonlocal bad
+            bad += 1
+            if bad > MOST_BAD_LINES:
+                raise _Enough
+
+        good: list[tuple[bytes, pa.Schema]] = []
+        with suppress(_Enough):
+            good.extend(pair for pair in halves(0, len(starts) - 1, read, passed_over) if pair[0].strip())
         if not good:
             raise
         try:
@@ -97,22 +120,48 @@ def _parse(data: bytes, schema: pa.Schema | None, unexpected: str, where: tuple[
     if not lines.is_utf8(data):  # Arrow doesn't look
         raise DataError("the JSON lines are not UTF-8", where=where, hint="convert the file to UTF-8")
     try:
-        return _read(data, schema, unexpected)
+        table = _read(data, schema, unexpected)
     except pa.ArrowException as e:
+        if _first_is_open(data):
+            raise _open_line(where) from e
         hint = "one object a line, of one type a column; read_json(..., schema=...) fixes the types"
         column = _culprit(data, schema, unexpected)
         text = f"column {column}" if column else str(e)
         place = (*where, ("column", column.split("'")[1])) if column else where
         raise DataError(f"the JSON lines can't be parsed: {text}", where=place, hint=hint) from e
 
+    ends = np.count_nonzero(np.frombuffer(data, np.uint8) == 10) + (not data.endswith(b"\n"))
+    if table.num_rows < ends and table.num_rows < sum(1 for line in data.split(b"\n") if line.strip()):
+        raise _open_line(where)
+    return table
+
+
+def _open_line(where: tuple[tuple[str, str], ...]) -> DataError:
+    return DataError("a JSON object is not complete at the end of its line", where=where, hint=_ONE_A_LINE)
+
+
+def _first_is_open(data: bytes) -> bool:
+    """Does an object, or an array, go on behind the first line that is not blank?"""
+    text = data.lstrip().partition(b"\n")[0].decode("utf-8-sig").rstrip()
+    if not text.startswith(("{", "[")):
+        return False
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as e:
+        return e.pos >= len(text)
+    except RecursionError:
+        return False
+    return False
+
 
 def _read(data: bytes, schema: pa.Schema | None, unexpected: str) -> pa.Table:
     import pyarrow.json as pj
 
+    behavior = "infer" if schema is None else unexpected
     return pj.read_json(
         pa.BufferReader(data),
         read_options=pj.ReadOptions(use_threads=False, block_size=len(data) + 1),
-        parse_options=pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior=unexpected if schema else "infer"),
+        parse_options=pj.ParseOptions(explicit_schema=schema, unexpected_field_behavior=behavior),
     )
 
 

@@ -1,11 +1,13 @@
 """Byte ranges of line formats, cut at newlines, and what CSV, JSON lines and text share.
 
 The rule for a range [a, b): reading starts after the first newline at or beyond a (at a itself when a is 0) and ends after the
-first newline at or beyond b. So every line belongs to exactly one range, wherever the cuts fall.
+first newline at or beyond b. So every line belongs to exactly one range, wherever the cuts fall, as long as all ranges of an
+object agree on what a newline is (LineEnd).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from typing import Any
@@ -32,6 +34,37 @@ _STEP_BYTES = 1 << 20  # read size when looking for the end of a line
 _CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
 BOM = b"\xef\xbb\xbf"
+
+
+class LineEnd:
+    """The byte that ends the lines of an object: "\\n". With `first`, a pattern of a line without its end, it is "\\r" where
+    the first line ends with that alone; this has to be looked at before anything is cut.
+    """
+
+    def __init__(self, first: re.Pattern[bytes] | None = None) -> None:
+        self.byte = b"\n"
+        self._first = first
+
+    def seen(self, beginning: bytes, *, all_of_it: bool) -> bool:
+        """Whether this much of the beginning of the object tells."""
+        if self._first is None:
+            return True
+        data = beginning.removeprefix(BOM).lstrip(b"\r\n")
+        newline = data.find(b"\n")
+        lone = data.find(b"\r", 0, newline if newline >= 0 else len(data))
+        if newline >= 0 and (lone < 0 or lone + 1 == newline):
+            return True
+        line = self._first.match(data) if lone >= 0 else None
+        if line is None:  # a quote is still open
+            return all_of_it or newline >= 0
+        if line.end() + 1 >= len(data):
+            self.byte = b"\r" if all_of_it and data[line.end() :] == b"\r" else b"\n"
+            return all_of_it
+        self.byte = b"\n" if b"\n" in data[line.end() : line.end() + 2] else b"\r"
+        return True
+
+
+NEWLINE = LineEnd()
 
 
 def is_compressed(uri: str) -> bool:
@@ -69,19 +102,28 @@ def opened(fragment: Fragment) -> Iterator[tuple[storage.Reader, pa.NativeFile]]
         reader.close()
 
 
-def line_chunks(fragment: Fragment, size: int) -> Generator[tuple[int, bytes], None, None]:
-    """(byte offset, whole lines) of about `size` bytes each; a longer line comes alone. Offsets are of the plain bytes."""
+def line_chunks(fragment: Fragment, size: int, line_end: LineEnd = NEWLINE) -> Generator[tuple[int, bytes], None, None]:
+    """(byte offset, whole lines) of about `size` bytes each; a longer line comes alone. Offsets are of the plain bytes.
+
+    line_end: looks at the beginning here where that is in the range, and has done so before where it is not.
+    """
     with opened(fragment) as (reader, stream):
-        at, carry = _seek_line(stream, fragment.start)
+        at, carry = _seek_line(stream, fragment.start, line_end.byte)
+        told = fragment.start > 0
         end = fragment.stop
         if 0 <= end < at:
             return  # one line spans the range: it belongs to the range where it began
         while True:
             data = _read(stream, size, fragment.uri, at)
             joined = carry + data
+            if not told:
+                told = line_end.seen(joined, all_of_it=not data)
+                if not told:
+                    carry = joined
+                    continue
             if 0 <= end <= at + len(joined) - 1:
                 # The last line of the range ends at the first newline at or beyond `end`.
-                cut = joined.find(b"\n", max(0, end - at))
+                cut = joined.find(line_end.byte, max(0, end - at))
                 if cut >= 0:
                     yield at, joined[: cut + 1]
                     break
@@ -89,18 +131,18 @@ def line_chunks(fragment: Fragment, size: int) -> Generator[tuple[int, bytes], N
                 if joined:
                     yield at, joined
                 break
-            cut = joined.rfind(b"\n") + 1
+            cut = joined.rfind(line_end.byte) + 1
             if cut:
                 yield at, joined[:cut]
             at, carry = at + cut, joined[cut:]
         reader.check()
 
 
-def beginning(fragment: Fragment, size: int) -> bytes:
+def beginning(fragment: Fragment, size: int, line_end: LineEnd = NEWLINE) -> bytes:
     """The whole lines of the first `size` bytes; a longer first line by itself. Of a shorter object the last line, too, whether
     or not a newline ends it.
     """
-    with closing(line_chunks(fragment, size)) as chunks:
+    with closing(line_chunks(fragment, size, line_end)) as chunks:
         _, data = next(chunks, (0, b""))
         if fragment.size_bytes < size:
             with suppress(DataError):  # whoever reads these rows will say so, or set them aside
@@ -109,14 +151,14 @@ def beginning(fragment: Fragment, size: int) -> bytes:
     return data
 
 
-def _seek_line(stream: pa.NativeFile, start: int) -> tuple[int, bytes]:
+def _seek_line(stream: pa.NativeFile, start: int, newline: bytes) -> tuple[int, bytes]:
     """Position after the first newline at or beyond `start`, and bytes already read from there."""
     if start == 0:
         return 0, b""
     stream.seek(start)
     at = start
     while data := stream.read(_STEP_BYTES):
-        cut = data.find(b"\n")
+        cut = data.find(newline)
         if cut >= 0:
             return at + cut + 1, data[cut + 1 :]
         at += len(data)
@@ -133,21 +175,24 @@ def _read(stream: pa.NativeFile, size: int, uri: str, at: int) -> bytes:
         raise DataError(f"can't read on: {e}", where=where, hint="the file is damaged or cut short") from e
 
 
-def first_line(fragment: Fragment) -> bytes:
-    """The object's first line, newline included."""
+def first_line(fragment: Fragment, line_end: LineEnd = NEWLINE) -> bytes:
+    """The object's first line, newline included. line_end: looks at the beginning."""
     with opened(replace(fragment, start=0, stop=-1)) as (_, stream):
         out = b""
         while data := _read(stream, 64 << 10, fragment.uri, len(out)):
             out += data
-            cut = out.find(b"\n")
+            if not line_end.seen(out, all_of_it=False):
+                continue
+            cut = out.find(line_end.byte)
             if cut >= 0:
                 return out[: cut + 1]
-        return out
+        line_end.seen(out, all_of_it=True)
+        return out[: out.find(line_end.byte) + 1] or out
 
 
-def line_starts(chunk: bytes) -> list[int]:
+def line_starts(chunk: bytes, newline: bytes = b"\n") -> list[int]:
     """Where each line of the chunk begins, and the chunk's length."""
-    ends = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == 10) + 1
+    ends = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == newline[0]) + 1
     starts = [0, *ends.tolist()]
     return starts if starts[-1] == len(chunk) else [*starts, len(chunk)]
 
@@ -170,6 +215,7 @@ def tables(
     parse: Callable[[bytes, int], pa.Table | None],
     limits: BlockLimits,
     on_bad: OnBad | None,
+    line_end: LineEnd = NEWLINE,
 ) -> Iterator[Piece]:
     """The rows of a fragment, a chunk of whole lines at a time.
 
@@ -177,7 +223,7 @@ def tables(
     lines are told to on_bad, a row each, and the others are given as one piece.
     """
     row = 0
-    chunks = line_chunks(fragment, size)
+    chunks = line_chunks(fragment, size, line_end)
     while True:
         try:
             at, chunk = next(chunks, (-1, b""))
@@ -192,8 +238,8 @@ def tables(
             raise
         except DataError as error:
             if on_bad is None:
-                raise _first_bad(fragment, chunk, at, parse, error) from error.__cause__
-            table, total, index = _good_lines(fragment, chunk, at, parse, row, on_bad)
+                raise _first_bad(fragment, chunk, at, parse, error, line_end.byte) from error.__cause__
+            table, total, index = _good_lines(fragment, chunk, at, parse, row, on_bad, line_end.byte)
         rows = 0 if table is None else table.num_rows
         total = rows if total < 0 else total
         if table is not None and rows:
@@ -203,10 +249,15 @@ def tables(
 
 
 def _first_bad(
-    fragment: Fragment, chunk: bytes, at: int, parse: Callable[[bytes, int], pa.Table | None], error: DataError
+    fragment: Fragment,
+    chunk: bytes,
+    at: int,
+    parse: Callable[[bytes, int], pa.Table | None],
+    error: DataError,
+    newline: bytes,
 ) -> DataError:
     """The error of the first line that can't be parsed, with its number; the one given where no line is to blame alone."""
-    starts = line_starts(chunk)
+    starts = line_starts(chunk, newline)
     good, bad = 0, len(starts) - 1  # so many lines can be parsed together, so many can't
     try:
         while bad - good > 1:
@@ -218,20 +269,20 @@ def _first_bad(
                 bad = middle
         parse(chunk[starts[good] : starts[bad]], at + starts[good])
     except DataError as found:
-        number = _line_number(fragment, at + starts[good])
+        number = _line_number(fragment, at + starts[good], newline)
         found.at(*((("line", str(number)),) if number else ()))
         return found
     return error
 
 
-def _line_number(fragment: Fragment, offset: int) -> int:
+def _line_number(fragment: Fragment, offset: int, newline: bytes) -> int:
     """Of the line that begins there, from 1; 0 where it would take too long to count, or can't be read again."""
     if offset > COUNT_BYTES:
         return 0
     number, left = 1, offset
     with suppress(HeadraceError, OSError), opened(replace(fragment, start=0, stop=-1)) as (_, stream):
         while left and (data := stream.read(min(left, _STEP_BYTES))):
-            number += data.count(b"\n")
+            number += data.count(newline)
             left -= len(data)
     return 0 if left else number
 
@@ -243,9 +294,10 @@ def _good_lines(
     parse: Callable[[bytes, int], pa.Table | None],
     row: int,
     on_bad: OnBad,
+    newline: bytes,
 ) -> tuple[pa.Table | None, int, Any]:
     """(the rows of the lines that can be parsed, the number of rows with the bad ones, the good ones' positions)."""
-    starts = line_starts(chunk)
+    starts = line_starts(chunk, newline)
     found: list[tuple[int, pa.Table]] = []
     bad: list[tuple[int, DataError]] = []
 
