@@ -358,3 +358,15 @@ def test_vectors_of_row_functions_need_no_neighbour_of_another_length(tmp_path: 
         assert [np.asarray(v).tolist() for v in table["v"].to_pylist()] == [list(range(i % 7)) for i in range(rows)]
         run = hr.range(rows).map(tokens).write_parquet(tmp_path / f"{rows}", **{**quiet, "on_error": "skip"})
         assert run.rows == rows
+
+
+@pytest.mark.parametrize("odd", [np.array([1.5, 2.0]), np.array([0.5]), np.array([1, 2], np.float32), [1.5, 2.0]])
+def test_vectors_of_whole_numbers_among_others(tmp_path: Path, odd: Any) -> None:
+    """One row of another number type widens the column, wherever blocks are cut."""
+    for engine in ("inline", "threads"):
+        ds = hr.range(3000).map(lambda row: {"id": row["id"], "v": odd if row["id"] == 1500 else np.array([1, 2])})
+        run = ds.write_parquet(tmp_path / engine, engine=engine, on_error="skip", progress="quiet")
+        assert (run.rows, run.tally.bad) == (3000, 0)
+        rows = read_back(tmp_path / engine).sort_by("id")["v"].combine_chunks()
+        values = rows.storage if isinstance(rows, pa.ExtensionArray) else rows
+        assert values.to_pylist()[1499:1501] == [[1.0, 2.0], [float(v) for v in odd]]

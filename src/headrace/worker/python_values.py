@@ -7,6 +7,7 @@ do not look at it, and fails in those that do.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from headrace.core.extras import is_instance
 from headrace.core.schemas import cast
-from headrace.core.tensors import arrow_type, is_ragged, numpy_to_array, ragged_to_array
+from headrace.core.tensors import arrow_type, is_ragged, numbers_meet, numpy_to_array, ragged_to_array, vector_to_numpy
 from headrace.worker.casting import widens
 from headrace.worker.refused import Refused
 
@@ -197,7 +198,7 @@ def torch_to_numpy(tensor: Any) -> np.ndarray:
 
 
 def _tensors(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
-    arrays = [None if v is None else np.asarray(v) for v in values]
+    arrays = _of_one_dtype([None if v is None else np.asarray(v) for v in values])
     first = next(a for a in arrays if a is not None)
     same = all(a is not None and a.shape == first.shape and a.dtype == first.dtype for a in arrays)
     if same and not (hint is not None and (is_ragged(hint) or _is_list(hint))) and not first.dtype.hasobject:
@@ -210,7 +211,7 @@ def _tensors(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
 
 def ragged(values: list[Any], hint: pa.DataType | None) -> pa.Array:
     """Arrays that differ in shape: lists when they are vectors, ragged tensors otherwise."""
-    arrays = [None if v is None else np.asarray(v) for v in values]
+    arrays = _of_one_dtype([None if v is None else np.asarray(v) for v in values])
     vectors = all(a is None or a.ndim == 1 for a in arrays)
     numeric = all(a is None or a.dtype.kind == "b" or arrow_type(a.dtype) is not None for a in arrays)
     try:
@@ -219,6 +220,29 @@ def ragged(values: list[Any], hint: pa.DataType | None) -> pa.Array:
         return kept(pa.array([None if a is None else (a if a.ndim == 1 else a.tolist()) for a in arrays]), hint)
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as exc:
         raise Refused(f"whose arrays don't make a column: {exc}", "give arrays of one number type") from exc
+
+
+def _of_one_dtype(arrays: list[Any]) -> list[Any]:
+    """The arrays, their numbers brought together as they are between blocks: a block's type is not to depend on how rows were
+    cut. Raises Refused for a number that has no equal among the wider ones.
+    """
+    dtypes = dict.fromkeys(a.dtype for a in arrays if a is not None)
+    if len(dtypes) < 2:
+        return arrays
+    types = [arrow_type(dtype) for dtype in dtypes]
+    met = functools.reduce(lambda a, b: None if a is None or b is None else numbers_meet(a, b), types)
+    if met is None:
+        return arrays
+    try:
+        return [None if a is None else _as_numbers(a, met) for a in arrays]
+    except pa.ArrowInvalid as exc:
+        raise Refused(f"whose arrays don't make a column: {exc}", "give arrays of one number type") from exc
+
+
+def _as_numbers(array: np.ndarray, type: pa.DataType) -> np.ndarray:
+    if arrow_type(array.dtype) == type:
+        return array
+    return vector_to_numpy(numpy_to_array(array.reshape(-1)).cast(type)).reshape(array.shape)
 
 
 # --- types -----------------------------------------------------------------------------------------------------------
@@ -237,9 +261,11 @@ def kept(made: pa.Array, hint: pa.DataType | None) -> pa.Array:
 
 
 def _is_kind_of(made: pa.DataType, hint: pa.DataType) -> bool:
-    """As `widens`, but that a float is of the kind of narrower ones, too, and a value of that of its dictionaries."""
+    """As `widens`, but that a float is of the kind of narrower ones, too, a value of that of its dictionaries, and tensors only
+    of that of their own numbers.
+    """
     if isinstance(made, pa.BaseExtensionType) or isinstance(hint, pa.BaseExtensionType):
-        return widens(made, hint)
+        return made.equals(hint) or (widens(made, hint) and made.value_type.equals(hint.value_type))
     if _t.is_dictionary(hint) and not _t.is_dictionary(made):
         return _is_kind_of(made, hint.value_type)
     if _is_list(made) and _is_list(hint):
