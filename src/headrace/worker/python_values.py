@@ -23,8 +23,9 @@ from headrace.worker.casting import widens
 from headrace.worker.refused import Refused
 
 _t = pa.types
+_DAYS = np.dtype("M8[D]")
 UNSHOWN = (pa.ArrowException, OverflowError, ValueError)  # what Arrow raises for a value that it can't convert
-_UNMADE = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)
+_UNMADE = (ValueError, TypeError, pa.ArrowNotImplementedError, OverflowError)  # UnicodeEncodeError: of half a surrogate pair
 
 
 # --- from columns ----------------------------------------------------------------------------------------------------
@@ -100,10 +101,21 @@ def _made(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
         made = _nested(values, hint)
         if made is not None:
             return made
-    made = pa.array(values)
+    made = _inferred(values)
     if "pandas" in sys.modules and _contains(made.type, _is_clock) and _have_nanoseconds(values):
         return pa.array(values, _in_nanoseconds(made.type))
     return made
+
+
+def _inferred(values: Sequence[Any]) -> pa.Array:
+    """Days of NumPy are dates; Arrow makes them of an array of such, but not of scalars."""
+    try:
+        return pa.array(values)
+    except TypeError:
+        days = [isinstance(v, np.datetime64) and v.dtype == _DAYS for v in values]
+        if not any(days):
+            raise
+        return pa.array([v.item() if day else v for v, day in zip(values, days, strict=True)])
 
 
 def _with_scalars(values: Sequence[Any], scalars: np.ndarray, hint: pa.DataType | None) -> pa.Array:
@@ -218,7 +230,7 @@ def ragged(values: list[Any], hint: pa.DataType | None) -> pa.Array:
         if numeric and not (vectors and not (hint is not None and is_ragged(hint))):
             return ragged_to_array(arrays)
         return kept(pa.array([None if a is None else (a if a.ndim == 1 else a.tolist()) for a in arrays]), hint)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as exc:
+    except _UNMADE as exc:
         raise Refused(f"whose arrays don't make a column: {exc}", "give arrays of one number type") from exc
 
 
