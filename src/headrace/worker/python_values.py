@@ -112,10 +112,9 @@ def _inferred(values: Sequence[Any]) -> pa.Array:
     try:
         return pa.array(values)
     except TypeError:
-        days = [isinstance(v, np.datetime64) and v.dtype == _DAYS for v in values]
-        if not any(days):
+        if {v.dtype for v in values if isinstance(v, np.datetime64)} != {_DAYS}:
             raise
-        return pa.array([v.item() if day else v for v, day in zip(values, days, strict=True)])
+        return pa.array([v.item() if isinstance(v, np.datetime64) else v for v in values])
 
 
 def _with_scalars(values: Sequence[Any], scalars: np.ndarray, hint: pa.DataType | None) -> pa.Array:
