@@ -108,7 +108,18 @@ def test_flat_map_expands_and_drops():
     bench = Bench([op], source=BatchSource([numbers(4)]))
     out = bench.run()
     assert column(out, "x") == [1, 2, 2, 3, 3, 3]
-    assert bench.tally.expanded == 2
+    assert (bench.tally.expanded, bench.tally.filtered) == (3, 1)
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+@pytest.mark.parametrize("sizes", [[9], [2, 3, 4], [1] * 9])
+def test_what_flat_map_drops_and_adds_does_not_depend_on_blocks(sizes, on_error):
+    op = nodes.FlatMap(fn(lambda row: [{"x": row["x"]}] * (row["x"] % 3 * 9000)))
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    source = BatchSource([numbers(n, at) for n, at in zip(sizes, starts, strict=True)])
+    bench = Bench([op], source=source, on_error=on_error)
+    bench.run()
+    assert (bench.tally.expanded, bench.tally.filtered) == (81_000 - 6, 3)
 
 
 def test_flat_map_never_holds_all_that_it_makes():
