@@ -7,6 +7,7 @@ do not look at it, and fails in those that do.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import itertools
 import sys
@@ -23,6 +24,7 @@ from headrace.worker.casting import widens
 from headrace.worker.refused import Refused
 
 _t = pa.types
+_CUT = frozenset((np.float16, np.longdouble))
 _DAYS = np.dtype("M8[D]")
 UNSHOWN = (pa.ArrowException, OverflowError, ValueError)  # what Arrow raises for a value that it can't convert
 _UNMADE = (ValueError, TypeError, pa.ArrowNotImplementedError, OverflowError)  # UnicodeEncodeError: of half a surrogate pair
@@ -102,6 +104,10 @@ def _made(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
         if made is not None:
             return made
     made = _inferred(values)
+    if _contains(made.type, _t.is_integer) and not _CUT.isdisjoint(_kinds(values)):
+        made = pa.array([_as_floats(v) for v in values])
+    if _contains(made.type, _t.is_timestamp) and len(_zoned(values)) > 1:
+        raise Refused("whose times are some with a time zone and some without", "give times of one kind, or None")
     if "pandas" in sys.modules and _contains(made.type, _is_clock) and _have_nanoseconds(values):
         return pa.array(values, _in_nanoseconds(made.type))
     return made
@@ -115,6 +121,36 @@ def _inferred(values: Sequence[Any]) -> pa.Array:
         if {v.dtype for v in values if isinstance(v, np.datetime64)} != {_DAYS}:
             raise
         return pa.array([v.item() if isinstance(v, np.datetime64) else v for v in values])
+
+
+def _kinds(values: Iterable[Any]) -> set[type]:
+    """The types of the values, however deep. Arrow cuts floats of `_CUT` to integers among such."""
+    values = list(values)
+    kinds = set(map(type, values))
+    if kinds.isdisjoint((dict, list, tuple)):
+        return kinds
+    inner = (v.values() if isinstance(v, dict) else v for v in values if isinstance(v, (dict, list, tuple)))
+    return kinds | _kinds(itertools.chain.from_iterable(inner))
+
+
+def _as_floats(value: Any) -> Any:
+    if type(value) in _CUT:
+        return float(value)
+    if isinstance(value, dict):
+        return {key: _as_floats(v) for key, v in value.items()}
+    return [_as_floats(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _zoned(values: Iterable[Any]) -> set[bool]:
+    """Whether times, in lists too, have a time zone: Arrow shifts those that are not as the first one is. (NaT is neither.)"""
+    found: set[bool] = set()
+    for v in values:
+        if isinstance(v, datetime.datetime):
+            if v == v:
+                found.add(v.tzinfo is not None)
+        elif isinstance(v, (list, tuple)):
+            found |= _zoned(v)
+    return found
 
 
 def _with_scalars(values: Sequence[Any], scalars: np.ndarray, hint: pa.DataType | None) -> pa.Array:

@@ -103,6 +103,19 @@ def test_values_that_make_no_column():
     assert "column 'v'" in str(error(nodes.MapRows(fn(lambda row: {"v": [1, "a"][row["x"] % 2]}))))
 
 
+def test_half_floats_among_whole_numbers_are_floats():
+    op = nodes.MapRows(fn(lambda row: {"h": [1, np.float16(0.75)][row["x"] % 2], "v": [1, np.float16(0.75)]}))
+    (out,) = run(op, numbers(2))
+    assert out.to_pylist() == [{"h": 1.0, "v": [1.0, 0.75]}, {"h": 0.75, "v": [1.0, 0.75]}]
+
+
+def test_times_with_and_without_a_zone_are_not_mixed():
+    times = [datetime.datetime(2020, 1, 1), datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)]
+    for mix in (times, times[::-1], [[t] for t in times]):
+        op = nodes.MapRows(fn(lambda row, mix=mix: {"t": mix[row["x"] % 2]}))
+        assert "some with a time zone" in str(error(op))
+
+
 def test_flat_map_expands_and_drops():
     op = nodes.FlatMap(fn(lambda row: ({"x": row["x"], "k": k} for k in range(row["x"]))))
     bench = Bench([op], source=BatchSource([numbers(4)]))
