@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import headrace as hr
-from headrace.core.errors import HeadraceError, PlanError, UserCodeError
+from headrace.core.errors import HeadraceError, PlanError, SchemaConflict, UserCodeError
 
 from .conftest import read_back
 
@@ -299,3 +299,39 @@ def test_a_value_that_is_not_of_the_type_given_is_a_bad_line(tmp_path: Path, qui
     with pytest.raises(hr.DataError, match="invalid value 'many'") as caught:
         ds.write_parquet(str(tmp_path / "failing"), **quiet)
     assert ("line", "3") in caught.value.where
+
+
+def _half(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "s": "\ud83d"}
+
+
+def _half_in_a_dict(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "d": {"\ud83d": 1}}
+
+
+def _half_as_a_name(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "\ud83d": 1}
+
+
+def _half_in_a_message(row: dict[str, Any]) -> dict[str, Any]:
+    raise ValueError("unreadable name \udce4")
+
+
+def _other_unit(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "t": np.datetime64("2020-01-02T01:02:03.123456789")}
+
+
+@pytest.mark.parametrize("odd", [_half, _half_in_a_dict, _half_as_a_name, _half_in_a_message, _other_unit])
+@pytest.mark.parametrize("how", ["skip", "quarantine"])
+def test_what_can_not_be_stored_is_one_bad_row(tmp_path: Path, quiet: Options, odd: Any, how: str) -> None:
+    def fn(row: dict[str, Any]) -> dict[str, Any]:
+        usual = {"id": row["id"], "s": "x", "d": {"a": 1}, "t": np.datetime64("2020-01-02")}
+        return odd(usual) if row["id"] == 7 else usual
+
+    for ds in (hr.range(20).map(fn), hr.range(20).flat_map(lambda row: [fn(row)])):
+        run = ds.write_parquet(tmp_path / "out", fresh=True, on_error=how, **quiet)
+        assert (run.rows, run.tally.bad) == (19, 1)
+    if how == "quarantine":
+        assert quarantined(tmp_path / "out")["id"].to_pylist()[-1:] == [7]
+    with pytest.raises((UserCodeError, SchemaConflict)):  # of two types that meet in a block, or in the output
+        hr.range(20).map(fn).write_parquet(tmp_path / "out", fresh=True, **quiet)

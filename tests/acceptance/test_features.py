@@ -398,3 +398,15 @@ def test_an_endless_generator_gives_its_first_rows() -> None:
     batches = hr.range(1).flat_map(forever).iter_batches(batch_size=10, progress="quiet")
     assert next(batches)["i"].tolist() == list(range(10))
     batches.close()
+
+
+@pytest.mark.parametrize("odd", [np.array([1.5, 2.0]), np.array([0.5]), np.array([1, 2], np.float32), [1.5, 2.0]])
+def test_vectors_of_whole_numbers_among_others(tmp_path: Path, odd: Any) -> None:
+    """One row of another number type widens the column, wherever blocks are cut."""
+    for engine in ("inline", "threads"):
+        ds = hr.range(3000).map(lambda row: {"id": row["id"], "v": odd if row["id"] == 1500 else np.array([1, 2])})
+        run = ds.write_parquet(tmp_path / engine, engine=engine, on_error="skip", progress="quiet")
+        assert (run.rows, run.tally.bad) == (3000, 0)
+        rows = read_back(tmp_path / engine).sort_by("id")["v"].combine_chunks()
+        values = rows.storage if isinstance(rows, pa.ExtensionArray) else rows
+        assert values.to_pylist()[1499:1501] == [[1.0, 2.0], [float(v) for v in odd]]

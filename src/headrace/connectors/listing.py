@@ -127,6 +127,7 @@ class Listing:
             matcher = _Matcher(entry)
             for o in self._expand(entry):
                 found = True
+                _check_name(o.uri)
                 name = self.relative(o.uri)
                 repeats = sum(m.matches(o.uri) for m in earlier)
                 yield Stored(o.uri, o.size, o.version, names.unique(name, repeats))
@@ -266,6 +267,17 @@ def _normalise(path: str | os.PathLike[str]) -> str:
     elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
         raise DataError(f"can't read {redact(text)!r}: unknown scheme", hint="use a local path, file:// or s3://")
     return os.path.abspath(os.path.expanduser(text))
+
+
+def _check_name(uri: str) -> None:
+    """Names of local files are bytes, but a run's log and its lineage are UTF-8."""
+    if uri.isascii():
+        return
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(uri).decode(errors="backslashreplace")
+        raise DataError("the name of a file is not UTF-8", where=(("path", shown),), hint="rename the file") from None
 
 
 def _covers(entry: str, uri: str) -> bool:

@@ -225,16 +225,41 @@ def ragged_to_numpy(column: pa.Array) -> np.ndarray[Any, Any]:
 
 def tensors_meet(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     """The type of a column that holds tensors of both types, of which at least one is a tensor type; None if there is none.
-    Vectors that differ in length are lists, other tensors that differ in shape are ragged ones.
+    Vectors that differ in length are lists, other tensors that differ in shape are ragged ones; their numbers are as
+    `numbers_meet` says.
     """
     kinds = [_tensor_kind(t) for t in (a, b)]
-    if None in kinds or not a.value_type.equals(b.value_type):
+    value = None if None in kinds else numbers_meet(a.value_type, b.value_type)
+    if value is None:
         return None
+    a, b = _with_elements(a, value), _with_elements(b, value)
     if a.equals(b) or is_ragged(a):
         return a
     if is_ragged(b) or "tensor" in kinds:
         return ragged_type(a.value_type)
     return next((t for t in (a, b) if pa.types.is_list(t)), pa.list_(a.value_type))
+
+
+def numbers_meet(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """The element type that numbers of both types are brought to: a wider one, floats where one is; None if there is none."""
+    if a.equals(b):
+        return a
+    try:
+        both = pa.unify_schemas([pa.schema([("x", a)]), pa.schema([("x", b)])], promote_options="permissive")
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+        return None
+    return both.field(0).type
+
+
+def _with_elements(type: pa.DataType, value: pa.DataType) -> pa.DataType:
+    """The same type of tensors or lists, but of elements of type `value`."""
+    if type.value_type.equals(value):
+        return type
+    if is_ragged(type):
+        return ragged_type(value)
+    if is_tensor(type):
+        return pa.fixed_shape_tensor(value, type.shape, dim_names=type.dim_names, permutation=type.permutation)
+    return pa.list_(value)
 
 
 def _tensor_kind(type: pa.DataType) -> str | None:
@@ -246,7 +271,16 @@ def _tensor_kind(type: pa.DataType) -> str | None:
 
 
 def tensors_brought(column: pa.Array, type: pa.DataType) -> pa.Array:
-    """The column as a type that `tensors_meet` found for its own. Raises ArrowInvalid for a list with a null in it."""
+    """The column as a type that `tensors_meet` found for its own. Raises ArrowInvalid for a list with a null in it, and for a
+    number that has no equal among the wider ones.
+    """
+    wide = _with_elements(column.type, type.value_type)
+    if isinstance(wide, pa.BaseExtensionType):
+        column = pa.ExtensionArray.from_storage(wide, column.storage.cast(wide.storage_type))
+    else:
+        column = column.cast(wide)
+    if wide.equals(type):
+        return column
     if is_tensor(column.type):
         return fixed_to_ragged(column) if is_ragged(type) else column.storage.cast(type)
     vectors = [values.values for values in column]

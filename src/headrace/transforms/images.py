@@ -47,8 +47,8 @@ def decode(
     The column may also be a struct with such a field "bytes", as Hugging Face's datasets have it.
 
     resize: the shorter side in pixels, or (height, width); antialiased bilinear; photographs are within one grey level on
-    average of Pillow's and thus of torchvision's `Resize` on Pillow images. crop: a side, or (height, width); what a smaller image
-    lacks is black. Sizes and offsets are torchvision's.
+    average of Pillow's and thus of torchvision's `Resize` on Pillow images. crop: a side, or (height, width); what a smaller
+    image lacks is black. Sizes and offsets are torchvision's.
     mode: "RGB" or "L" (grey). layout: "HWC" or "CHW"; the channel axis is there for grey, too (its length is 1).
     output: the column to make, `column` itself if None. Orientation tags are not applied (as Pillow and torchvision).
     max_pixels: a larger image is refused before it is decoded.

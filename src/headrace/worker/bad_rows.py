@@ -31,7 +31,9 @@ RowError = BaseException  # what user code may raise: panics of Rust extensions 
 
 
 class Failure(Struct, frozen=True):
-    """Why a row was set aside: texts alone, so that no frame keeps a batch alive."""
+    """Why a row was set aside: texts alone, so that no frame keeps a batch alive. They may hold what is no Unicode, as names of
+    files do.
+    """
 
     exception: str
     traceback: str = ""
@@ -174,8 +176,8 @@ def _table(held: _Held, attempt: int) -> pa.Table:
         "_source_row": pa.array([row for _, row, _, _ in notes], pa.int64()),
         "_rows": pa.array([rows for _, _, rows, _ in notes], pa.int64()),
         "_stage": pa.array([held.stage] * len(notes), pa.string()),
-        "_exception": pa.array([failure.exception for *_, failure in notes], pa.string()),
-        "_traceback": pa.array([failure.traceback for *_, failure in notes], pa.string()),
+        "_exception": pa.array([_unicode(failure.exception) for *_, failure in notes], pa.string()),
+        "_traceback": pa.array([_unicode(failure.traceback) for *_, failure in notes], pa.string()),
         "_attempt": pa.array([attempt] * len(notes), pa.int32()),
     }
     for name, column in added.items():
@@ -183,6 +185,11 @@ def _table(held: _Held, attempt: int) -> pa.Table:
             name += "_"
         columns[name] = column
     return pa.table(columns)
+
+
+def _unicode(text: str) -> str:
+    """The text with halves of surrogate pairs spelled out: they can't be stored."""
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
 
 
 def _common_uri(piece: Piece) -> str | None:

@@ -7,6 +7,8 @@ do not look at it, and fails in those that do.
 
 from __future__ import annotations
 
+import datetime
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,13 +19,15 @@ import pyarrow as pa
 
 from headrace.core.extras import is_instance
 from headrace.core.schemas import cast
-from headrace.core.tensors import arrow_type, is_ragged, numpy_to_array, ragged_to_array
+from headrace.core.tensors import arrow_type, is_ragged, numbers_meet, numpy_to_array, ragged_to_array, vector_to_numpy
 from headrace.worker.casting import widens
 from headrace.worker.refused import Refused
 
 _t = pa.types
+_CUT = frozenset((np.float16, np.longdouble))
+_DAYS = np.dtype("M8[D]")
 UNSHOWN = (pa.ArrowException, OverflowError, ValueError)  # what Arrow raises for a value that it can't convert
-_UNMADE = (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError)
+_UNMADE = (ValueError, TypeError, pa.ArrowNotImplementedError, OverflowError)  # UnicodeEncodeError: of half a surrogate pair
 
 
 # --- from columns ----------------------------------------------------------------------------------------------------
@@ -99,10 +103,54 @@ def _made(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
         made = _nested(values, hint)
         if made is not None:
             return made
-    made = pa.array(values)
+    made = _inferred(values)
+    if _contains(made.type, _t.is_integer) and not _CUT.isdisjoint(_kinds(values)):
+        made = pa.array([_as_floats(v) for v in values])
+    if _contains(made.type, _t.is_timestamp) and len(_zoned(values)) > 1:
+        raise Refused("whose times are some with a time zone and some without", "give times of one kind, or None")
     if "pandas" in sys.modules and _contains(made.type, _is_clock) and _have_nanoseconds(values):
         return pa.array(values, _in_nanoseconds(made.type))
     return made
+
+
+def _inferred(values: Sequence[Any]) -> pa.Array:
+    """Days of NumPy are dates; Arrow makes them of an array of such, but not of scalars."""
+    try:
+        return pa.array(values)
+    except TypeError:
+        if {v.dtype for v in values if isinstance(v, np.datetime64)} != {_DAYS}:
+            raise
+        return pa.array([v.item() if isinstance(v, np.datetime64) else v for v in values])
+
+
+def _kinds(values: Iterable[Any]) -> set[type]:
+    """The types of the values, however deep. Arrow cuts floats of `_CUT` to integers among such."""
+    values = list(values)
+    kinds = set(map(type, values))
+    if kinds.isdisjoint((dict, list, tuple)):
+        return kinds
+    inner = (v.values() if isinstance(v, dict) else v for v in values if isinstance(v, (dict, list, tuple)))
+    return kinds | _kinds(itertools.chain.from_iterable(inner))
+
+
+def _as_floats(value: Any) -> Any:
+    if type(value) in _CUT:
+        return float(value)
+    if isinstance(value, dict):
+        return {key: _as_floats(v) for key, v in value.items()}
+    return [_as_floats(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _zoned(values: Iterable[Any]) -> set[bool]:
+    """Whether times, in lists too, have a time zone: Arrow shifts those that are not as the first one is. (NaT is neither.)"""
+    found: set[bool] = set()
+    for v in values:
+        if isinstance(v, datetime.datetime):
+            if v == v:
+                found.add(v.tzinfo is not None)
+        elif isinstance(v, (list, tuple)):
+            found |= _zoned(v)
+    return found
 
 
 def _with_scalars(values: Sequence[Any], scalars: np.ndarray, hint: pa.DataType | None) -> pa.Array:
@@ -197,7 +245,7 @@ def torch_to_numpy(tensor: Any) -> np.ndarray:
 
 
 def _tensors(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
-    arrays = [None if v is None else np.asarray(v) for v in values]
+    arrays = _of_one_dtype([None if v is None else np.asarray(v) for v in values])
     first = next(a for a in arrays if a is not None)
     same = all(a is not None and a.shape == first.shape and a.dtype == first.dtype for a in arrays)
     if same and not (hint is not None and (is_ragged(hint) or _is_list(hint))) and not first.dtype.hasobject:
@@ -210,15 +258,38 @@ def _tensors(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
 
 def ragged(values: list[Any], hint: pa.DataType | None) -> pa.Array:
     """Arrays that differ in shape: lists when they are vectors, ragged tensors otherwise."""
-    arrays = [None if v is None else np.asarray(v) for v in values]
+    arrays = _of_one_dtype([None if v is None else np.asarray(v) for v in values])
     vectors = all(a is None or a.ndim == 1 for a in arrays)
     numeric = all(a is None or a.dtype.kind == "b" or arrow_type(a.dtype) is not None for a in arrays)
     try:
         if numeric and not (vectors and not (hint is not None and is_ragged(hint))):
             return ragged_to_array(arrays)
         return kept(pa.array([None if a is None else (a if a.ndim == 1 else a.tolist()) for a in arrays]), hint)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as exc:
+    except _UNMADE as exc:
         raise Refused(f"whose arrays don't make a column: {exc}", "give arrays of one number type") from exc
+
+
+def _of_one_dtype(arrays: list[Any]) -> list[Any]:
+    """The arrays, their numbers brought together as they are between blocks: a block's type is not to depend on how rows were
+    cut. Raises Refused for a number that has no equal among the wider ones.
+    """
+    dtypes = dict.fromkeys(a.dtype for a in arrays if a is not None)
+    if len(dtypes) < 2:
+        return arrays
+    types = [arrow_type(dtype) for dtype in dtypes]
+    met = functools.reduce(lambda a, b: None if a is None or b is None else numbers_meet(a, b), types)
+    if met is None:
+        return arrays
+    try:
+        return [None if a is None else _as_numbers(a, met) for a in arrays]
+    except pa.ArrowInvalid as exc:
+        raise Refused(f"whose arrays don't make a column: {exc}", "give arrays of one number type") from exc
+
+
+def _as_numbers(array: np.ndarray, type: pa.DataType) -> np.ndarray:
+    if arrow_type(array.dtype) == type:
+        return array
+    return vector_to_numpy(numpy_to_array(array.reshape(-1)).cast(type)).reshape(array.shape)
 
 
 # --- types -----------------------------------------------------------------------------------------------------------
@@ -237,9 +308,11 @@ def kept(made: pa.Array, hint: pa.DataType | None) -> pa.Array:
 
 
 def _is_kind_of(made: pa.DataType, hint: pa.DataType) -> bool:
-    """As `widens`, but that a float is of the kind of narrower ones, too, and a value of that of its dictionaries."""
+    """As `widens`, but that a float is of the kind of narrower ones, too, a value of that of its dictionaries, and tensors only
+    of that of their own numbers.
+    """
     if isinstance(made, pa.BaseExtensionType) or isinstance(hint, pa.BaseExtensionType):
-        return widens(made, hint)
+        return made.equals(hint) or (widens(made, hint) and made.value_type.equals(hint.value_type))
     if _t.is_dictionary(hint) and not _t.is_dictionary(made):
         return _is_kind_of(made, hint.value_type)
     if _is_list(made) and _is_list(hint):

@@ -261,8 +261,18 @@ def rows_batch(rows: Sequence[Mapping[str, Any]], given: Given, declared: Declar
     for name, values in zip(names, lists, strict=True):
         if not isinstance(name, str):
             raise Refused(f"returned a row with key {name!r}", "column names must be strings")
+        if not name.isascii():
+            _encodable(name)
         columns[name] = _rows_column(name, values, given, declared.type_of(name))
     return declared.apply(make_batch(columns, len(rows)))
+
+
+def _encodable(name: str) -> None:
+    """Refuse half a surrogate pair, as `json.loads` makes of a text that was cut."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise Refused(f"returned a row with key {name!r}", "column names must be valid Unicode") from None
 
 
 def _rows_column(name: str, values: list[Any], given: Given, declared: pa.DataType | None) -> pa.Array:

@@ -174,18 +174,21 @@ class MapRowsOp(RowOperator):
 
 class FlatMapOp(RowOperator):
     def push(self, piece: Piece) -> Iterator[Piece]:
-        made = bad = 0
         for part, rows, given in self._chunks(piece):
             lost: list[Lost] = []
+            made = parted = 0  # rows made, and of how many rows
+            last = -1
             for batch, parents in self._made(part, rows, given, lost):
+                made += batch.num_rows
+                parted += len(set(parents)) - (parents[0] == last)  # one row's may leave in several batches
+                last = parents[-1]
                 for start in range(0, batch.num_rows, FLAT_ROWS):
                     some = batch.slice(start, FLAT_ROWS)
-                    made += some.num_rows
                     yield Piece(some, chosen(part.origin, np.asarray(parents[start : start + FLAT_ROWS])))
-            bad += len(lost)
+            self.counts.expanded += made - parted
+            self.counts.filtered += len(rows) - len(lost) - parted
             if lost:
                 self.lose(part, sorted(lost, key=lambda pair: pair[0]))
-        self.counts.change(piece.batch.num_rows - bad, made)
 
     def _made(self, part: Piece, rows: list[Row], given: Given, lost: list[Lost]) -> Iterator[tuple[pa.RecordBatch, list[int]]]:
         return self._flat(part, rows, given) if self.bad is None else self._flat_whole(part, rows, given, lost)

@@ -236,3 +236,14 @@ def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="leads nowhere") as caught:
             list(Listing.of(path, (".parquet",)).objects())
         assert "b.parquet" in str(caught.value)
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "\u00e4.csv").write_text("x")
+    assert names(tmp_path) == ["\u00e4.csv"]
+    with open(os.fsencode(tmp_path) + b"/\xe4.csv", "w") as f:
+        f.write("x")
+    with pytest.raises(DataError, match="not UTF-8") as caught:
+        names(tmp_path)
+    assert r"\xe4.csv" in str(caught.value)
+    assert "rename" in str(caught.value)

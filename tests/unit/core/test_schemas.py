@@ -53,6 +53,25 @@ def test_tensors_of_two_shapes_are_ragged() -> None:
     assert bring(a, both).num_rows == 2
 
 
+def test_tensors_of_whole_numbers_become_floats() -> None:
+    whole, floats = np.array([[1, 2], [3, 4]]), np.array([[1.5, 2.0]])
+    ragged = ragged_to_array([np.ones((1, 2), np.int8), np.ones((2, 2), np.int8)])
+    for column, then, becomes in (
+        (numpy_to_array(whole), numpy_to_array(floats), pa.fixed_shape_tensor(pa.float64(), (2,))),
+        (numpy_to_array(whole), pa.array([[0.5]]), pa.list_(pa.float64())),
+        (numpy_to_array(whole[:, None]), ragged_to_array([floats]), ragged_type(pa.float64())),
+        (ragged, ragged_to_array([floats.astype(np.float32)]), ragged_type(pa.float32())),
+        (pa.array([[1, 2], [3, 4]]), ragged_to_array([floats]), ragged_type(pa.float64())),
+    ):
+        assert common(column.type, then.type) == common(then.type, column.type) == becomes
+        batch = pa.record_batch({"v": column}).slice(1)
+        assert bring(batch, pa.schema([("v", becomes)])).num_rows == 1
+    assert bring(batch, pa.schema([("v", becomes)])).column("v").storage.to_pylist() == [{"data": [3.0, 4.0], "shape": [2]}]
+    with pytest.raises(pa.ArrowInvalid):
+        bring(pa.record_batch({"v": numpy_to_array(whole + (1 << 53))}), pa.schema([("v", numpy_to_array(floats).type)]))
+    assert common(numpy_to_array(whole).type, numpy_to_array(whole == 1).type) is None
+
+
 def test_vectors_are_lists_and_all_others_ragged_whatever_comes_first() -> None:
     columns = [
         numpy_to_array(np.ones((2, 3))),

@@ -103,12 +103,36 @@ def test_values_that_make_no_column():
     assert "column 'v'" in str(error(nodes.MapRows(fn(lambda row: {"v": [1, "a"][row["x"] % 2]}))))
 
 
+def test_half_floats_among_whole_numbers_are_floats():
+    op = nodes.MapRows(fn(lambda row: {"h": [1, np.float16(0.75)][row["x"] % 2], "v": [1, np.float16(0.75)]}))
+    (out,) = run(op, numbers(2))
+    assert out.to_pylist() == [{"h": 1.0, "v": [1.0, 0.75]}, {"h": 0.75, "v": [1.0, 0.75]}]
+
+
+def test_times_with_and_without_a_zone_are_not_mixed():
+    times = [datetime.datetime(2020, 1, 1), datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)]
+    for mix in (times, times[::-1], [[t] for t in times]):
+        op = nodes.MapRows(fn(lambda row, mix=mix: {"t": mix[row["x"] % 2]}))
+        assert "some with a time zone" in str(error(op))
+
+
 def test_flat_map_expands_and_drops():
     op = nodes.FlatMap(fn(lambda row: ({"x": row["x"], "k": k} for k in range(row["x"]))))
     bench = Bench([op], source=BatchSource([numbers(4)]))
     out = bench.run()
     assert column(out, "x") == [1, 2, 2, 3, 3, 3]
-    assert bench.tally.expanded == 2
+    assert (bench.tally.expanded, bench.tally.filtered) == (3, 1)
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+@pytest.mark.parametrize("sizes", [[9], [2, 3, 4], [1] * 9])
+def test_what_flat_map_drops_and_adds_does_not_depend_on_blocks(sizes, on_error):
+    op = nodes.FlatMap(fn(lambda row: [{"x": row["x"]}] * (row["x"] % 3 * 9000)))
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    source = BatchSource([numbers(n, at) for n, at in zip(sizes, starts, strict=True)])
+    bench = Bench([op], source=source, on_error=on_error)
+    bench.run()
+    assert (bench.tally.expanded, bench.tally.filtered) == (81_000 - 6, 3)
 
 
 def test_flat_map_never_holds_all_that_it_makes():
