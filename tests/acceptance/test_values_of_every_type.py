@@ -42,6 +42,8 @@ EVERY: dict[str, pa.Array] = {
     "fixed list": pa.array([[0.1, 2], None, [3, 4]], pa.list_(pa.float32(), 2)),
     "timestamps": pa.array([[1_700_000_000_123_456_789], None, [1]], pa.list_(pa.timestamp("ns"))),
     "times": pa.array([[NOON_AND_1_NS, 1000], None, [1000]], pa.list_(pa.time64("ns"))),
+    "lists": pa.array([[[2**60 + 1], [None]], None, [None, []]], pa.list_(pa.list_(pa.int64()))),
+    "fixed lists": pa.array([[[2**60 + 1, None]], None, []], pa.list_(pa.list_(pa.int64(), 2))),
     "struct": pa.array(
         [{"t": 1, "f": 0.1}, None, {"t": None, "f": 2}], pa.struct([("t", pa.duration("ns")), ("f", pa.float32())])
     ),
@@ -110,6 +112,19 @@ def test_columns_that_a_function_of_batches_does_not_touch(tmp_path: Path, kind:
     assert pq.read_table(tmp_path / "out").to_pydict() == {"n": [1, 2, 3]}
 
 
+@pytest.mark.parametrize("kind", EVERY)
+def test_batches_given_back(run: Run, kind: str) -> None:
+    column = EVERY[kind]
+    assert same(run({"x": column}, "map_batches", lambda b: b), column)
+    assert same(run({"x": column}, "map_batches", lambda b: {**b, "y": b["x"]}), column, "y")
+
+
+def test_lists_with_nulls_in_some_batches() -> None:
+    column = pa.array([[[1]]] * 2000 + [[[2**60 + 1], [None]]], pa.list_(pa.list_(pa.int64())))
+    ds = hr.from_arrow(pa.table({"x": column})).map_batches(lambda b: {**b, "y": b["x"]}, batch_size=1000)
+    assert same(ds.to_arrow(progress="quiet"), column)
+
+
 @pytest.mark.parametrize("kind", ["map", "map in struct", "map in list", "time", "times", "far date", "not utf-8"])
 def test_copied_arrays(run: Run, kind: str) -> None:
     column = EVERY[kind]
@@ -125,6 +140,15 @@ def test_values_changed_in_place_are_seen(run: Run) -> None:
     made = run({"l": pa.array([[1]], pa.list_(pa.int16())), "m": EVERY["map in struct"].slice(0, 1)}, "map", change)
     assert made.to_pydict() == {"l": [[1, 7]], "m": [{"m": [("a", 1), ("b", 2)]}]}
     assert made["l"].type.equals(pa.list_(pa.int16()))
+
+
+def test_lists_changed_in_place_are_seen(run: Run) -> None:
+    def change(batch: dict[str, Any]) -> dict[str, Any]:
+        batch["x"][0][0][0] = "c"
+        return batch
+
+    made = run({"x": pa.array([[["a", None]], [["b"]]])}, "map_batches", change)
+    assert made["x"].to_pylist() == [[["c", None]], [["c"]]]
 
 
 def test_kinds_that_change_inside_a_map(run: Run) -> None:
