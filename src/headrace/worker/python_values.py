@@ -216,7 +216,10 @@ def ragged(values: list[Any], hint: pa.DataType | None) -> pa.Array:
     try:
         if numeric and not (vectors and not (hint is not None and is_ragged(hint))):
             return ragged_to_array(arrays)
-        return kept(pa.array([None if a is None else (a if a.ndim == 1 else a.tolist()) for a in arrays]), hint)
+        return kept(
+            pa.array([None if a is None else (a if a.ndim == 1 and a.dtype.kind not in "SU" else a.tolist()) for a in arrays]),
+            hint,
+        )
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as exc:
         raise Refused(f"whose arrays don't make a column: {exc}", "give arrays of one number type") from exc
 

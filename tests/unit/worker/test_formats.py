@@ -109,6 +109,15 @@ def test_tensors_that_are_not_contiguous_or_native():
         assert np.array_equal(tensor_to_numpy(numpy_to_array(odd)), odd)
 
 
+@pytest.mark.parametrize("values", [[b"a\0b", b"", b"\0\0c"], ["a\0b", "ü", "\0"], [b"abc"], ["abc", "d"], [b"", b""]])
+def test_texts_with_nul_in_them(values):
+    for array in (np.array(values), np.array(values * 2)[::2], np.array(values).reshape(-1, 1)):
+        rows = arrays(t=numpy_to_array(array))["t"].tolist() if array.ndim == 1 else numpy_to_array(array).storage.to_pylist()
+        assert rows == array.tolist()
+    lists = [np.array(values), np.array(values * 2)]
+    assert column_of(lists).to_pylist() == [array.tolist() for array in lists]
+
+
 def test_tensors_with_nulls():
     column = pa.concat_arrays([numpy_to_array(np.ones((1, 2))), pa.nulls(1, pa.fixed_shape_tensor(pa.float64(), (2,)))])
     first, second = arrays(t=column)["t"]
