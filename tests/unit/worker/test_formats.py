@@ -21,7 +21,7 @@ from headrace.core.tensors import (
     ragged_type,
     tensor_to_numpy,
 )
-from headrace.worker.casting import cast_batch, common_type, concat
+from headrace.worker.casting import cast_batch, concat
 from headrace.worker.formats import Given, NumpyReader, read_rows, to_format, to_pandas, to_rows, to_torch
 from headrace.worker.refused import Refused
 from headrace.worker.results import batch_of, call, column_of, rows_batch, values_column
@@ -265,23 +265,6 @@ def test_rows_of_python_values():
 
 
 # --- casting ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "wide"),
-    [
-        (pa.int8(), pa.int32(), pa.int32()),
-        (pa.uint32(), pa.int32(), pa.int64()),
-        (pa.int64(), pa.float32(), pa.float64()),
-        (pa.float32(), pa.float64(), pa.float64()),
-        (pa.null(), pa.string(), pa.string()),
-        (pa.list_(pa.null()), pa.list_(pa.int8()), pa.list_(pa.int8())),
-        (pa.string(), pa.int8(), pa.string()),
-        (pa.struct([("k", pa.null())]), pa.struct([("k", pa.int8())]), pa.struct([("k", pa.int8())])),
-    ],
-)
-def test_common_types(a, b, wide):
-    assert common_type(a, b) == wide
 
 
 def test_tensors_of_several_shapes_become_ragged():
