@@ -57,12 +57,38 @@ def common(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
         return common(plain[0], plain[1])
     if any(kind(a) != kind(b) for kind in (pa.types.is_temporal, _is_bytes)) or ({a, b} & _FLOATS and _has_decimal(a, b)):
         return None
+    a, b = _with_room(a, b), _with_room(b, a)
     try:
         both = pa.unify_schemas([pa.schema([("x", a)]), pa.schema([("x", b)])], promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
         plain = [_plain(t) for t in (a, b)]
         return None if plain == [a, b] else common(plain[0], plain[1])
     return both.field(0).type
+
+
+_DIGITS = {8: 3, 16: 5, 32: 10, 64: 19}  # of whole numbers of so many bits; of uint64 one more
+
+
+def _with_room(a: pa.DataType, b: pa.DataType) -> pa.DataType:
+    """`a`, with decimals for whole numbers where `b` has decimals. (Arrow's promotion gives them a digit too few.)"""
+    if pa.types.is_integer(a) and pa.types.is_decimal(b):
+        return pa.decimal128(_DIGITS[a.bit_width] + pa.types.is_uint64(a), 0)
+    if pa.types.is_struct(a) and pa.types.is_struct(b):
+        others = {field.name: field.type for field in b}
+        return _rebuilt(a, lambda f: f.with_type(_with_room(f.type, others[f.name])) if f.name in others else f)
+    inside = _inside(a), _inside(b)
+    if not inside[0] or len(inside[0]) != len(inside[1]):
+        return a
+    types = map(_with_room, *inside)
+    return _rebuilt(a, lambda f: f.with_type(next(types)))
+
+
+def _inside(type: pa.DataType) -> list[pa.DataType]:
+    """The types of what is in a list or a map."""
+    t = pa.types
+    if t.is_map(type):
+        return [type.key_type, type.item_type]
+    return [type.value_type] if t.is_list(type) or t.is_large_list(type) or t.is_fixed_size_list(type) else []
 
 
 def nullable(schema: pa.Schema) -> pa.Schema:
