@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -195,3 +196,34 @@ def test_lists_of_no_rows() -> None:
     empty = pa.ListArray.from_buffers(pa.list_(pa.int64()), 0, [None, None], children=[pa.array([], pa.int64())])
     values, _ = NumpyReader().read(pa.record_batch({"l": empty, "f": pa.array([], pa.list_(pa.int64(), 2))}))
     assert [v.shape for v in values.values()] == [(0,), (0, 2)]
+
+
+VIEWS: dict[str, pa.Array] = {
+    "text": pa.array(["a", None, "a long text that is not in the view"], pa.string_view()),
+    "bytes": pa.array([b"a", None, b""], pa.binary_view()),
+    "list": pa.array([["a"], None, []], pa.list_(pa.string_view())),
+    "struct": pa.array([{"t": "a"}, None, {"t": None}], pa.struct([("t", pa.string_view())])),
+    "map": pa.array([[("a", b"b")], None, []], pa.map_(pa.string_view(), pa.binary_view())),
+    "run ends": pc.run_end_encode(pa.array(["a", "a", None])),
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.parametrize("whence", ["table", "file", "function"])
+def test_columns_of_views_are_like_any_other(tmp_path: Path, kind: str, whence: str) -> None:
+    table = pa.table({"i": [1, 2, 3], "x": VIEWS[kind]})
+    ds = hr.from_arrow(table)
+    if whence == "file":
+        if kind == "run ends":
+            pytest.skip("Parquet has none")
+        pq.write_table(table, tmp_path / "in.parquet")
+        ds = hr.read_parquet(tmp_path / "in.parquet")
+    elif whence == "function":
+        ds = hr.range(3).map_batches(lambda b: table.slice(b["id"][0], len(b["id"])), batch_format="numpy")
+    shown = VIEWS[kind].to_pylist()
+    quiet = {"engine": "inline", "progress": "quiet"}
+    assert ds.filter(lambda row: row["i"] > 1).to_arrow(**quiet)["x"].to_pylist() == shown[1:]
+    assert ds.filter(pc.field("i") > 1).to_arrow(**quiet)["x"].to_pylist() == shown[1:]
+    assert ds.flat_map(lambda row: [row, row]).to_arrow(**quiet)["x"].to_pylist() == [v for v in shown for _ in (1, 2)]
+    if kind in ("text", "run ends"):
+        ds.filter(~pc.field("x").is_null()).evaluate(mean=hr.metrics.Mean("i", by="x")).run(**quiet)

@@ -91,6 +91,56 @@ def _inside(type: pa.DataType) -> list[pa.DataType]:
     return [type.value_type] if t.is_list(type) or t.is_large_list(type) or t.is_fixed_size_list(type) else []
 
 
+_ENCODED = {pa.string_view().id, pa.binary_view().id, pa.run_end_encoded(pa.int32(), pa.null()).id}
+
+
+def is_encoded(type: pa.DataType) -> bool:
+    """Whether it is, or holds, a view of texts or bytes, or is run-end encoded: Arrow can't filter such columns, and more."""
+    if type.id in _ENCODED:
+        return True
+    if pa.types.is_dictionary(type):
+        return type.value_type.id in _ENCODED
+    if isinstance(type, pa.BaseExtensionType):
+        return False
+    return any(is_encoded(type.field(i).type) for i in range(type.num_fields))
+
+
+def decoded(type: pa.DataType, *, large: bool = False) -> pa.DataType:
+    """The type that `decode` brings columns to. large: with room for more than 2 GB in a column."""
+    t = pa.types
+    if not is_encoded(type):
+        return type
+    if t.is_run_end_encoded(type):
+        return decoded(type.value_type, large=large)
+    if t.is_string_view(type):
+        return pa.large_string() if large else pa.string()
+    if t.is_binary_view(type):
+        return pa.large_binary() if large else pa.binary()
+    if t.is_dictionary(type):
+        return pa.dictionary(type.index_type, decoded(type.value_type, large=large), type.ordered)
+    return _rebuilt(type, lambda f: f if t.is_run_end_encoded(f.type) else f.with_type(decoded(f.type, large=large)))
+
+
+def decode(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """The same values without views and run ends, but for the latter inside of other types."""
+    if not is_encoded(column.type):
+        return column
+    import pyarrow.compute as pc
+
+    if pa.types.is_run_end_encoded(column.type):
+        return decode(pc.run_end_decode(column))  # type: ignore[attr-defined]
+    try:
+        return column.cast(decoded(column.type))
+    except (pa.ArrowInvalid, pa.ArrowCapacityError):
+        return column.cast(decoded(column.type, large=True))
+
+
+def decoded_schema(schema: pa.Schema) -> pa.Schema:
+    if not any(is_encoded(field.type) for field in schema):
+        return schema
+    return pa.schema([field.with_type(decoded(field.type)) for field in schema], schema.metadata)
+
+
 def nullable(schema: pa.Schema) -> pa.Schema:
     """The same columns, which may hold nulls, and so may what is nested in them. Keys of maps never may."""
     return pa.schema([_nullable(field) for field in schema])
