@@ -7,6 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from headrace.api.dataset import Dataset, from_source
+from headrace.core.errors import PlanError
 from headrace.core.extras import require
 
 if TYPE_CHECKING:
@@ -105,7 +106,17 @@ def from_items(rows: Iterable[Mapping[str, Any]]) -> Dataset:
     """Rows given as dicts of Python values."""
     import pyarrow as pa
 
-    return from_arrow(pa.Table.from_pylist([dict(row) for row in rows]))
+    from headrace.worker.python_values import check_kinds
+    from headrace.worker.refused import Refused
+
+    items = [dict(row) for row in rows]
+    table = pa.Table.from_pylist(items)
+    for field in table.schema:
+        try:
+            check_kinds((row.get(field.name) for row in items), field.type)
+        except Refused as exc:
+            raise PlanError(f"from_items was given column {field.name!r}, {exc}", hint=exc.hint) from None
+    return from_arrow(table)
 
 
 def range(rows: int) -> Dataset:

@@ -75,7 +75,7 @@ class ModelRunner:
 
 
 def join_columns(parts: Sequence[pa.RecordBatch], op: str, origin: Origin) -> pa.RecordBatch:
-    """Answers to consecutive rows as one. Raises UserCodeError when the model named its columns differently, SchemaConflict when types differ."""
+    """Answers to consecutive rows as one. Raises HeadraceError when their names, or kinds of types, differ."""
     if len(parts) == 1:
         return parts[0]
     names = parts[0].schema.names

@@ -7,7 +7,9 @@ do not look at it, and fails in those that do.
 
 from __future__ import annotations
 
+import datetime
 import itertools
+import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -100,9 +102,31 @@ def _made(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
         if made is not None:
             return made
     made = pa.array(values)
+    check_kinds(values, made.type)
     if "pandas" in sys.modules and _contains(made.type, _is_clock) and _have_nanoseconds(values):
         return pa.array(values, _in_nanoseconds(made.type))
     return made
+
+
+def _may_cut(type: pa.DataType) -> bool:
+    return _t.is_date(type) or _t.is_binary(type)
+
+
+def check_kinds(values: Iterable[Any], type: pa.DataType) -> None:
+    """type: what Arrow inferred. It makes dates of datetimes behind a date, and bytes of texts beside bytes. Raises Refused."""
+    if not _contains(type, _may_cut):
+        return
+    if _t.is_struct(type):
+        rows = [v for v in values if isinstance(v, dict)]
+        for field in type:
+            check_kinds((row.get(field.name) for row in rows), field.type)
+    elif _is_list(type):
+        check_kinds(itertools.chain.from_iterable(v for v in values if v is not None), type.value_type)
+    elif _may_cut(type):
+        other = datetime.datetime if _t.is_date(type) else str
+        if any(issubclass(kind, other) for kind in set(map(operator.attrgetter("__class__"), values))):
+            what = "dates and some datetimes" if _t.is_date(type) else "bytes and some texts"
+            raise Refused(f"whose values are some {what}", "give values of one type, or None")
 
 
 def _with_scalars(values: Sequence[Any], scalars: np.ndarray, hint: pa.DataType | None) -> pa.Array:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 import headrace as hr
-from headrace.core.errors import DataError
+from headrace.core.errors import DataError, PlanError
 from headrace.core.tensors import (
     is_ragged,
     numpy_to_array,
@@ -213,6 +213,17 @@ def test_batches_without_rows_or_columns():
 def test_values_that_make_no_column(value):
     with pytest.raises(Refused):
         back(x=value)
+
+
+@pytest.mark.parametrize(("a", "b"), [(datetime.date(2020, 1, 1), datetime.datetime(2020, 1, 1, 5)), (b"a", "b"), ("b", b"a")])
+def test_kinds_that_arrow_would_mix(a, b):
+    for values in ([a, b], [[a], [b, None]], [{"k": a, "n": 1}, None, {"k": b}]):
+        with pytest.raises(Refused, match="whose values are some"):
+            column_of(values)
+        with pytest.raises(PlanError, match="column 'x', whose values are some"):
+            hr.from_items([{"x": value} for value in values])
+    for values in ([a, None], [[a], None], [{"k": a}, None]):
+        assert column_of(values).to_pylist() == values
 
 
 def test_rows_keep_hints_for_nulls_only_where_there_are_no_values():
