@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,19 @@ def test_whole_numbers_that_become_floats_in_a_large_file(tmp_path: Path, quiet:
     first = np.asarray(back["wide"].combine_chunks().storage.values[:50] if back["wide"].num_chunks else [])
     assert np.array_equal(first, np.random.default_rng(0).random((1000, 50))[0])
     assert not [p for p in (tmp_path / "out").rglob("*") if ".narrow" in p.name]
+
+
+def test_types_of_answers_that_widen(engine: str) -> None:
+    def price(ids: np.ndarray) -> list[Decimal]:
+        return [Decimal(int(i)) / 100 for i in ids]
+
+    def at(ids: np.ndarray) -> np.ndarray:
+        return ids.astype("M8[s]" if ids[0] == 0 else "M8[ms]")
+
+    ds = hr.range(30_000).predict(price, input="id", output="price").predict(at, input="id", output="at", batch_size=500)
+    table = ds.to_arrow(engine=engine, progress="quiet")
+    assert table["price"].to_pylist() == [Decimal(i) / 100 for i in range(30_000)]
+    assert table.schema.field("at").type == pa.timestamp("ms")
 
 
 @pytest.mark.parametrize("rows", [1000, 1025, 9000])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,12 @@ def test_types_that_files_have_come_together_in_any_order(
         got.validate(full=True)
         if values is not None and name == "in":
             assert got["x"].to_pylist() == values
+
+
+def test_whole_numbers_and_decimals_come_together(tmp_path: Path) -> None:
+    whole, places = {"x": pa.array([2**63 - 1, 1])}, array([Decimal("1.25")], pa.decimal128(5, 2))
+    table = hr.read_parquet(folder_of(tmp_path, whole, places)).to_arrow(**QUIET)
+    assert table["x"].to_pylist() == [2**63 - 1, 1, Decimal("1.25")]
 
 
 def test_columns_that_come_and_go_are_null_elsewhere(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -42,6 +43,8 @@ EVERY: dict[str, pa.Array] = {
     "fixed list": pa.array([[0.1, 2], None, [3, 4]], pa.list_(pa.float32(), 2)),
     "timestamps": pa.array([[1_700_000_000_123_456_789], None, [1]], pa.list_(pa.timestamp("ns"))),
     "times": pa.array([[NOON_AND_1_NS, 1000], None, [1000]], pa.list_(pa.time64("ns"))),
+    "lists": pa.array([[[2**60 + 1], [None]], None, [None, []]], pa.list_(pa.list_(pa.int64()))),
+    "fixed lists": pa.array([[[2**60 + 1, None]], None, []], pa.list_(pa.list_(pa.int64(), 2))),
     "struct": pa.array(
         [{"t": 1, "f": 0.1}, None, {"t": None, "f": 2}], pa.struct([("t", pa.duration("ns")), ("f", pa.float32())])
     ),
@@ -110,6 +113,19 @@ def test_columns_that_a_function_of_batches_does_not_touch(tmp_path: Path, kind:
     assert pq.read_table(tmp_path / "out").to_pydict() == {"n": [1, 2, 3]}
 
 
+@pytest.mark.parametrize("kind", EVERY)
+def test_batches_given_back(run: Run, kind: str) -> None:
+    column = EVERY[kind]
+    assert same(run({"x": column}, "map_batches", lambda b: b), column)
+    assert same(run({"x": column}, "map_batches", lambda b: {**b, "y": b["x"]}), column, "y")
+
+
+def test_lists_with_nulls_in_some_batches() -> None:
+    column = pa.array([[[1]]] * 2000 + [[[2**60 + 1], [None]]], pa.list_(pa.list_(pa.int64())))
+    ds = hr.from_arrow(pa.table({"x": column})).map_batches(lambda b: {**b, "y": b["x"]}, batch_size=1000)
+    assert same(ds.to_arrow(progress="quiet"), column)
+
+
 @pytest.mark.parametrize("kind", ["map", "map in struct", "map in list", "time", "times", "far date", "not utf-8"])
 def test_copied_arrays(run: Run, kind: str) -> None:
     column = EVERY[kind]
@@ -125,6 +141,15 @@ def test_values_changed_in_place_are_seen(run: Run) -> None:
     made = run({"l": pa.array([[1]], pa.list_(pa.int16())), "m": EVERY["map in struct"].slice(0, 1)}, "map", change)
     assert made.to_pydict() == {"l": [[1, 7]], "m": [{"m": [("a", 1), ("b", 2)]}]}
     assert made["l"].type.equals(pa.list_(pa.int16()))
+
+
+def test_lists_changed_in_place_are_seen(run: Run) -> None:
+    def change(batch: dict[str, Any]) -> dict[str, Any]:
+        batch["x"][0][0][0] = "c"
+        return batch
+
+    made = run({"x": pa.array([[["a", None]], [["b"]]])}, "map_batches", change)
+    assert made["x"].to_pylist() == [[["c", None]], [["c"]]]
 
 
 def test_kinds_that_change_inside_a_map(run: Run) -> None:
@@ -171,3 +196,34 @@ def test_lists_of_no_rows() -> None:
     empty = pa.ListArray.from_buffers(pa.list_(pa.int64()), 0, [None, None], children=[pa.array([], pa.int64())])
     values, _ = NumpyReader().read(pa.record_batch({"l": empty, "f": pa.array([], pa.list_(pa.int64(), 2))}))
     assert [v.shape for v in values.values()] == [(0,), (0, 2)]
+
+
+VIEWS: dict[str, pa.Array] = {
+    "text": pa.array(["a", None, "a long text that is not in the view"], pa.string_view()),
+    "bytes": pa.array([b"a", None, b""], pa.binary_view()),
+    "list": pa.array([["a"], None, []], pa.list_(pa.string_view())),
+    "struct": pa.array([{"t": "a"}, None, {"t": None}], pa.struct([("t", pa.string_view())])),
+    "map": pa.array([[("a", b"b")], None, []], pa.map_(pa.string_view(), pa.binary_view())),
+    "run ends": pc.run_end_encode(pa.array(["a", "a", None])),
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+@pytest.mark.parametrize("whence", ["table", "file", "function"])
+def test_columns_of_views_are_like_any_other(tmp_path: Path, kind: str, whence: str) -> None:
+    table = pa.table({"i": [1, 2, 3], "x": VIEWS[kind]})
+    ds = hr.from_arrow(table)
+    if whence == "file":
+        if kind == "run ends":
+            pytest.skip("Parquet has none")
+        pq.write_table(table, tmp_path / "in.parquet")
+        ds = hr.read_parquet(tmp_path / "in.parquet")
+    elif whence == "function":
+        ds = hr.range(3).map_batches(lambda b: table.slice(b["id"][0], len(b["id"])), batch_format="numpy")
+    shown = VIEWS[kind].to_pylist()
+    quiet = {"engine": "inline", "progress": "quiet"}
+    assert ds.filter(lambda row: row["i"] > 1).to_arrow(**quiet)["x"].to_pylist() == shown[1:]
+    assert ds.filter(pc.field("i") > 1).to_arrow(**quiet)["x"].to_pylist() == shown[1:]
+    assert ds.flat_map(lambda row: [row, row]).to_arrow(**quiet)["x"].to_pylist() == [v for v in shown for _ in (1, 2)]
+    if kind in ("text", "run ends"):
+        ds.filter(~pc.field("x").is_null()).evaluate(mean=hr.metrics.Mean("i", by="x")).run(**quiet)

@@ -7,6 +7,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from headrace.api.dataset import Dataset, from_source
+from headrace.core.errors import PlanError
 from headrace.core.extras import require
 
 if TYPE_CHECKING:
@@ -107,10 +108,18 @@ def from_items(rows: Iterable[Mapping[str, Any]]) -> Dataset:
     """Rows given as dicts of Python values. A key that some of them lack is null there."""
     import pyarrow as pa
 
-    held = [dict(row) for row in rows]
-    names = dict.fromkeys(name for row in held for name in row)
-    table = pa.table({name: pa.array([row.get(name) for row in held]) for name in names})
-    return from_arrow(table if names or not held else pa.table({"_": pa.nulls(len(held))}).select([]))
+    from headrace.worker.python_values import check_kinds
+    from headrace.worker.refused import Refused
+
+    items = [dict(row) for row in rows]
+    names = dict.fromkeys(name for row in items for name in row)
+    table = pa.table({name: pa.array([row.get(name) for row in items]) for name in names})
+    for field in table.schema:
+        try:
+            check_kinds((row.get(field.name) for row in items), field.type)
+        except Refused as exc:
+            raise PlanError(f"from_items was given column {field.name!r}, {exc}", hint=exc.hint) from None
+    return from_arrow(table if names or not items else pa.table({"_": pa.nulls(len(items))}).select([]))
 
 
 def range(rows: int) -> Dataset:

@@ -15,7 +15,7 @@ from msgspec import Struct
 from headrace.connectors.blocks import goes_into
 from headrace.connectors.sources.unreadable import Mismatch
 from headrace.core.errors import DataError, PlanError
-from headrace.core.schemas import cast, common, nullable, takes_tensors
+from headrace.core.schemas import cast, common, decoded_schema, nullable, takes_tensors
 
 Where = tuple[tuple[str, str], ...]
 
@@ -29,7 +29,7 @@ def named(schema: pa.Schema) -> pa.Schema:
     twice = [name for name in schema.names if schema.names.count(name) > 1]
     if twice:
         raise PlanError(f"schema has two columns {twice[0]!r}", hint="name each column once")
-    return nullable(schema.remove_metadata())
+    return nullable(decoded_schema(schema.remove_metadata()))
 
 
 class Unified(Struct, frozen=True):

@@ -57,12 +57,88 @@ def common(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
         return common(plain[0], plain[1])
     if any(kind(a) != kind(b) for kind in (pa.types.is_temporal, _is_bytes)) or ({a, b} & _FLOATS and _has_decimal(a, b)):
         return None
+    a, b = _with_room(a, b), _with_room(b, a)
     try:
         both = pa.unify_schemas([pa.schema([("x", a)]), pa.schema([("x", b)])], promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
         plain = [_plain(t) for t in (a, b)]
         return None if plain == [a, b] else common(plain[0], plain[1])
     return both.field(0).type
+
+
+_DIGITS = {8: 3, 16: 5, 32: 10, 64: 19}  # of whole numbers of so many bits; of uint64 one more
+
+
+def _with_room(a: pa.DataType, b: pa.DataType) -> pa.DataType:
+    """`a`, with decimals for whole numbers where `b` has decimals. (Arrow's promotion gives them a digit too few.)"""
+    if pa.types.is_integer(a) and pa.types.is_decimal(b):
+        return pa.decimal128(_DIGITS[a.bit_width] + pa.types.is_uint64(a), 0)
+    if pa.types.is_struct(a) and pa.types.is_struct(b):
+        others = {field.name: field.type for field in b}
+        return _rebuilt(a, lambda f: f.with_type(_with_room(f.type, others[f.name])) if f.name in others else f)
+    inside = _inside(a), _inside(b)
+    if not inside[0] or len(inside[0]) != len(inside[1]):
+        return a
+    types = map(_with_room, *inside)
+    return _rebuilt(a, lambda f: f.with_type(next(types)))
+
+
+def _inside(type: pa.DataType) -> list[pa.DataType]:
+    """The types of what is in a list or a map."""
+    t = pa.types
+    if t.is_map(type):
+        return [type.key_type, type.item_type]
+    return [type.value_type] if t.is_list(type) or t.is_large_list(type) or t.is_fixed_size_list(type) else []
+
+
+_ENCODED = {pa.string_view().id, pa.binary_view().id, pa.run_end_encoded(pa.int32(), pa.null()).id}
+
+
+def is_encoded(type: pa.DataType) -> bool:
+    """Whether it is, or holds, a view of texts or bytes, or is run-end encoded: Arrow can't filter such columns, and more."""
+    if type.id in _ENCODED:
+        return True
+    if pa.types.is_dictionary(type):
+        return type.value_type.id in _ENCODED
+    if isinstance(type, pa.BaseExtensionType):
+        return False
+    return any(is_encoded(type.field(i).type) for i in range(type.num_fields))
+
+
+def decoded(type: pa.DataType, *, large: bool = False) -> pa.DataType:
+    """The type that `decode` brings columns to. large: with room for more than 2 GB in a column."""
+    t = pa.types
+    if not is_encoded(type):
+        return type
+    if t.is_run_end_encoded(type):
+        return decoded(type.value_type, large=large)
+    if t.is_string_view(type):
+        return pa.large_string() if large else pa.string()
+    if t.is_binary_view(type):
+        return pa.large_binary() if large else pa.binary()
+    if t.is_dictionary(type):
+        return pa.dictionary(type.index_type, decoded(type.value_type, large=large), type.ordered)
+    return _rebuilt(type, lambda f: f if t.is_run_end_encoded(f.type) else f.with_type(decoded(f.type, large=large)))
+
+
+def decode(column: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """The same values without views and run ends, but for the latter inside of other types."""
+    if not is_encoded(column.type):
+        return column
+    import pyarrow.compute as pc
+
+    if pa.types.is_run_end_encoded(column.type):
+        return decode(pc.run_end_decode(column))  # type: ignore[attr-defined]
+    try:
+        return column.cast(decoded(column.type))
+    except (pa.ArrowInvalid, pa.ArrowCapacityError):
+        return column.cast(decoded(column.type, large=True))
+
+
+def decoded_schema(schema: pa.Schema) -> pa.Schema:
+    if not any(is_encoded(field.type) for field in schema):
+        return schema
+    return pa.schema([field.with_type(decoded(field.type)) for field in schema], schema.metadata)
 
 
 def nullable(schema: pa.Schema) -> pa.Schema:

@@ -136,9 +136,16 @@ def _vector(values: np.ndarray[Any, Any]) -> pa.Array:
     if dtype.kind in "fcV" or dtype.hasobject:
         raise TypeError(f"arrays of {dtype} have no column type")
     try:
-        return pa.array(np.ascontiguousarray(values))
+        values = np.ascontiguousarray(values)
+        return pa.array(values.tolist() if dtype.kind in "SU" and _has_inner_nul(values) else values)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as exc:
         raise TypeError(f"arrays of {dtype} have no column type: {exc}") from exc
+
+
+def _has_inner_nul(values: np.ndarray[Any, Any]) -> bool:
+    """Whether some text has a NUL with another character behind it: Arrow would cut it there."""
+    characters = values.view(np.uint8 if values.dtype.kind == "S" else np.uint32)
+    return np.count_nonzero(characters) != np.char.str_len(values).sum()
 
 
 def tensor_to_numpy(column: pa.Array) -> np.ndarray[Any, Any]:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from headrace.core.errors import DataError, SchemaConflict
 from headrace.core.schemas import Conflict, bring, cast, takes_tensors, unify
-from headrace.core.tensors import is_ragged, is_tensor, tensors_meet
+from headrace.core.tensors import is_ragged, is_tensor
 
 _t = pa.types
 
@@ -108,34 +108,6 @@ def drift(conflict: Conflict, *where: tuple[str, str]) -> SchemaConflict:
         where=(("column", conflict.name), *where),
         hint=DRIFT_HINT,
     )
-
-
-def concat_arrays(arrays: Sequence[pa.Array], name: str, place: str) -> pa.Array:
-    """One array of all values of column `name`; copies unless there is only one."""
-    if len(arrays) == 1:
-        return arrays[0]
-    type = arrays[0].type
-    if not all(a.type.equals(type) for a in arrays[1:]):
-        for a in arrays[1:]:
-            type = common_type(type, a.type)
-        field = pa.field(name, type)
-        arrays = [_cast_column(a, field, place) for a in arrays]
-    return pa.concat_arrays(arrays)
-
-
-def common_type(a: pa.DataType, b: pa.DataType) -> pa.DataType:
-    """The narrowest of the two that takes both, a wider one where neither does, `a` where they have nothing in common."""
-    if a.equals(b) or _t.is_null(b):
-        return a
-    if is_tensor(a) or is_tensor(b):
-        return tensors_meet(a, b) or a
-    if _t.is_integer(a) and _t.is_integer(b):
-        if a.bit_width == b.bit_width:
-            return pa.int64()
-        return a if a.bit_width > b.bit_width else b
-    if (_t.is_floating(a) and _t.is_integer(b)) or (_t.is_integer(a) and _t.is_floating(b)):
-        return pa.float64()
-    return b if widens(a, b) and not widens(b, a) else a
 
 
 def _is_list(type: pa.DataType) -> bool:

@@ -134,7 +134,10 @@ class Given:
 def _holds_the_same(values: np.ndarray, column: pa.Array) -> bool:
     """Objects that may have been changed in place. (Making a column of them would import pandas, which takes 0.1 s.)"""
     try:
-        return values.tolist() == python_values(column)
+        if _only_lists(column.type):
+            return all(map(_is_same, values, _converter(column.type)(column)))
+        shown = python_values(column)
+        return values.tolist() == shown or all(map(_is_same, values, shown))  # to the latter, NaN is NaN
     except Exception:  # of arrays, or of what the user's code put there
         return False
 
@@ -550,12 +553,14 @@ def _is_same(a: Any, b: Any) -> bool:
     """The same value of the same type, all the way down: 1 is not True, 0.0 not -0.0, and NaN is NaN."""
     if a.__class__ is not b.__class__:
         return False
+    if isinstance(a, np.ndarray):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        return all(map(_is_same, a.tolist(), b.tolist())) if a.dtype.hasobject else a.tobytes() == b.tobytes()
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(_is_same, a, b))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_is_same(value, b[key]) for key, value in a.items())
-    if isinstance(a, np.ndarray):
-        return (a.dtype, a.shape) == (b.dtype, b.shape) and _is_same(a.tolist(), b.tolist())
     if isinstance(a, str | bytes | int | pa.Scalar | None):
         return bool(a == b)
     return repr(a) == repr(b)  # which tells time zones, signs of zero and decimals' places apart as well

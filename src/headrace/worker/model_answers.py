@@ -17,7 +17,7 @@ from headrace.core.refs import Origin
 from headrace.plan.nodes import Predict
 from headrace.worker.bad_rows import Lost
 from headrace.worker.batching import Piece
-from headrace.worker.casting import concat_arrays
+from headrace.worker.casting import concat
 from headrace.worker.declared import Declared
 from headrace.worker.formats import Given
 from headrace.worker.refused import Refused
@@ -75,7 +75,7 @@ class ModelRunner:
 
 
 def join_columns(parts: Sequence[pa.RecordBatch], op: str, origin: Origin) -> pa.RecordBatch:
-    """Answers to consecutive rows as one. Raises UserCodeError when the model named its columns differently."""
+    """Answers to consecutive rows as one. Raises HeadraceError when their names, or kinds of types, differ."""
     if len(parts) == 1:
         return parts[0]
     names = parts[0].schema.names
@@ -83,8 +83,7 @@ def join_columns(parts: Sequence[pa.RecordBatch], op: str, origin: Origin) -> pa
         if part.schema.names != names:
             refused = Refused(f"returned columns {part.schema.names} after {names}", "return the same columns every time")
             raise explain(refused, op, origin)
-    columns = {n: concat_arrays([p.column(i) for p in parts], n, origin.label) for i, n in enumerate(names)}
-    return make_batch(columns, sum(p.num_rows for p in parts))
+    return concat(parts, origin.label)
 
 
 def blame(exc: BaseException, op: Predict, piece: Piece, row: int | None = None) -> HeadraceError:

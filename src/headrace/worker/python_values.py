@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import functools
 import itertools
+import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -108,6 +109,7 @@ def _made(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
         made = pa.array([_as_floats(v) for v in values])
     if _contains(made.type, _t.is_timestamp) and len(_zoned(values)) > 1:
         raise Refused("whose times are some with a time zone and some without", "give times of one kind, or None")
+    check_kinds(values, made.type)
     if "pandas" in sys.modules and _contains(made.type, _is_clock) and _have_nanoseconds(values):
         return pa.array(values, _in_nanoseconds(made.type))
     return made
@@ -151,6 +153,27 @@ def _zoned(values: Iterable[Any]) -> set[bool]:
         elif isinstance(v, (list, tuple)):
             found |= _zoned(v)
     return found
+
+
+def _may_cut(type: pa.DataType) -> bool:
+    return _t.is_date(type) or _t.is_binary(type)
+
+
+def check_kinds(values: Iterable[Any], type: pa.DataType) -> None:
+    """type: what Arrow inferred. It makes dates of datetimes behind a date, and bytes of texts beside bytes. Raises Refused."""
+    if not _contains(type, _may_cut):
+        return
+    if _t.is_struct(type):
+        rows = [v for v in values if isinstance(v, dict)]
+        for field in type:
+            check_kinds((row.get(field.name) for row in rows), field.type)
+    elif _is_list(type):
+        check_kinds(itertools.chain.from_iterable(v for v in values if v is not None), type.value_type)
+    elif _may_cut(type):
+        other = datetime.datetime if _t.is_date(type) else str
+        if any(issubclass(kind, other) for kind in set(map(operator.attrgetter("__class__"), values))):
+            what = "dates and some datetimes" if _t.is_date(type) else "bytes and some texts"
+            raise Refused(f"whose values are some {what}", "give values of one type, or None")
 
 
 def _with_scalars(values: Sequence[Any], scalars: np.ndarray, hint: pa.DataType | None) -> pa.Array:
@@ -264,7 +287,8 @@ def ragged(values: list[Any], hint: pa.DataType | None) -> pa.Array:
     try:
         if numeric and not (vectors and not (hint is not None and is_ragged(hint))):
             return ragged_to_array(arrays)
-        return kept(pa.array([None if a is None else (a if a.ndim == 1 else a.tolist()) for a in arrays]), hint)
+        plain = [a if a is None or (a.ndim == 1 and a.dtype.kind not in "SU") else a.tolist() for a in arrays]
+        return kept(pa.array(plain), hint)
     except _UNMADE as exc:
         raise Refused(f"whose arrays don't make a column: {exc}", "give arrays of one number type") from exc
 

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.core.extras import is_instance
+from headrace.core.schemas import decode
 from headrace.core.tensors import is_tensor, numpy_to_array
 from headrace.worker.declared import NOTHING, Declared
 from headrace.worker.formats import Given
@@ -185,10 +186,8 @@ def column_of(value: Any, hint: pa.DataType | None = None) -> pa.Array:
             raise Refused(f"which is {described(value)}: {exc}", "convert it, for example with .astype()") from exc
     if is_instance(value, "torch", "Tensor"):
         return column_of(torch_to_numpy(value), hint)
-    if isinstance(value, pa.ChunkedArray):
+    if isinstance(value, (pa.Array, pa.ChunkedArray)):
         return _one(value)
-    if isinstance(value, pa.Array):
-        return value
     if isinstance(value, (list, tuple)):
         return values_column(value, hint)
     if is_instance(value, "pandas", "Series") or is_instance(value, "pandas", "Index"):
@@ -222,6 +221,7 @@ def _array_column(values: np.ndarray, hint: pa.DataType | None) -> pa.Array:
 
 
 def _one(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    column = decode(column)
     if isinstance(column, pa.Array):
         return column
     chunk = column.combine_chunks()

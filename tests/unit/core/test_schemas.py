@@ -29,6 +29,19 @@ def test_kinds_are_not_mixed() -> None:
     assert common(pa.decimal128(10, 2), pa.float64()) is None
 
 
+@pytest.mark.parametrize(
+    ("whole", "digits"), [(pa.int8(), 5), (pa.int32(), 12), (pa.uint32(), 12), (pa.int64(), 21), (pa.uint64(), 22)]
+)
+def test_whole_numbers_fit_into_decimals(whole: pa.DataType, digits: int) -> None:
+    some, wide = pa.decimal128(5, 2), pa.decimal128(digits, 2)
+    assert common(whole, some) == common(some, whole) == wide
+    assert common(pa.large_list(whole), pa.list_(some)) == pa.large_list(wide)
+    assert common(pa.map_(pa.int8(), some), pa.map_(pa.int8(), whole)) == pa.map_(pa.int8(), wide)
+    struct = pa.struct([("x", pa.int8()), ("d", some)])
+    assert common(struct, pa.struct([("d", whole)])).field("d").type == wide
+    assert bring(pa.record_batch({"x": pa.array([1], whole)}), pa.schema([("x", wide)])).to_pydict() == {"x": [1]}
+
+
 def test_columns_stand_where_they_first_appear() -> None:
     a, b = pa.schema([("x", pa.int64()), ("y", pa.null())]), pa.schema([("y", pa.string()), ("z", pa.bool_())])
     assert unify(a, b) == pa.schema([("x", pa.int64()), ("y", pa.string()), ("z", pa.bool_())])

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 import headrace as hr
-from headrace.core.errors import DataError
+from headrace.core.errors import DataError, PlanError
 from headrace.core.tensors import (
     is_ragged,
     numpy_to_array,
@@ -21,7 +21,7 @@ from headrace.core.tensors import (
     ragged_type,
     tensor_to_numpy,
 )
-from headrace.worker.casting import cast_batch, common_type, concat
+from headrace.worker.casting import cast_batch, concat
 from headrace.worker.formats import Given, NumpyReader, read_rows, to_format, to_pandas, to_rows, to_torch
 from headrace.worker.refused import Refused
 from headrace.worker.results import batch_of, call, column_of, rows_batch, values_column
@@ -107,6 +107,15 @@ def test_tensors_that_are_not_contiguous_or_native():
     values = np.arange(24).reshape(2, 3, 4)
     for odd in (values.transpose(0, 2, 1), values[:, ::2], values.astype(">i4"), values[::-1]):
         assert np.array_equal(tensor_to_numpy(numpy_to_array(odd)), odd)
+
+
+@pytest.mark.parametrize("values", [[b"a\0b", b"", b"\0\0c"], ["a\0b", "ü", "\0"], [b"abc"], ["abc", "d"], [b"", b""]])
+def test_texts_with_nul_in_them(values):
+    for array in (np.array(values), np.array(values * 2)[::2], np.array(values).reshape(-1, 1)):
+        rows = arrays(t=numpy_to_array(array))["t"].tolist() if array.ndim == 1 else numpy_to_array(array).storage.to_pylist()
+        assert rows == array.tolist()
+    lists = [np.array(values), np.array(values * 2)]
+    assert column_of(lists).to_pylist() == [array.tolist() for array in lists]
 
 
 def test_tensors_with_nulls():
@@ -206,6 +215,17 @@ def test_values_that_make_no_column(value):
         back(x=value)
 
 
+@pytest.mark.parametrize(("a", "b"), [(datetime.date(2020, 1, 1), datetime.datetime(2020, 1, 1, 5)), (b"a", "b"), ("b", b"a")])
+def test_kinds_that_arrow_would_mix(a, b):
+    for values in ([a, b], [[a], [b, None]], [{"k": a, "n": 1}, None, {"k": b}]):
+        with pytest.raises(Refused, match="whose values are some"):
+            column_of(values)
+        with pytest.raises(PlanError, match="column 'x', whose values are some"):
+            hr.from_items([{"x": value} for value in values])
+    for values in ([a, None], [[a], None], [{"k": a}, None]):
+        assert column_of(values).to_pylist() == values
+
+
 def test_rows_keep_hints_for_nulls_only_where_there_are_no_values():
     given = Given(pa.schema([("x", pa.int16()), ("y", pa.string())]))
     made = rows_batch([{"x": 70_000, "y": None}], given)
@@ -256,23 +276,6 @@ def test_rows_of_python_values():
 
 
 # --- casting ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "wide"),
-    [
-        (pa.int8(), pa.int32(), pa.int32()),
-        (pa.uint32(), pa.int32(), pa.int64()),
-        (pa.int64(), pa.float32(), pa.float64()),
-        (pa.float32(), pa.float64(), pa.float64()),
-        (pa.null(), pa.string(), pa.string()),
-        (pa.list_(pa.null()), pa.list_(pa.int8()), pa.list_(pa.int8())),
-        (pa.string(), pa.int8(), pa.string()),
-        (pa.struct([("k", pa.null())]), pa.struct([("k", pa.int8())]), pa.struct([("k", pa.int8())])),
-    ],
-)
-def test_common_types(a, b, wide):
-    assert common_type(a, b) == wide
 
 
 def test_tensors_of_several_shapes_become_ragged():

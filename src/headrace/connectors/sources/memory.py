@@ -14,6 +14,7 @@ from headrace.contracts.source import OnBad
 from headrace.core.errors import PlanError
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin, Segment
+from headrace.core.schemas import decode, is_encoded
 from headrace.core.splits import Fragment, Split
 from headrace.core.tensors import numpy_to_array
 
@@ -29,6 +30,10 @@ class ArrowSource:
 
     def __init__(self, table: pa.Table, name: str = "arrow") -> None:
         self.name = name
+        for i, field in enumerate(table.schema):
+            if is_encoded(field.type):
+                column = decode(table.column(i))
+                table = table.set_column(i, field.with_type(column.type), column)
         self._table = table
         self._version = f"{table.num_rows}-{table.nbytes}"
 

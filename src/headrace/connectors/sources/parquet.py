@@ -33,6 +33,7 @@ from headrace.core.expressions import columns_of, passing
 from headrace.core.options import BlockLimits
 from headrace.core.origins import chosen
 from headrace.core.refs import Origin, Segment
+from headrace.core.schemas import decoded_schema
 from headrace.core.splits import Fragment, Split
 from headrace.core.tensors import vector_to_numpy
 
@@ -212,7 +213,7 @@ class ParquetSource(FileSource):
 
     def _read_schema(self, first: Stored) -> pa.Schema:
         with _opened(first.uri, first.size, first.version, parts=True) as (_, file):
-            return file.schema_arrow.remove_metadata()
+            return decoded_schema(file.schema_arrow.remove_metadata())
 
     def divide(self, o: Stored) -> list[Fragment]:
         try:
