@@ -234,6 +234,7 @@ class HeadModel:
         self._tokenizer = tokenizer
         self._columns = place.inputs
         self._path = DevicePath(place.device)
+        self.ahead = self._path.uploads  # as TorchModel
         self._max_length = _max_length(spec, model, tokenizer)
         self._costs = token_costs(place.device, place.threads, spec.batch_tokens)
         if spec.task in _GENERATING:  # all weights are read for each new token, on any device: padding is cheap beside a call
