@@ -150,7 +150,7 @@ def conform(
         i = batch.schema.get_field_index(f.name)
         if i >= 0:
             arrays.append(_cast(batch.column(i), f, where, by_user))
-        elif f.name in batch.schema.names or not (known and f.name in known or f.name in optional):  # twice is not missing
+        elif f.name in batch.schema.names or not ((known and f.name in known) or f.name in optional):  # twice is not missing
             there = ", ".join(batch.schema.names[:20])
             text = f"column {f.name!r} ({f.type}) is missing here (there are: {there})"
             raise Mismatch(text, where=(*where, ("column", f.name)), hint=f"{HINT}; what a file lacks is null then")

@@ -61,7 +61,9 @@ WIDE_VALUE_BYTES = 1 << 10  # stored values of this size are no references into 
 # Footers that types are taken from: a tenth of a millisecond each; from a store they come at once, beside the first one.
 LOOKED_AT = 16
 LOOKED_AT_REMOTE = 8
-FOLDERS_LOOKED_AT = 1000  # objects whose folders say which columns there are, and of which type: names alone cost next to nothing
+FOLDERS_LOOKED_AT = (
+    1000  # objects whose folders say which columns there are, and of which type: names alone cost next to nothing
+)
 
 
 class ParquetSource(FileSource):
