@@ -247,10 +247,18 @@ def render(prompt: str | Callable[[Row], str] | None, row: Row) -> str:
         (value,) = row.values()
         made: Any = value
     else:
-        made = prompt(row) if callable(prompt) else prompt.format_map(row)
+        made = prompt(row) if callable(prompt) else fill(prompt, row)
     if not isinstance(made, str):
         raise DataError(f"the prompt of a row is {type(made).__name__}, not text", hint="fill nulls, or cast to str")
     return made
+
+
+def fill(template: str, row: Row) -> str:
+    """The template with the row's values. Raises DataError for a null, which would read "None"."""
+    for name in sorted(template_fields([template])):
+        if name in row and row[name] is None:
+            raise DataError(f"column {name!r} of the prompt is null in this row", hint="fill nulls, or filter such rows")
+    return template.format_map(row)
 
 
 def messages_of(adapter: Any, row: Row) -> list[Mapping[str, Any]]:
@@ -262,7 +270,7 @@ def messages_of(adapter: Any, row: Row) -> list[Mapping[str, Any]]:
         made: Any = adapter.messages(row)
         return [*before, *made]
     filled: Any = (
-        {**m, "content": m["content"].format_map(row)} if isinstance(m.get("content"), str) else m for m in adapter.messages
+        {**m, "content": fill(m["content"], row)} if isinstance(m.get("content"), str) else m for m in adapter.messages
     )
     return [*before, *filled]
 

@@ -6,7 +6,6 @@ Invariant: pickled weights and code in the folder are not opened without `trust`
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from headrace.core.errors import PlanError
 from headrace.models.base import Adapter, check_columns, refuse_untrusted
 from headrace.models.tensor_columns import is_text, text_columns
 from headrace.models.token_cuts import cuts_by_length, token_costs
-from headrace.models.torch import same_weights
+from headrace.models.torch import all_their_own, same_weights
 from headrace.models.torch_device import DevicePath, Pending, is_accelerator, torch_device, torch_threads
 from headrace.models.transformers import quiet_transformers
 
@@ -97,7 +96,7 @@ class SentenceTransformers(Adapter):
 
     def _model(self, device: str) -> Any:
         if self.uri is None:
-            model = copy.deepcopy(self.model) if device != "cpu" else same_weights(self.model)
+            model = all_their_own(self.model) if device != "cpu" else same_weights(self.model)
             return model.to(device).eval()
         from sentence_transformers import SentenceTransformer
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from headrace.contracts.model import Place
 from headrace.core.errors import DataError, PlanError
+from headrace.core.own_copy import own_copy
 from headrace.models.base import Adapter, check_choice, check_columns, refuse_untrusted
 from headrace.models.tensor_columns import makes_tensor
 from headrace.models.torch_device import DevicePath, Pending, is_accelerator, keeping, torch_device, torch_threads
@@ -125,7 +126,7 @@ class Torch(Adapter):
         where = torch_device(device)
         if self.uri is None:
             converts = where != "cpu" or self.channels_last
-            module = copy.deepcopy(self.model) if converts else same_weights(self.model)
+            module = all_their_own(self.model) if converts else same_weights(self.model)
         else:
             module = self._from_file(self.local_path(), where)
         if hasattr(module, "to"):
@@ -226,6 +227,7 @@ class TorchModel:
         self._statistics = spec._statistics()
         self._resources = resources
         self.uploads = self._path.uploads
+        self.ahead = self._path.uploads  # else an answer is the module's own memory until it is collected
         resources.callback(self._path.close)
 
     def __call__(self, batch: Any) -> Any:
@@ -368,11 +370,20 @@ def _chosen(values: Mapping[str, Any], names: Sequence[str] | None) -> dict[str,
 
 
 def same_weights(module: Any) -> Any:
-    """The same parameters and buffers in other modules, so that their mode can be set."""
+    """The same parameters in other modules, so that their mode can be set, and what they keep between calls is one worker's."""
     if not hasattr(module, "parameters"):
         return module
+    with contextlib.suppress(Exception):  # what can't be pickled
+        return own_copy(module)
     kept = itertools.chain(module.parameters(), module.buffers())
     return copy.deepcopy(module, {id(tensor): tensor for tensor in kept})
+
+
+def all_their_own(module: Any) -> Any:
+    """A copy that may be converted and moved."""
+    with contextlib.suppress(Exception):
+        return own_copy(module, weights=True)
+    return copy.deepcopy(module)
 
 
 def _floating_type(module: Any) -> Any:

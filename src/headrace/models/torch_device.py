@@ -10,6 +10,7 @@ it has been issued, and nothing is copied.
 
 What must not live here: what is computed. Invariants:
 - A pinned slot is written again only after the copy out of it has finished; also when something failed half-way.
+- What a computation returned may be its own memory: it is copied before the next one, on the lane of both.
 - A tensor is told to each lane that uses it, so that its memory is not given to others while that lane may still read it.
 - Nothing is held between batches but the pinned slots: what `upload` and `download` return holds all else.
 - Device copies are shared only inside `sharing(...)`, which holds the host arrays too: their addresses can't be those of
@@ -456,15 +457,20 @@ class DevicePath:
         return self.lanes.compute.issue()
 
     def download(self, outputs: Mapping[str, torch.Tensor]) -> Pending:
-        """The outputs of a computation, on their way to the host. Returns before they are there."""
+        """The outputs of a computation, on their way to the host. Returns before they are there.
+
+        They may be written to in the next `compute()`, as CUDA graphs do: what travels are copies made on the compute lane. On
+        a CPU nothing is copied, and they must stay as they are until the result has been used.
+        """
         if not self.lanes.pins:
             return Pending({name: t.detach().cpu() for name, t in outputs.items()}, _Done())
         back = self.lanes.back
+        with self.lanes.compute.issue():
+            ours = {name: tensor.detach().clone() for name, tensor in outputs.items()}
         back.after(self.lanes.compute.mark())
         hosts: dict[str, torch.Tensor] = {}
         with back.issue():
-            for name, tensor in outputs.items():
-                tensor = tensor.detach()
+            for name, tensor in ours.items():
                 back.uses(tensor)
                 hosts[name] = self.lanes.host_like(tensor).copy_(tensor, non_blocking=True)
         return Pending(hosts, back.mark())

@@ -23,7 +23,7 @@ from headrace.core.tensors import is_ragged, is_tensor
 from headrace.models.base import Adapter, check_choice, check_columns, refuse_untrusted
 from headrace.models.tensor_columns import is_text, text_columns
 from headrace.models.token_cuts import DEVICE, TokenCosts, cuts_by_length, token_costs
-from headrace.models.torch import same_weights
+from headrace.models.torch import all_their_own, same_weights
 from headrace.models.torch_device import DevicePath, Pending, is_accelerator, torch_device, torch_threads
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class Transformers(Adapter):
         where = torch_device(device)
         if self.uri is None:
             converts = where != "cpu" or self.dtype is not None
-            model = copy.deepcopy(self.model) if converts else same_weights(self.model)
+            model = all_their_own(self.model) if converts else same_weights(self.model)
         else:
             path = self.local_path()
             check_folder(self.name, path, trust=self.trust)
@@ -234,6 +234,7 @@ class HeadModel:
         self._tokenizer = tokenizer
         self._columns = place.inputs
         self._path = DevicePath(place.device)
+        self.ahead = self._path.uploads  # as TorchModel
         self._max_length = _max_length(spec, model, tokenizer)
         self._costs = token_costs(place.device, place.threads, spec.batch_tokens)
         if spec.task in _GENERATING:  # all weights are read for each new token, on any device: padding is cheap beside a call

@@ -6,7 +6,8 @@ tolerant watch), any other failure halves it, down to the rows that fail alone. 
 lengths into one batch.
 
 A model that has `submit(batch) -> handle` and `collect(handle) -> answer` is kept one batch ahead: the next batch is submitted
-before the answer to the one before is collected. It must answer as `__call__` does, and either may raise.
+before the answer to the one before is collected. It must answer as `__call__` does, and either may raise. One whose `ahead` is
+False is called batch by batch: that is worth nothing where `submit` computes, and its answer may be memory it writes to again.
 
 Invariants: handles are collected in the order in which they were submitted, each once, whatever fails in between; nothing is
 submitted while a batch that failed is tried again; answers come in the order of the rows.
@@ -68,7 +69,8 @@ class BatchRunner(ModelRunner):
         self._reader = NumpyReader(self._shared)
         self._tensors = TorchReader(self._reader, uploads=getattr(model, "uploads", False))
         self._deterministic = host.deterministic
-        self._ahead = callable(getattr(model, "submit", None)) and callable(getattr(model, "collect", None))
+        two_halves = callable(getattr(model, "submit", None)) and callable(getattr(model, "collect", None))
+        self._ahead = two_halves and getattr(model, "ahead", True)
         self._device = host.functions.device
         self._memory = memory_of(self._device)
         self._fixed = op.batch_rows or (FIXED_ROWS if host.deterministic else None)

@@ -13,7 +13,7 @@ import os
 import sysconfig
 import threading
 import traceback
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from headrace.core.extras import is_instance
 from headrace.core.redact import redact
 from headrace.core.refs import Origin
 from headrace.core.steps import CONSTRUCTING, Doing
+from headrace.models.torch_device import is_accelerator
 from headrace.plan.nodes import UserFunction
+from headrace.worker.live_objects import Guarded, LiveObjects
 from headrace.worker.loads import Loads
 from headrace.worker.refused import Refused
 
@@ -64,6 +66,7 @@ class Functions:
         self.deterministic = deterministic
         self._made: dict[int, Callable[..., Any]] = {}
         self._constructed: dict[int, Any] = {}
+        self._live = LiveObjects()
 
     def get(self, index: int, fn: UserFunction, op: str, inputs: tuple[str, ...] = ()) -> Callable[..., Any]:
         """What to call for operator `index`. Raises UserCodeError when its construction fails. inputs: of a model."""
@@ -104,12 +107,15 @@ class Functions:
             self._loads.forget(index)
             if index in self._constructed:
                 _close(self._constructed.pop(index))
+        if not self._made.keys() - self._constructed.keys():
+            self._live.release()
 
     def close(self) -> None:
         """Close the instances that were constructed here and can be closed."""
         while self._constructed:
             _close(self._constructed.popitem()[1])
         self._made.clear()
+        self._live.release()
 
     def _make(self, index: int, fn: UserFunction, op: str, inputs: tuple[str, ...]) -> Callable[..., Any]:
         made: Any = fn.target
@@ -129,7 +135,22 @@ class Functions:
             except BaseException as exc:
                 raise explain(exc, op, doing=f"constructing {fn.name}") from None
             self._constructed[index] = made
-        return _module_model(made, self.device) if is_instance(made, "torch.nn", "Module") else made
+        if is_instance(made, "torch.nn", "Module"):
+            return self._module_model(made, own=fn.is_class)
+        return made if fn.is_class else self._live.own(made)
+
+    def _module_model(self, module: Any, *, own: bool) -> TorchModule:
+        """own: it was constructed here, for this worker alone."""
+        from headrace.models.torch import all_their_own, same_weights
+
+        if own:
+            return TorchModule(module, self.device)
+        if is_accelerator(self.device):
+            return TorchModule(all_their_own(module), self.device)
+        try:
+            return TorchModule(same_weights(module), self.device)
+        except Exception:
+            return TorchModule(module, self.device, self._live.guarded(module, lambda: _evaluating(module)))
 
 
 def _is_constructed(fn: UserFunction) -> bool:
@@ -153,17 +174,21 @@ def _wants_device(fn: UserFunction) -> bool:
 
 
 class TorchModule:
-    """A torch module as a model: evaluation mode, no gradients, on the worker's device. Wants torch batches."""
+    """A torch module as a model: evaluation mode, no gradients, on the worker's device. Wants torch batches.
+
+    module: the worker's own. guarded: it is the user's, which can't be copied; what to call instead of it, in evaluation mode.
+    """
 
     batch_format = "torch"
 
-    def __init__(self, module: Any, device: str) -> None:
-        import copy
-
-        self.accelerated = device.split(":")[0] in ("cuda", "mps", "xpu")  # a simulated device computes on the CPU
+    def __init__(self, module: Any, device: str, guarded: Guarded | None = None) -> None:
+        self.accelerated = is_accelerator(device)
         self.uploads = self.accelerated  # what it is given stays as it is
         self.device = device
-        self.module = (copy.deepcopy(module).to(device) if self.accelerated else module).eval()
+        if guarded is not None:
+            self.module: Any = guarded
+        else:
+            self.module = (module.to(device) if self.accelerated else module).eval()
 
     def __call__(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         import torch
@@ -179,8 +204,16 @@ class TorchModule:
         return batch.to(self.device) if hasattr(batch, "to") else batch
 
 
-def _module_model(module: Any, device: str) -> TorchModule:
-    return TorchModule(module, device)
+@contextlib.contextmanager
+def _evaluating(module: Any) -> Iterator[None]:
+    """Evaluation mode inside, as it was afterwards."""
+    training = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m in training:
+            m.training = True
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -95,6 +95,18 @@ def test_rows_that_are_refused_or_filtered_fail_alone() -> None:
             ds.take(6, engine="threads", progress="quiet")
 
 
+@pytest.mark.parametrize("messages", [False, True])
+def test_a_null_in_a_template_is_a_bad_row(messages: bool) -> None:
+    asked = {"messages": [{"role": "user", "content": "say {text}"}]} if messages else {"prompt": "say {text}"}
+    with ModelServer(shout) as server:
+        ds = hr.from_items([{"text": "a"}, {"text": None}]).predict(hr.models.OpenAI(server.url, "m", **asked), output="said")
+        rows = ds.take(2, engine="threads", progress="quiet", on_error="skip")
+        with pytest.raises(hr.HeadraceError, match="'text' of the prompt is null"):
+            ds.take(2, engine="threads", progress="quiet")
+    assert [r["said"] for r in rows] == ["SAY A"]
+    assert all(a.json["messages"][0]["content"] == "say a" for a in server.asked)
+
+
 def test_a_bad_key_ends_the_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-not-a-real-key-0123456789")
 

@@ -91,6 +91,27 @@ def test_a_live_module_and_the_user_s_own_is_left_alone(net: Net, rows: pa.Table
     np.testing.assert_allclose(made, direct(net, rows), rtol=1e-5, atol=1e-6)
 
 
+class Static(nn.Module):
+    """One output buffer for all calls, as CUDA graphs have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = torch.zeros(ROWS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sum(x, 1, out=self.out[: len(x)])
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+@pytest.mark.parametrize("options", [{}, {"deterministic": True}, {"engine": "threads", "cpus": 1}])
+def test_answers_in_the_same_memory_each_time(adapter: bool, options: dict[str, Any]) -> None:
+    values = np.arange(ROWS * 2, dtype=np.float32).reshape(-1, 2)
+    rows = hr.from_arrow(pa.table({"x": pa.FixedSizeListArray.from_arrays(values.ravel(), 2)}))
+    model = hr.models.Torch(Static()) if adapter else Static()
+    made = rows.predict(model, input="x", output="y", batch_size=5, device="cpu").to_arrow(**(INLINE | options))
+    assert made["y"].to_pylist() == values.sum(1).tolist()
+
+
 def test_parameters_are_shared_not_copied_unless_they_are_converted(net: Net) -> None:
     ours = hr.models.Torch(net)._module("cpu")
     assert next(ours.parameters()) is next(net.parameters())

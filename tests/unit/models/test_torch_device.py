@@ -83,12 +83,19 @@ def test_a_batch_goes_through_pinned_memory_and_the_computation_waits_for_it(lan
 def test_the_answer_travels_after_the_computation_and_is_waited_for_once(lanes: FakeLanes) -> None:
     path = DevicePath("cpu", lanes)
     pending = path.download({"y": torch.tensor([1.0, 2.0], dtype=torch.bfloat16), "n": torch.tensor([1, 2])})
-    assert lanes.log == ["compute marks 1", "back after compute 1", "back begins", "back marks 1"]
+    assert lanes.log == ["compute begins", "compute marks 1", "back after compute 1", "back begins", "back marks 1"]
     result = pending.result()
     assert lanes.log[-1] == "host waits back 1"
     assert result["y"].dtype == np.float32
     np.testing.assert_array_equal(result["y"], [1.0, 2.0])
     np.testing.assert_array_equal(result["n"], [1, 2])
+
+
+def test_what_travels_is_a_copy_that_the_next_computation_does_not_write_to(lanes: FakeLanes) -> None:
+    output = torch.tensor([1, 2])
+    DevicePath("cpu", lanes).download({"y": output})
+    (travels,) = lanes.back.used
+    assert travels.data_ptr() != output.data_ptr()
 
 
 def test_a_slot_is_written_again_only_when_its_copy_is_done(lanes: FakeLanes) -> None:
