@@ -335,3 +335,18 @@ def test_what_can_not_be_stored_is_one_bad_row(tmp_path: Path, quiet: Options, o
         assert quarantined(tmp_path / "out")["id"].to_pylist()[-1:] == [7]
     with pytest.raises((UserCodeError, SchemaConflict)):  # of two types that meet in a block, or in the output
         hr.range(20).map(fn).write_parquet(tmp_path / "out", fresh=True, **quiet)
+
+
+def test_one_odd_value_among_a_blocks_is_named() -> None:
+    """Although it is the block whose column can't be made."""
+    ds = hr.range(3000).map(lambda row: {"s": b"abc" if row["id"] == 1500 else "ok"})
+    with pytest.raises(hr.UserCodeError, match="some bytes and some texts") as caught:
+        ds.to_arrow(engine="inline", progress="quiet")
+    assert "1500 of range(3000)" in str(caught.value)
+
+
+@pytest.mark.parametrize("engine", ["inline", "threads", "processes"])
+def test_one_odd_value_among_a_blocks_is_set_aside_alone(tmp_path: Path, engine: Any) -> None:
+    ds = hr.range(3000).map(lambda row: {"id": row["id"], "s": b"abc" if row["id"] == 1500 else "ok"})
+    run = ds.write_parquet(tmp_path / "out", on_error="skip", engine=engine, progress="quiet")
+    assert (run.rows, run.tally.skipped) == (2999, 1)

@@ -104,11 +104,15 @@ class RowOperator(Operator):
         self, rows: list[Mapping[str, Any]], part: Piece, given: Given, parents: Sequence[int] | None = None
     ) -> pa.RecordBatch:
         """parents: of each row, the one that it was made of; None: the one in its place."""
+        source = given if parents is None else given.at(parents)
         try:
-            return rows_batch(rows, given if parents is None else given.at(parents), self._declared)
+            return rows_batch(rows, source, self._declared)
         except Refused as exc:
-            row = exc.row if exc.row is None or parents is None else parents[exc.row]
-            raise self._blame(exc, part, row) from exc.__cause__
+            row = exc.row
+            if row is None:  # of all of them: who says no is one that does not go with most
+                _, odd = fitting_rows(rows, source, self._declared)
+                row = min(odd, default=None)
+            raise self._blame(exc, part, row if row is None or parents is None else parents[row]) from exc.__cause__
 
     def _fitting(
         self, rows: Sequence[Mapping[str, Any]], parents: Sequence[int], given: Given, lost: list[Lost]
