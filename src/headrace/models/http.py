@@ -123,6 +123,10 @@ class RequestStream(InFlight):
         """The columns of each row. What it raises fails all of them."""
         raise NotImplementedError
 
+    def passing(self, body: bytes) -> bool:
+        """Is an answer, which the server says is fine, one of trouble that passes? It is asked for again."""
+        return False
+
     async def aclose(self) -> None:
         """Close connections. In the loop that `stream` ran in."""
         if self._session is not None:
@@ -172,16 +176,17 @@ class RequestStream(InFlight):
             except OSError as exc:
                 why, wait_s, gone = self.clean(f"the connection broke: {exc}"), 0.0, False
             else:
-                if 200 <= status < 300:
+                fine = 200 <= status < 300
+                if fine and not self.passing(answer):
                     self.concurrency.answered(rows)
                     return headers.get("Content-Type", ""), answer
-                why = self._refusal(status, answer)
+                why = self.refusal(status, answer)
                 if status in CONFIGURATION:
                     hint = (
                         "check the key, its rights, and the url" if status in (401, 403, 407) else "check the url and the model"
                     )
                     raise PlanError(f"{self.name}: {shown(url)} answered {why}", hint=hint)
-                if status not in RETRY_STATUS:
+                if status not in RETRY_STATUS and not fine:
                     raise Rejected(f"{self.name} answered {why}")
                 wait_s, gone = retry_after_s(headers.get("Retry-After")), status in THROTTLED
                 if status in THROTTLED:
@@ -219,7 +224,7 @@ class RequestStream(InFlight):
 
     # --- words -------------------------------------------------------------------------------------------------------
 
-    def _refusal(self, status: int, body: bytes) -> str:
+    def refusal(self, status: int, body: bytes) -> str:
         """The status, and what the server says."""
         text = body[:4096].decode("utf-8", "replace")
         try:

@@ -161,6 +161,16 @@ class _Stream(RequestStream):
         self._url = adapter._url()  # pyright: ignore[reportPrivateUsage]
         self._parameters = adapter._parameters()  # pyright: ignore[reportPrivateUsage]
 
+    def passing(self, body: bytes) -> bool:
+        """JSON that was cut off, and what gateways say of a server behind them that is overloaded or gone."""
+        try:
+            found = json.loads(body)
+        except ValueError:
+            return body.lstrip()[:1] in (b"{", b"")
+        error = found.get("error") if isinstance(found, dict) else None
+        code = error.get("code") if isinstance(error, dict) else None
+        return isinstance(code, int) and (code == 429 or code >= 500)
+
     def prompt(self, row: Row) -> str:
         return render(self._adapter.prompt, row)
 
@@ -180,7 +190,8 @@ class _Generation(_Stream):
         found = _parsed(body, self.name)
         choices = found.get("choices")
         if not choices:
-            raise DataError(f"{self.name} answered without choices", hint="is this an OpenAI-compatible server?")
+            said = self.refusal(200, body)
+            raise DataError(f"{self.name} answered without choices: {said}", hint="is this an OpenAI-compatible server?")
         choice = choices[0]
         if self._adapter.kind == "chat":
             message = choice.get("message") or {}

@@ -227,3 +227,39 @@ def test_what_it_means_is_not_how_it_is_asked(monkeypatch: pytest.MonkeyPatch) -
     other = hr.models.OpenAI("http://c:d@host/v1", "m", prompt="{x}", concurrency=9, api_key_env="K")
     assert one.meaning() == other.meaning()
     assert one.meaning() != hr.models.OpenAI("http://host/v1", "m", prompt="{x}!").meaning()
+
+
+TROUBLE = [b'{"choices": [{"mess', b"", b'{"error": {"message": "upstream overloaded", "code": 503}}']
+
+
+@pytest.mark.parametrize("body", TROUBLE, ids=["cut off", "empty", "an error inside"])
+def test_trouble_that_says_it_is_fine_is_asked_for_again(body: bytes) -> None:
+    seen: list[str] = []
+
+    async def answer(server: ModelServer, asked: Asked) -> Reply:
+        text = asked.json["messages"][-1]["content"]
+        seen.append(text)
+        return Reply(body) if text == "row 3" and seen.count(text) == 1 else await shout(server, asked)
+
+    with ModelServer(answer) as server:
+        model = hr.models.OpenAI(server.url, "m")
+        rows = hr.from_arrow(texts(6)).predict(model, input=["text"], output="s").take(6, engine="inline", progress="quiet")
+    assert [row["s"] for row in rows] == [f"ROW {i}" for i in range(6)]
+    assert seen.count("row 3") == 2
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (TROUBLE[2], r"upstream overloaded \(\d+ attempts\)"),
+        (b'{"error": {"message": "no such tool", "code": 400}}', "no such tool"),
+    ],
+)
+def test_the_words_of_an_error_inside_are_told(body: bytes, says: str) -> None:
+    async def answer(server: ModelServer, asked: Asked) -> Reply:
+        return Reply(body)
+
+    with ModelServer(answer) as server:
+        model = hr.models.OpenAI(server.url, "m")
+        with pytest.raises(hr.HeadraceError, match=says):
+            hr.from_arrow(texts(1)).predict(model, input=["text"], output="s").take(1, engine="inline", progress="quiet")
