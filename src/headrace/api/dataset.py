@@ -128,8 +128,8 @@ class Dataset:
     ) -> Dataset:
         """fn(batch) -> batch, for whole batches; the answer replaces the columns and may have any number of rows.
 
-        fn: a function, a callable object (copied for each worker but one; functions are shared), or a class (constructed once
-            per worker).
+        fn: a function, a callable object (worker threads share it: what it keeps on itself in a call is another's, too), or a
+            class (constructed once per worker).
         batch_size: rows per call, cut from the start of each split, the last batch of a split may be shorter; "auto" (or None):
             blocks as they come, at most 1,024 rows.
         batch_format: "numpy" {column: array} (zero-copy, read-only; tensors are (rows, *shape)), "pyarrow" Table,
@@ -181,8 +181,8 @@ class Dataset:
 
         model: one of hr.models, a class (constructed once per worker; a constructor parameter named `device` gets the
             worker's), a callable object, a function, a torch module, or an object with an asynchronous `stream`
-            (contracts.model). An object is copied for each worker but one, or called by one at a time if it can't be; a module
-            is copied for each, but for its parameters. Or {name: model}: several in one pass, see below.
+            (contracts.model). A class is constructed once per worker; worker threads share an object, and have copies of a
+            module with the same parameters. Or {name: model}: several in one pass, see below.
         input: one name: the model gets that column as a bare array; a list of names: a dict of arrays; None: all columns.
         output: one name, a list of names (the model returns a tuple or a dict with those keys), {name: type} to declare their
             types too (as for `map`), or None: the keys of the dict that it returns, or "prediction" for a bare array.

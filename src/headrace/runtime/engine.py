@@ -403,10 +403,12 @@ class _Trial:
         whole = all(answer.finished for answer in done)
         models_s = sum(op.wall_s for timing in timings for op in timing.ops if op.op in self._models)
         cpu_s = sum(timing.cpu_s for timing in timings)
-        if not whole:  # how many of the rows it was is not known: one at least was begun
+        if not whole:
             self._tried.call(self._drop)
-            return Probe(held, 1, wall_s, max(1, sample.nbytes // sample.num_rows), cpu_s, models_s, whole=False)
-        return Probe(held, sample.num_rows * times, wall_s, sample.nbytes * times, cpu_s, models_s)
+            made = sum(block.rows for answer in done for block in answer.outputs)
+            if made > sample.num_rows * times:  # of how many of the rows is not known: one at least was begun
+                return Probe(held, 1, wall_s, max(1, sample.nbytes // sample.num_rows), cpu_s, models_s, whole=False)
+        return Probe(held, sample.num_rows * times, wall_s, sample.nbytes * times, cpu_s, models_s, whole=whole)
 
     def _drop(self) -> None:
         for cursor in range(1, self._runs + 1):

@@ -105,10 +105,14 @@ def _made(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
         if made is not None:
             return made
     made = _inferred(values)
+    if _t.is_date(made.type) and "pandas" in sys.modules:  # Arrow takes NaT for the year 1
+        import pandas as pd
+
+        if any(v is pd.NaT for v in values):
+            return _made([None if v is pd.NaT else v for v in values], hint)
     if _contains(made.type, _t.is_integer) and not _CUT.isdisjoint(_kinds(values)):
         made = pa.array([_as_floats(v) for v in values])
-    if _contains(made.type, _t.is_timestamp) and len(_zoned(values)) > 1:
-        raise Refused("whose times are some with a time zone and some without", "give times of one kind, or None")
+    check_zones(values, made.type)
     check_kinds(values, made.type)
     if "pandas" in sys.modules and _contains(made.type, _is_clock) and _have_nanoseconds(values):
         return pa.array(values, _in_nanoseconds(made.type))
@@ -143,16 +147,20 @@ def _as_floats(value: Any) -> Any:
     return [_as_floats(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _zoned(values: Iterable[Any]) -> set[bool]:
-    """Whether times, in lists too, have a time zone: Arrow shifts those that are not as the first one is. (NaT is neither.)"""
-    found: set[bool] = set()
-    for v in values:
-        if isinstance(v, datetime.datetime):
-            if v == v:
-                found.add(v.tzinfo is not None)
-        elif isinstance(v, (list, tuple)):
-            found |= _zoned(v)
-    return found
+def check_zones(values: Iterable[Any], type: pa.DataType) -> None:
+    """type: what Arrow inferred. It shifts times with a zone among those without, and the other way round. Raises Refused."""
+    if not _contains(type, _t.is_timestamp):
+        return
+    if _t.is_struct(type):
+        rows = [v for v in values if isinstance(v, dict)]
+        for field in type:
+            check_zones([row.get(field.name) for row in rows], field.type)
+    elif _is_list(type):
+        check_zones(list(itertools.chain.from_iterable(v for v in values if v is not None)), type.value_type)
+    elif _t.is_timestamp(type):
+        zoned = {v.tzinfo is not None for v in values if isinstance(v, datetime.datetime) and v == v}  # NaT is neither
+        if len(zoned) > 1:
+            raise Refused("whose times are some with a time zone and some without", "give times of one kind, or None")
 
 
 def _may_cut(type: pa.DataType) -> bool:
@@ -171,7 +179,8 @@ def check_kinds(values: Iterable[Any], type: pa.DataType) -> None:
         check_kinds(itertools.chain.from_iterable(v for v in values if v is not None), type.value_type)
     elif _may_cut(type):
         other = datetime.datetime if _t.is_date(type) else str
-        if any(issubclass(kind, other) for kind in set(map(operator.attrgetter("__class__"), values))):
+        kinds = set(map(operator.attrgetter("__class__"), values))
+        if any(issubclass(kind, other) for kind in kinds):
             what = "dates and some datetimes" if _t.is_date(type) else "bytes and some texts"
             raise Refused(f"whose values are some {what}", "give values of one type, or None")
 

@@ -26,7 +26,7 @@ from headrace.core.refs import Origin
 from headrace.core.steps import CONSTRUCTING, Doing
 from headrace.models.torch_device import is_accelerator
 from headrace.plan.nodes import UserFunction
-from headrace.worker.live_objects import Guarded, LiveObjects
+from headrace.worker.guarded import Guarded
 from headrace.worker.loads import Loads
 from headrace.worker.refused import Refused
 
@@ -66,7 +66,6 @@ class Functions:
         self.deterministic = deterministic
         self._made: dict[int, Callable[..., Any]] = {}
         self._constructed: dict[int, Any] = {}
-        self._live = LiveObjects()
 
     def get(self, index: int, fn: UserFunction, op: str, inputs: tuple[str, ...] = ()) -> Callable[..., Any]:
         """What to call for operator `index`. Raises UserCodeError when its construction fails. inputs: of a model."""
@@ -107,15 +106,12 @@ class Functions:
             self._loads.forget(index)
             if index in self._constructed:
                 _close(self._constructed.pop(index))
-        if not self._made.keys() - self._constructed.keys():
-            self._live.release()
 
     def close(self) -> None:
         """Close the instances that were constructed here and can be closed."""
         while self._constructed:
             _close(self._constructed.popitem()[1])
         self._made.clear()
-        self._live.release()
 
     def _make(self, index: int, fn: UserFunction, op: str, inputs: tuple[str, ...]) -> Callable[..., Any]:
         made: Any = fn.target
@@ -137,7 +133,7 @@ class Functions:
             self._constructed[index] = made
         if is_instance(made, "torch.nn", "Module"):
             return self._module_model(made, own=fn.is_class)
-        return made if fn.is_class else self._live.own(made)
+        return made
 
     def _module_model(self, module: Any, *, own: bool) -> TorchModule:
         """own: it was constructed here, for this worker alone."""
@@ -150,7 +146,7 @@ class Functions:
         try:
             return TorchModule(same_weights(module), self.device)
         except Exception:
-            return TorchModule(module, self.device, self._live.guarded(module, lambda: _evaluating(module)))
+            return TorchModule(module, self.device, Guarded(module, lambda: _evaluating(module)))
 
 
 def _is_constructed(fn: UserFunction) -> bool:
