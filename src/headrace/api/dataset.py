@@ -181,8 +181,8 @@ class Dataset:
 
         model: one of hr.models, a class (constructed once per worker; a constructor parameter named `device` gets the
             worker's), a callable object, a function, a torch module, or an object with an asynchronous `stream`
-            (contracts.model). A class is constructed once per worker; worker threads share an object, and have copies of a
-            module with the same parameters. Or {name: model}: several in one pass, see below.
+            (contracts.model). Worker threads share an object, and have copies of a module with the same parameters. Or
+            {name: model}: several in one pass, see below.
         input: one name: the model gets that column as a bare array; a list of names: a dict of arrays; None: all columns.
         output: one name, a list of names (the model returns a tuple or a dict with those keys), {name: type} to declare their
             types too (as for `map`), or None: the keys of the dict that it returns, or "prediction" for a bare array.

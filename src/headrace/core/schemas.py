@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pyarrow as pa
 
-from headrace.core.tensors import is_ragged, is_tensor, tensors_brought, tensors_meet
+from headrace.core.tensors import is_ragged, is_tensor, promoted, tensors_brought, tensors_meet
 
 
 class Conflict(Exception):
@@ -58,12 +58,11 @@ def common(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     if any(kind(a) != kind(b) for kind in (pa.types.is_temporal, _is_bytes)) or ({a, b} & _FLOATS and _has_decimal(a, b)):
         return None
     a, b = _with_room(a, b), _with_room(b, a)
-    try:
-        both = pa.unify_schemas([pa.schema([("x", a)]), pa.schema([("x", b)])], promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
+    both = promoted(a, b)
+    if both is None:
         plain = [_plain(t) for t in (a, b)]
         return None if plain == [a, b] else common(plain[0], plain[1])
-    return both.field(0).type
+    return both
 
 
 _DIGITS = {8: 3, 16: 5, 32: 10, 64: 19}  # of whole numbers of so many bits; of uint64 one more

@@ -233,10 +233,10 @@ def ragged_to_numpy(column: pa.Array) -> np.ndarray[Any, Any]:
 def tensors_meet(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     """The type of a column that holds tensors of both types, of which at least one is a tensor type; None if there is none.
     Vectors that differ in length are lists, other tensors that differ in shape are ragged ones; their numbers are as
-    `numbers_meet` says.
+    `promoted` says.
     """
     kinds = [_tensor_kind(t) for t in (a, b)]
-    value = None if None in kinds else numbers_meet(a.value_type, b.value_type)
+    value = None if None in kinds else promoted(a.value_type, b.value_type)
     if value is None:
         return None
     a, b = _with_elements(a, value), _with_elements(b, value)
@@ -247,8 +247,8 @@ def tensors_meet(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
     return next((t for t in (a, b) if pa.types.is_list(t)), pa.list_(a.value_type))
 
 
-def numbers_meet(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
-    """The element type that numbers of both types are brought to: a wider one, floats where one is; None if there is none."""
+def promoted(a: pa.DataType, b: pa.DataType) -> pa.DataType | None:
+    """The type that Arrow brings both to: of numbers a wider one, floats where one is; None if there is none."""
     if a.equals(b):
         return a
     try:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from headrace.core.extras import is_instance
 from headrace.core.schemas import cast
-from headrace.core.tensors import arrow_type, is_ragged, numbers_meet, numpy_to_array, ragged_to_array, vector_to_numpy
+from headrace.core.tensors import arrow_type, is_ragged, numpy_to_array, promoted, ragged_to_array, vector_to_numpy
 from headrace.worker.casting import widens
 from headrace.worker.refused import Refused
 
@@ -112,7 +112,6 @@ def _made(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
             return _made([None if v is pd.NaT else v for v in values], hint)
     if _contains(made.type, _t.is_integer) and not _CUT.isdisjoint(_kinds(values)):
         made = pa.array([_as_floats(v) for v in values])
-    check_zones(values, made.type)
     check_kinds(values, made.type)
     if "pandas" in sys.modules and _contains(made.type, _is_clock) and _have_nanoseconds(values):
         return pa.array(values, _in_nanoseconds(made.type))
@@ -147,29 +146,15 @@ def _as_floats(value: Any) -> Any:
     return [_as_floats(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def check_zones(values: Iterable[Any], type: pa.DataType) -> None:
-    """type: what Arrow inferred. It shifts times with a zone among those without, and the other way round. Raises Refused."""
-    if not _contains(type, _t.is_timestamp):
-        return
-    if _t.is_struct(type):
-        rows = [v for v in values if isinstance(v, dict)]
-        for field in type:
-            check_zones([row.get(field.name) for row in rows], field.type)
-    elif _is_list(type):
-        check_zones(list(itertools.chain.from_iterable(v for v in values if v is not None)), type.value_type)
-    elif _t.is_timestamp(type):
-        zoned = {v.tzinfo is not None for v in values if isinstance(v, datetime.datetime) and v == v}  # NaT is neither
-        if len(zoned) > 1:
-            raise Refused("whose times are some with a time zone and some without", "give times of one kind, or None")
-
-
-def _may_cut(type: pa.DataType) -> bool:
-    return _t.is_date(type) or _t.is_binary(type)
+def _may_change(type: pa.DataType) -> bool:
+    return _t.is_date(type) or _t.is_timestamp(type) or _t.is_binary(type)
 
 
 def check_kinds(values: Iterable[Any], type: pa.DataType) -> None:
-    """type: what Arrow inferred. It makes dates of datetimes behind a date, and bytes of texts beside bytes. Raises Refused."""
-    if not _contains(type, _may_cut):
+    """type: what Arrow inferred. It makes dates of datetimes behind a date, and bytes of texts beside bytes, and shifts times
+    with a zone among those without, and the other way round. Raises Refused.
+    """
+    if not _contains(type, _may_change):
         return
     if _t.is_struct(type):
         rows = [v for v in values if isinstance(v, dict)]
@@ -177,10 +162,13 @@ def check_kinds(values: Iterable[Any], type: pa.DataType) -> None:
             check_kinds((row.get(field.name) for row in rows), field.type)
     elif _is_list(type):
         check_kinds(itertools.chain.from_iterable(v for v in values if v is not None), type.value_type)
-    elif _may_cut(type):
+    elif _t.is_timestamp(type):
+        zoned = {v.tzinfo is not None for v in values if isinstance(v, datetime.datetime) and v == v}  # NaT is neither
+        if len(zoned) > 1:
+            raise Refused("whose times are some with a time zone and some without", "give times of one kind, or None")
+    elif _may_change(type):
         other = datetime.datetime if _t.is_date(type) else str
-        kinds = set(map(operator.attrgetter("__class__"), values))
-        if any(issubclass(kind, other) for kind in kinds):
+        if any(issubclass(kind, other) for kind in set(map(operator.attrgetter("__class__"), values))):
             what = "dates and some datetimes" if _t.is_date(type) else "bytes and some texts"
             raise Refused(f"whose values are some {what}", "give values of one type, or None")
 
@@ -310,7 +298,7 @@ def _of_one_dtype(arrays: list[Any]) -> list[Any]:
     if len(dtypes) < 2:
         return arrays
     types = [arrow_type(dtype) for dtype in dtypes]
-    met = functools.reduce(lambda a, b: None if a is None or b is None else numbers_meet(a, b), types)
+    met = functools.reduce(lambda a, b: None if a is None or b is None else promoted(a, b), types)
     if met is None:
         return arrays
     try:

@@ -24,7 +24,6 @@ from headrace.core.extras import is_instance
 from headrace.core.redact import redact
 from headrace.core.refs import Origin
 from headrace.core.steps import CONSTRUCTING, Doing
-from headrace.models.torch_device import is_accelerator
 from headrace.plan.nodes import UserFunction
 from headrace.worker.guarded import Guarded
 from headrace.worker.loads import Loads
@@ -138,6 +137,7 @@ class Functions:
     def _module_model(self, module: Any, *, own: bool) -> TorchModule:
         """own: it was constructed here, for this worker alone."""
         from headrace.models.torch import all_their_own, same_weights
+        from headrace.models.torch_device import is_accelerator
 
         if own:
             return TorchModule(module, self.device)
@@ -178,6 +178,8 @@ class TorchModule:
     batch_format = "torch"
 
     def __init__(self, module: Any, device: str, guarded: Guarded | None = None) -> None:
+        from headrace.models.torch_device import is_accelerator
+
         self.accelerated = is_accelerator(device)
         self.uploads = self.accelerated  # what it is given stays as it is
         self.device = device

@@ -62,9 +62,7 @@ WIDE_VALUE_BYTES = 1 << 10  # stored values of this size are no references into 
 # Footers that types are taken from: a tenth of a millisecond each; from a store they come at once, beside the first one.
 LOOKED_AT = 16
 LOOKED_AT_REMOTE = 8
-FOLDERS_LOOKED_AT = (
-    1000  # objects whose folders say which columns there are, and of which type: names alone cost next to nothing
-)
+FOLDERS_LOOKED_AT = 1000  # objects whose folders say which columns there are, and of which type: names cost next to nothing
 
 
 class ParquetSource(FileSource):
@@ -260,9 +258,9 @@ class ParquetSource(FileSource):
                 return
             stop = file.num_row_groups if fragment.stop < 0 else fragment.stop
             wanted = set(range(fragment.start, stop))
+            columns = _Columns(file, self._read_columns(schema), self._told(fragment.uri))
             if self._predicate is not None:
-                wanted &= self._may_match(reader, file)
-            columns = _Columns(file, self._read_columns(schema))
+                wanted &= self._may_match(reader, columns)
             self._remark_on(columns.there, fragment.uri)
             following = dict(pairwise(sorted(wanted)))
             starts = [0, *accumulate(file.metadata.row_group(g).num_rows for g in range(stop))]
@@ -290,7 +288,7 @@ class ParquetSource(FileSource):
             if batch.num_rows != rows:
                 return None
             origin = Origin((Segment(reader.uri, row, rows),))
-            parts = list(self._conformed(batch, origin, columns.schema, where, None))
+            parts = list(self._conformed(batch, origin, columns, where, None))
         except DataError:
             return None
         row_bytes = batch.nbytes / rows
@@ -346,7 +344,7 @@ class ParquetSource(FileSource):
             if following is not None and 2 * done >= metadata.num_rows:
                 _announce(reader, columns, g, following)
                 following = None
-            for part, of in self._conformed(batch, origin, columns.schema, where, on_bad):
+            for part, of in self._conformed(batch, origin, columns, where, on_bad):
                 yield from sized(Piece(part.select(schema.names), of, row_bytes, limits.max_rows), limits)
 
     def _read_columns(self, schema: pa.Schema) -> pa.Schema:
@@ -357,12 +355,13 @@ class ParquetSource(FileSource):
         full = self._full_schema()
         return pa.schema([full.field(n) for n in names])
 
-    def _may_match(self, reader: Reader, file: Any) -> set[int]:
+    def _may_match(self, reader: Reader, columns: _Columns) -> set[int]:
         """Row groups that statistics, and folders, don't rule out. Those of values that will be cast say nothing of what comes
         of them.
         """
-        full, stored = self._full_schema(), file.schema_arrow
-        said = {name: value for name, value in self._told(reader.uri).items() if name not in stored.names}
+        full, file = self._full_schema(), columns.file
+        stored = file.schema_arrow
+        said = {name: value for name, value in columns.told.items() if name not in stored.names}
         for name in self._predicate_columns:
             i = stored.get_field_index(name)
             if name not in said and (i < 0 or not _ordered_alike(stored.field(i).type, full.field(name).type)):
@@ -390,16 +389,15 @@ class ParquetSource(FileSource):
         self,
         batch: pa.RecordBatch,
         origin: Origin,
-        schema: pa.Schema,
+        columns: _Columns,
         where: tuple[tuple[str, str], ...],
         on_bad: OnBad | None,
     ) -> Iterator[tuple[pa.RecordBatch, Origin]]:
         """The batch in the types promised, without what the predicate rules out. A row whose value does not fit is bad."""
-        said = self._told(where[0][1])
 
         def read(start: int, stop: int) -> tuple[pa.RecordBatch, Origin]:
             part, of = batch.slice(start, stop - start), origin.slice(start, stop - start)
-            brought = conform(part, schema, where, self._optional, by_user=self._schema is not None, known=said)
+            brought = conform(part, columns.schema, where, self._optional, by_user=self._schema is not None, known=columns.told)
             return self._filtered(brought, of, where)
 
         try:
@@ -438,7 +436,7 @@ class GroupReader:
         self._stack = ExitStack()
         opened = _opened(fragment.uri, fragment.size_bytes, fragment.version, columns=len(self._schema))
         self._reader, self._file = self._stack.enter_context(opened)
-        self._columns = _Columns(self._file, source._read_columns(self._schema))
+        self._columns = _Columns(self._file, source._read_columns(self._schema), source._told(fragment.uri))
 
     @property
     def rows(self) -> list[int]:
@@ -521,11 +519,12 @@ def _stored(group: Any) -> int:
 
 class _Columns:
     """Columns that are read of one file. schema: theirs, as promised; there: names of all that the file has; names: of those
-    that are read, too.
+    that are read, too. told: what its folders say of columns.
     """
 
-    def __init__(self, file: Any, schema: pa.Schema) -> None:
+    def __init__(self, file: Any, schema: pa.Schema, told: Mapping[str, pa.Scalar]) -> None:
         self.file = file
+        self.told = told
         self.schema = schema
         self.there: list[str] = file.schema_arrow.names
         known = frozenset(self.there)
