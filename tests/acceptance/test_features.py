@@ -283,6 +283,26 @@ def test_no_rows_at_all(data: Path, tmp_path: Path, quiet: Options) -> None:
     assert hr.read_parquet(tmp_path / "out").count() == 0
 
 
+def test_no_rows_have_columns_all_the_same(data: Path, tmp_path: Path, quiet: Options) -> None:
+    none = hr.read_parquet(data).select("id", "nested").filter(lambda row: False)
+    scored = none.predict(lambda ids: ids, input="id", output="score")
+    known = [*none.schema(), pa.field("score", pa.null())]
+    assert scored.to_arrow(**quiet).schema == pa.schema(known)
+    scored.write_parquet(tmp_path / "scored", **quiet)
+    assert read_back(tmp_path / "scored").schema == pa.schema(known)
+    assert hr.verify(tmp_path / "scored").ok
+    scored.write_csv(tmp_path / "csv", **quiet)  # which holds no nested column, but there is none to write
+    assert (tmp_path / "csv" / "part-00-000000.csv").read_text() == '"id","nested","score"\n'
+    none.map(lambda row: {"x": 1}).write_parquet(tmp_path / "mapped", **quiet)
+    assert read_back(tmp_path / "mapped").schema.names == ["id", "nested"]  # "x" was never seen
+
+
+def test_files_without_rows_are_like_the_others(data: Path, tmp_path: Path, quiet: Options) -> None:
+    ds = hr.read_parquet(data).filter(lambda row: row["id"] >= 40).map(lambda row: {"x": row["id"]})
+    ds.write_parquet(tmp_path / "out", outputs="per_input", **quiet)
+    assert {pq.read_schema(f).to_string() for f in (tmp_path / "out").glob("*.parquet")} == {"x: int64"}
+
+
 @pytest.mark.on_ray
 def test_the_stream_model_contract(data: Path, quiet: Options) -> None:
     class Engine:

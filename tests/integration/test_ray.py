@@ -751,6 +751,23 @@ def test_a_function_that_can_not_travel(connected: Any, data: Path, tmp_path: Pa
         hr.read_parquet(data).map_batches(locked).write_parquet(tmp_path / "out", **QUIET)
 
 
+@pytest.mark.parametrize("resources", [{"CPU": 1}, {"memory": 1_000_000}])
+def test_a_model_gets_the_cpus_and_the_memory_that_it_asks_for(connected: Any, data: Path, resources: dict[str, float]) -> None:
+    ds = hr.read_parquet(data).predict(np.negative, input="x", output="y", resources=resources, replicas=2)
+    rows = ds.to_arrow(**QUIET)  # on two nodes of one CPU
+    assert rows["y"].to_pylist() == [-x for x in rows["x"].to_pylist()]
+
+
+def test_models_that_hold_all_cpus_leave_a_reader(connected: Any, data: Path, tmp_path: Path) -> None:
+    ds = hr.read_parquet(data).predict(np.negative, input="x", output="y", resources={"CPU": 1})
+    ds = ds.predict(np.negative, input="y", output="z", resources={"CPU": 0.5})
+    assert "nothing that Ray counts" in ds.explain(**QUIET)
+    ds.write_parquet(tmp_path / "out", **QUIET)
+    rows = hr.read_parquet(tmp_path / "out").to_arrow(progress="quiet")
+    assert len(rows) == 240
+    assert rows["z"].equals(rows["x"])
+
+
 def test_a_resource_that_no_node_has(connected: Any, data: Path, tmp_path: Path) -> None:
     ds = hr.read_parquet(data).predict(np.negative, input="x", output="y", resources={"license": 5})
     with pytest.raises(PlanError, match="5 license") as caught:

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from headrace.api.placing import reach
-from headrace.api.planning import parse_options, prepare, resolve, static_schema
+from headrace.api.planning import parse_options, prepare, resolve
 from headrace.api.session import stream, write
 from headrace.core.errors import PlanError
 from headrace.core.options import ActionOptions
 from headrace.plan.nodes import Apply, BatchFormat, Evaluate, Limit, Plan, Predict, Project, Reshape
+from headrace.plan.schemas import rowless_schema, static_schema
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,8 +145,7 @@ def to_arrow(plan: Plan, options: ActionOptions) -> pa.Table:
 
     batches = list(stream(plan, options))
     if not batches:
-        static = static_schema(plan.read.source.schema(), resolve(plan).ops)
-        return pa.table({}) if static is None else pa.Table.from_batches([empty_batch(static)])
+        return pa.Table.from_batches([empty_batch(_rowless(plan))])
     return pa.Table.from_batches(alike(batches, "all rows"))
 
 
@@ -156,8 +156,11 @@ def to_ray_dataset(plan: Plan, options: ActionOptions) -> Any:
     parsed = parse_options({**options, "engine": "ray"})
     connect_to_stay(parsed.address)
     blocks = list(stream(plan, _quiet({**options, "engine": "ray"}), refs=True))
-    static = static_schema(plan.read.source.schema(), resolve(plan).ops)
-    return make(blocks, static)
+    return make(blocks, _rowless(plan))
+
+
+def _rowless(plan: Plan) -> pa.Schema:
+    return rowless_schema(plan.read.source.schema(), resolve(plan).ops)
 
 
 def to_pandas(plan: Plan, options: ActionOptions) -> pd.DataFrame:

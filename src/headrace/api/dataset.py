@@ -298,6 +298,9 @@ class Dataset:
         Every row counts exactly once, whatever dies: the same call again goes on where it was, and does nothing when the run
         is finished (Run.already_done). A file appears under its final name only when it is whole and the run log holds it;
         `_SUCCESS` and `_manifest.json` come last.
+        Files without rows have the columns of the others. Where no row is written at all they have those that are known:
+        columns carried along, declared ones, names in output=; a function that declares nothing is taken to keep its columns.
+        Types that are not known are null.
         Raises DestinationError, with the difference, when `path` holds a run of another plan and fresh is False, or when
         another driver is at work there; InputChanged when the input is not what the run began with.
         """
@@ -408,7 +411,7 @@ class Dataset:
         return actions.schema(self._plan)
 
     def to_arrow(self, **options: Unpack[ActionOptions]) -> pa.Table:
-        """All rows as one Arrow table, in memory."""
+        """All rows as one Arrow table, in memory. Without rows its columns are those that `write_parquet` would write."""
         return actions.to_arrow(self._plan, options)
 
     def to_pandas(self, **options: Unpack[ActionOptions]) -> pd.DataFrame:

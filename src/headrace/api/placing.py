@@ -74,7 +74,9 @@ def place_on_cluster(plan: Plan, physical: PhysicalPlan, pool_of: Callable[[Pred
         )
         for pool in physical.pools
     }
-    workers = placement.place(shapes, nodes, to_come=kinds_to_come())
+    to_come = kinds_to_come()
+    shapes = placement.leaving_a_reader(shapes, nodes, to_come=to_come)
+    workers = placement.place(shapes, nodes, to_come=to_come)
     places = {spec.node for spec in workers}
     used = [n for n in nodes if n.name in places] or nodes
     return Placed(workers, shapes, placement.budget_bytes(used), _notes(workers, shapes))

@@ -24,23 +24,17 @@ from headrace.core.options import ActionOptions, RunOptions
 from headrace.core.resources import CPU_POOL, WAITING_POOL, Machine, WorkerSpec
 from headrace.plan.columns import ALL, Columns, check_columns
 from headrace.plan.nodes import (
-    Apply,
-    Evaluate,
     FilterExpr,
-    FilterRows,
-    FlatMap,
-    Limit,
     MapBatches,
-    MapRows,
     Op,
     Plan,
     Predict,
-    Project,
     Read,
     Reshape,
 )
 from headrace.plan.physical import PhysicalPlan, is_stream, make_physical
 from headrace.plan.rules import optimise
+from headrace.plan.schemas import static_schema
 from headrace.runtime.engine import Choice, asked_engine, choose_engine
 from headrace.runtime.machine import block_budget_bytes, detect_machine
 from headrace.worker.program import Program
@@ -278,38 +272,6 @@ def _check_models(plan: Plan) -> None:
     for i, op in enumerate(plan.ops):
         if isinstance(op, Predict) and isinstance(op.model.target, ModelAdapter) and not op.model.is_class:
             op.model.target.check(static_schema(plan.read.source.schema(), plan.ops[:i]), op.inputs)
-
-
-def static_schema(schema: pa.Schema, ops: Sequence[Op]) -> pa.Schema | None:
-    """The schema after `ops`, or None where only running tells."""
-    import pyarrow as pa
-
-    for op in ops:
-        match op:
-            case Project(columns=columns):
-                schema = pa.schema([schema.field(old).with_name(new) for new, old in columns])
-            case Apply(transform=transform):
-                made = transform.schema(pa.schema([schema.field(c) for c in transform.columns_in]))
-                schema = _with_fields(schema, [(field.name, field.type) for field in made])
-            case MapRows(types=types) | FlatMap(types=types) | MapBatches(types=types) if types:
-                schema = pa.schema(list(types))
-            case Predict(types=types) if types:
-                schema = _with_fields(schema, types)
-            case FilterExpr() | Limit() | Evaluate() | FilterRows():
-                pass
-            case _:
-                return None
-    return schema
-
-
-def _with_fields(schema: pa.Schema, made: Sequence[tuple[str, Any]]) -> pa.Schema:
-    """The schema with these columns: in the places of those of the same name, else after the others."""
-    import pyarrow as pa
-
-    for name, type in made:
-        at = schema.get_field_index(name)
-        schema = schema.append(pa.field(name, type)) if at < 0 else schema.set(at, pa.field(name, type))
-    return schema
 
 
 class _PoolChoice:

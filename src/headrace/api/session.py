@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from headrace.api.placing import reach
-from headrace.api.planning import Prepared, choose, for_action, lay_out, parse_options, prepare, resolve, static_schema
+from headrace.api.planning import Prepared, choose, for_action, lay_out, parse_options, prepare, resolve
 from headrace.api.reproduce import reproduce
 from headrace.commit.records import DamagedLog
 from headrace.connectors import environment
@@ -29,6 +29,7 @@ from headrace.plan.columns import ALL, Columns
 from headrace.plan.fingerprint import fingerprint
 from headrace.plan.fingerprint.compare import differences
 from headrace.plan.nodes import Evaluate, Op, Plan, Predict, Write
+from headrace.plan.schemas import rowless_schema, static_schema
 from headrace.runtime.committer import Committer, beating
 from headrace.runtime.driver import Driver
 from headrace.runtime.engine import may_want_processes
@@ -316,7 +317,7 @@ def _run_logged(
             run = recorder.run()
             summary = run.to_dict()
             committer.finish(summary)
-            _show(sink, opened, committer, summary, schema)
+            _show(ready, sink, opened, committer, summary, schema)
             done = True
     except HeadraceError as error:
         committer.close(released=True)
@@ -330,9 +331,19 @@ def _run_logged(
     return run
 
 
-def _show(sink: Sink, opened: OpenedRun, committer: Committer, summary: Mapping[str, Any], schema: pa.Schema | None) -> None:
+def _show(
+    ready: Prepared,
+    sink: Sink,
+    opened: OpenedRun,
+    committer: Committer,
+    summary: Mapping[str, Any],
+    schema: pa.Schema | None,
+) -> None:
     """What is left to do when the log is complete; harmless to do again."""
     check_latest(opened)
+    if schema is None and not any(f.rows for f in committer.files if f.kind == "output"):
+        plan = resolve(ready.written)
+        schema = rowless_schema(plan.read.source.schema(), plan.ops)
     sink.finish(committer.files, {**summary, "sessions": opened.epoch}, schema)
     mark_complete(opened)
 
@@ -347,7 +358,7 @@ def _finished_before(ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.
     summary = opened.state.finished
     check_presence(opened, committer.files)
     if not opened.complete:
-        _show(sink, opened, committer, summary, schema)
+        _show(ready, sink, opened, committer, summary, schema)
     run = finished_before(
         summary,
         committer.results(),

@@ -80,8 +80,8 @@ class Sink(Protocol):
 
         Publishes what was held back (a run that replaces an earlier one shows nothing until now), makes the files of no bytes
         (and one empty, readable file when there is none at all), writes `_manifest.json` and `_SUCCESS`, and then removes what
-        this run replaces and what is staged. files: all, in split order. schema: of the rows, None when only a written file
-        tells.
+        this run replaces and what is staged. files: all, in split order. schema: of the rows, and of files
+        without any; None when only a file with rows tells.
         """
         ...
 

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from headrace.core.errors import DataError
 
+_LAST_WHOLE = 1 << 53  # up to which a double holds every whole number
 _DROP_HINT = "filter these rows out before evaluate, or fill them"
 
 
@@ -60,9 +61,21 @@ def matrix(batch: pa.RecordBatch, column: str) -> np.ndarray:
                 hint="every row needs one entry per class",
             )
     made = flat.to_numpy(zero_copy_only=False).reshape(len(array), width)
-    made = made if made.dtype.kind == "f" else made.astype(np.float64)
+    made = made if made.dtype.kind == "f" else doubles(made, column)
     check_finite(made, column)
     return made
+
+
+def doubles(array: np.ndarray, column: str) -> np.ndarray:
+    """Numbers as float64, which hold whole ones up to 2**53. Raises DataError for larger ones: neighbours become equal."""
+    if array.dtype.kind != "f" and array.size and (int(array.max()) > _LAST_WHOLE or int(array.min()) < -_LAST_WHOLE):
+        row = int(np.argwhere((array > _LAST_WHOLE) | (array < -_LAST_WHOLE))[0][0])
+        raise DataError(
+            f"a metric reads column {column!r} as floats, and its whole numbers go beyond 2**53, where these run together",
+            where=(("column", column), ("row", str(row))),
+            hint="subtract a constant or divide them before, or cast them to float64 if that is near enough",
+        )
+    return array.astype(np.float64)
 
 
 def is_scalar(batch: pa.RecordBatch, column: str) -> bool:

@@ -16,7 +16,7 @@ import pyarrow as pa
 from headrace.core.errors import DataError, PlanError
 from headrace.metrics import curves
 from headrace.metrics.base import Metric, State, unique
-from headrace.metrics.columns import classes_of, is_scalar, matrix, numbers, values, weights
+from headrace.metrics.columns import classes_of, doubles, is_scalar, matrix, numbers, values, weights
 
 # 65,536 bins keep the width of the bounds below 1e-4 for continuous scores however many rows there are: that of uniform scores
 # is 2 to 4 / bins.
@@ -96,7 +96,7 @@ class _Area(Metric):
                     where=(("column", self.score),),
                     hint="leave them out, or name a tensor column with a score per class",
                 )
-            return [numbers(batch, self.score)], [self._truth(batch, None) == 1]
+            return [doubles(numbers(batch, self.score), self.score)], [self._truth(batch, None) == 1]
         scores = matrix(batch, self.score)
         if self.classes is not None:
             if scores.shape[1] != self.classes:
@@ -132,7 +132,7 @@ class AUCROC(_Area):
     {"value", "low", "high"} rather than the value alone. exact: keep all distinct scores, whatever their number: up to 10 bytes
     a row in states, receipts and the run log. weight: a column of weights, rounded to multiples of 2**-30 (so that sums are
     exact); those of a batch that are not 0 must be at least 2**-10 on average, and all together at most 2**32.
-    Whole numbers beyond 2**53 are taken as the nearest double.
+    Whole numbers beyond 2**53 are refused: doubles would not tell neighbours apart.
     """
 
     def _bounds(self, run: curves.Run) -> tuple[float, float] | None:

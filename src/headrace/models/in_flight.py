@@ -18,6 +18,9 @@ Row = dict[str, Any]
 LINGER_S = 0.005  # for more rows for a request that could take more
 MOST_CONCURRENCY = 512
 MOST_BATCH = 256
+SAMPLES = 4  # answers that tell what a size takes; the second quickest of them does
+SAVED = 0.8  # of the time per row, at most, that a larger batch may take
+FIRST_PAUSE, MOST_PAUSE = 32, 1024  # answers between trials of a larger batch
 GAIN = 1.05  # less is noise
 
 
@@ -172,29 +175,41 @@ class Concurrency:
 
 
 class BatchSize:
-    """How many rows a request gets: a given number, or found out, by doubling while that saves a fifth of the time per row."""
+    """How many rows a request gets: a given number, or found out, by doubling while that saves a fifth of the time per row.
+
+    Where it does not, the size stays, and the next one is tried again ever more rarely, against what the size takes by then: a
+    server's first answers say little, if it then begins to throttle, or has more requests to work on.
+    """
 
     def __init__(self, fixed: int | None) -> None:
         self.rows = fixed or 1
         self._settled = fixed is not None
-        self._times: list[float] = []
-        self._best = float("inf")
+        self._trying = False  # the size is a trial, against half of it
+        self._least_s = 0.0  # a row, of half of it
+        self._last_s: deque[float] = deque(maxlen=SAMPLES)  # a row, of this size
+        self._left = 0  # answers until the next trial
+        self._pause = FIRST_PAUSE
 
     def answered(self, rows: int, seconds: float) -> None:
         if self._settled or rows != self.rows:
             return
-        self._times.append(seconds / rows)
-        if len(self._times) < 4:
+        self._last_s.append(seconds / rows)
+        self._left -= 1
+        if len(self._last_s) < SAMPLES or self._left > 0:
             return
-        per_row = sorted(self._times)[1]
-        self._times.clear()
-        if per_row < 0.8 * self._best and self.rows < MOST_BATCH:
-            self._best = per_row
+        row_s = sorted(self._last_s)[1]
+        self._last_s.clear()
+        if self._trying and row_s >= SAVED * self._least_s:
+            self._trying = False
+            self.rows //= 2
+            self._left, self._pause = self._pause, min(2 * self._pause, MOST_PAUSE)
+            return
+        if self._trying:
+            self._pause = FIRST_PAUSE
+        self._settled = self.rows >= MOST_BATCH
+        if not self._settled:
+            self._trying, self._least_s = True, row_s
             self.rows *= 2
-        else:
-            self._settled = True
-            if per_row >= 0.8 * self._best:
-                self.rows = max(1, self.rows // 2)
 
 
 async def _pull(rows: AsyncIterator[tuple[Hashable, Row]], most: int) -> tuple[list[tuple[Hashable, Row]], bool]:

@@ -57,15 +57,15 @@ def reads(op: Op) -> Columns:
             return ALL
 
 
-def makes(op: Op) -> frozenset[str] | None:
-    """The columns that an operator adds or replaces beside those it passes on; None when it replaces the whole row."""
+def makes(op: Op) -> tuple[str, ...] | None:
+    """The columns, in order, that an operator adds or replaces beside those it passes on; None: it replaces the whole row."""
     match op:
         case Apply(transform=transform):
-            return frozenset(transform.columns_out)
+            return transform.columns_out
         case Predict(output=output):
-            return frozenset(output)
+            return output
         case FilterExpr() | Evaluate() | Limit() | Project():
-            return frozenset()
+            return ()
         case _:
             return None
 
@@ -77,8 +77,7 @@ def needed_before(op: Op, after: Columns) -> Columns:
             wanted = columns if isinstance(after, _All) else tuple(c for c in columns if c[0] in after)
             return frozenset(name for _, name in wanted)
         case Apply() | Predict():
-            made = makes(op) or frozenset[str]()
-            passed = after if isinstance(after, _All) else after - made
+            passed = after if isinstance(after, _All) else after.difference(makes(op) or ())
             return union(passed, reads(op))
         case _:
             return union(after, reads(op)) if makes(op) is not None else ALL
@@ -123,5 +122,4 @@ def _after(op: Op, known: tuple[str, ...] | None) -> tuple[str, ...] | None:
     made = makes(op)
     if known is None or made is None or (isinstance(op, Predict) and not op.output):
         return None
-    ordered = op.transform.columns_out if isinstance(op, Apply) else op.output if isinstance(op, Predict) else ()
-    return known + tuple(name for name in ordered if name not in known)
+    return known + tuple(name for name in made if name not in known)

@@ -78,6 +78,7 @@ class BatchRunner(ModelRunner):
         self._schema: pa.Schema | None = None  # of the last rows
         self._tuner = BatchTuner(self._fixed)  # for rows of that schema
         self._have_lengths = False  # rows of that schema
+        self._like = pa.schema(list(op.types)) if op.types else None  # of answers
         self._row_s = 0.0  # a row, in the quickest batch of that schema so far
         self._answered = self._answer_bytes = 0  # rows of that schema, and their answers
 
@@ -271,7 +272,7 @@ class BatchRunner(ModelRunner):
         argument, given = self._argument(piece)
         try:
             result, shared = self._tensors.call(self._model, (argument, *self._op.model.args), self._op.model.kwargs, given)
-            made = name_outputs(self._op, result, rows, given, shared)
+            made = self._named(result, rows, given, shared)
         except RowError as exc:
             failed = self._failed(exc, piece, watch)
         else:
@@ -290,6 +291,12 @@ class BatchRunner(ModelRunner):
             return batch, given
         name = self._op.inputs[0]
         return (batch[name] if self._format != "pyarrow" else piece.batch.column(name)), given
+
+    def _named(self, result: Any, rows: int, given: Given, shared: bool) -> pa.RecordBatch:
+        """The output columns of an answer. Raises Refused."""
+        made = name_outputs(self._op, result, rows, given, shared, self._like)
+        self._like = made.schema
+        return made
 
     def _learn(self, piece: Piece, made: pa.RecordBatch, seconds: float) -> None:
         """A batch was answered."""
@@ -385,7 +392,7 @@ class BatchRunner(ModelRunner):
         if error is None:
             began = time.perf_counter()
             try:
-                made = name_outputs(self._op, batch.result, rows, batch.given, batch.shared)
+                made = self._named(batch.result, rows, batch.given, batch.shared)
             except RowError as exc:
                 error = exc
             else:

@@ -1,19 +1,22 @@
 """What a model answered: put into columns with names, and checked.
 
-Invariant: a model that does not answer one row for one row is refused before any of its answers is used.
+Invariant: a model that does not answer one row for one row is refused before any of its answers is used. Of a batch of one row
+the dimension of rows may be missing, as `squeeze()` takes it away, where it can be told what the row's own dimensions are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 from msgspec import Struct, field
 
 from headrace.core.errors import HeadraceError
 from headrace.core.extras import is_instance
 from headrace.core.refs import Origin
+from headrace.core.tensors import is_tensor
 from headrace.plan.nodes import Predict
 from headrace.worker.bad_rows import Lost
 from headrace.worker.batching import Piece
@@ -26,6 +29,8 @@ from headrace.worker.user_code import explain
 from headrace.worker.watch import NOBODY, Watch
 
 DEFAULT_OUTPUT = "prediction"  # the column of a bare array, when the user gave no name
+_ROWS_HINT = "a model answers every row, in the order given; to drop or add rows use map_batches"
+_SQUEEZE_HINT = "; squeeze() takes the dimension of rows from a batch of one: name the dimension, as in squeeze(-1)"
 
 
 class Answer(Struct):
@@ -91,16 +96,17 @@ def blame(exc: BaseException, op: Predict, piece: Piece, row: int | None = None)
     return explain(exc, op.name, piece.origin, row=row, columns=piece.batch.schema.names)
 
 
-def name_outputs(op: Predict, result: Any, rows: int, given: Given, shared: bool) -> pa.RecordBatch:
-    """The output columns of a model's answer to `rows` rows. Raises Refused."""
-    columns = _named(op, result, given, shared)
+def name_outputs(
+    op: Predict, result: Any, rows: int, given: Given, shared: bool, like: pa.Schema | None = None
+) -> pa.RecordBatch:
+    """The output columns of a model's answer to `rows` rows. like: of other answers of the model, if known. Raises Refused."""
+    columns = _named(op, _unsqueezed(op, result, like) if rows == 1 else result, given, shared)
     for name, column in columns.items():
         if len(column) != rows:
             what = f"{len(column)} rows" if len(columns) == 1 else f"{len(column)} rows in column {name!r}"
-            raise Refused(
-                f"was given {rows} rows and returned {what}",
-                "a model answers every row, in the order given; to drop or add rows use map_batches",
-            )
+            given_rows = "1 row" if rows == 1 else f"{rows} rows"
+            hint = _ROWS_HINT + _SQUEEZE_HINT if rows == 1 else _ROWS_HINT
+            raise Refused(f"was given {given_rows} and returned {what}", hint)
     return Declared(op.types).apply(make_batch(columns, rows))
 
 
@@ -128,6 +134,29 @@ def _named(op: Predict, result: Any, given: Given, shared: bool) -> dict[str, pa
             f"return a dict with these keys, or a tuple of {len(names)} arrays",
         )
     return {n: named_column(n, v, given, True) for n, v in zip(names, values, strict=True)}
+
+
+def _unsqueezed(op: Predict, result: Any, like: pa.Schema | None) -> Any:
+    """The answer to a batch of one row, with the dimension of rows where that is missing."""
+    types: dict[Any, pa.DataType] = {} if like is None else {field.name: field.type for field in like}
+    if isinstance(result, Mapping):
+        answer = cast(Mapping[Any, Any], result)
+        return {name: _row_of_one(value, types.get(name)) for name, value in answer.items()}
+    names = op.output or (DEFAULT_OUTPUT,)
+    if isinstance(result, tuple) and len(cast(tuple[Any, ...], result)) == len(names):
+        return tuple(_row_of_one(value, types.get(name)) for name, value in zip(names, result, strict=True))
+    return _row_of_one(result, types.get(names[0])) if len(names) == 1 else result
+
+
+def _row_of_one(value: Any, type: pa.DataType | None) -> Any:
+    """A single value, or what has just the shape of a row of this type, as a column of one row; all else as it is."""
+    if isinstance(value, np.generic):
+        return np.asarray(value).reshape(1)
+    if not (isinstance(value, np.ndarray) or is_instance(value, "torch", "Tensor")):
+        return value
+    shape = tuple(value.shape)
+    bare = type is not None and is_tensor(type) and shape == tuple(type.shape) and shape[0] != 1
+    return value[None] if not shape or bare else value
 
 
 def _has_names(result: Any) -> bool:

@@ -330,6 +330,21 @@ def test_batches_grow_while_that_saves_time() -> None:
     assert 64 <= size.rows <= 256
 
 
+def test_batches_grow_when_the_first_answers_were_quicker() -> None:
+    size = BatchSize(None)
+    for i in range(500):
+        size.answered(size.rows, 0.01 if i < 4 else 1.0 + 0.01 * size.rows)
+    assert size.rows >= 64
+
+
+def test_larger_batches_that_save_nothing_are_tried_ever_more_rarely() -> None:
+    size = BatchSize(None)
+    asked = [size.rows for _ in range(5000) if size.answered(size.rows, 0.1 * size.rows) is None]
+    assert set(asked) == {1, 2}
+    assert asked[:1000].count(2) <= 24
+    assert 1 <= asked[2000:].count(2) <= 16, "a server may change"
+
+
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [("3", 3.0), ("0.5", 0.5), (None, 0.0), ("soon", 0.0), ("Thu, 01 Jan 1970 00:01:00 GMT", 20.0), ("nan", 0.0)],

@@ -266,3 +266,19 @@ def test_labels_outside_the_classes_are_refused() -> None:
         value(metrics.Mean("s"), pa.RecordBatch.from_pydict({"s": ["x"]}))
     with pytest.raises(DataError, match="1 to 2 entries"):
         value(metrics.LogLoss("v", "y"), pa.RecordBatch.from_pydict({"v": [[0.5], [0.5, 0.5]], "y": [0, 0]}))
+
+
+@pytest.mark.parametrize("kind", [pa.int64(), pa.uint64()])
+@pytest.mark.parametrize("vectors", [False, True])
+def test_scores_that_doubles_do_not_tell_apart_are_refused(kind: pa.DataType, vectors: bool) -> None:
+    def area(last: int) -> Any:
+        scores = pa.array([0, 1 << 53, last], kind)
+        columns = pa.array([[s, 0] for s in scores.to_pylist()], pa.list_(kind)) if vectors else scores
+        metric = metrics.AUCROC("s", "y", **({"index": 0} if vectors else {}))
+        batch = pa.record_batch({"s": columns, "y": pa.array([1, 1, 0] if vectors else [0, 0, 1])})
+        return metric.result(metric.update(metric.zero(), batch))
+
+    with pytest.raises(DataError, match=r"'s'.*beyond 2\*\*53") as caught:
+        area((1 << 53) + 1)
+    assert ("row", "2") in caught.value.where
+    assert area((1 << 53) - 1) == 0.5

@@ -11,7 +11,17 @@ pytest.importorskip("ray")
 
 from headrace.core.errors import PlanError
 from headrace.core.resources import CPU_POOL, WAITING_POOL, WorkerSpec
-from headrace.substrates.ray.placement import LEAST_BUDGET, STORE_SHARE, Node, Shape, budget_bytes, node_name, place, shape_of
+from headrace.substrates.ray.placement import (
+    LEAST_BUDGET,
+    STORE_SHARE,
+    Node,
+    Shape,
+    budget_bytes,
+    leaving_a_reader,
+    node_name,
+    place,
+    shape_of,
+)
 
 CPU = Shape("cpu", cpus=1.0)
 GPU = Shape("cuda:0", gpus=1.0)
@@ -53,6 +63,37 @@ def test_a_model_that_holds_cpus_leaves_at_least_one_for_reading() -> None:
     nodes = [node("g", CPU=4, GPU=4)]
     shape = shaped("cuda(CPU=1)", {"CPU": 1.0}, nodes)
     assert counted(place({CPU_POOL: CPU, "cuda(CPU=1)": shape}, nodes)) == {(CPU_POOL, "g"): 1, ("cuda(CPU=1)", "g"): 3}
+
+
+def test_a_model_that_holds_all_cpus_leaves_a_reader_that_asks_for_none() -> None:
+    nodes = [node("a", CPU=2)]
+    asked = {CPU_POOL: CPU, "m": shaped("cpu(CPU=2)", {"CPU": 2.0}, nodes)}
+    shapes = leaving_a_reader(asked, nodes, to_come=())
+    assert shapes[CPU_POOL].wanted == {}
+    assert counted(place(shapes, nodes)) == {(CPU_POOL, "a"): 1, ("m", "a"): 1}
+    more = [node("a", CPU=3)]
+    assert leaving_a_reader(asked, more, to_come=()) == asked
+    assert counted(place(asked, more)) == {(CPU_POOL, "a"): 1, ("m", "a"): 1}
+    assert leaving_a_reader(asked, nodes, to_come={"CPU"}) == asked, "it waits for one"
+    assert leaving_a_reader(asked, [node("g", GPU=1)], to_come=()) == asked, "no model holds any"
+
+
+def test_a_model_that_needs_a_whole_node_gets_it() -> None:
+    nodes = [node("a", CPU=4), node("b", CPU=1)]
+    shapes = {CPU_POOL: CPU, "m": shaped("cpu(CPU=4)", {"CPU": 4.0}, nodes)}
+    assert leaving_a_reader(shapes, nodes, to_come=()) == shapes
+    assert counted(place(shapes, nodes)) == {("m", "a"): 1, (CPU_POOL, "b"): 1}
+
+
+def test_memory_is_set_aside_for_as_many_workers_as_there_are_cpus() -> None:
+    nodes = [node("a", CPU=2, memory=16e9)]
+    shape = shaped("cpu(memory=2e9)", {"memory": 2e9}, nodes)
+    assert counted(place({CPU_POOL: CPU, "m": shape}, nodes)) == {(CPU_POOL, "a"): 2, ("m", "a"): 2}
+    large = shaped("cpu(memory=1e10)", {"memory": 1e10}, nodes)
+    assert counted(place({CPU_POOL: CPU, "m": large}, nodes))["m", "a"] == 1
+    with pytest.raises(PlanError, match="20 GB of memory") as caught:
+        place({"m": shaped("cpu(memory=2e10)", {"memory": 2e10}, nodes)}, nodes)
+    assert "16 GB of memory" in caught.value.where[0][1]
 
 
 def test_pools_take_turns_at_the_devices_that_both_need() -> None:

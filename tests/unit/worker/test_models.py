@@ -26,8 +26,8 @@ def stage(op: nodes.Predict, *more: nodes.Op, **kwargs: Any) -> Bench:
     return Bench([op, *more], model=True, columns_in=("x",), order=Order.FREE, **kwargs)
 
 
-def error(op: nodes.Predict) -> UserCodeError:
-    done = stage(op).apply(numbers(4))
+def error(op: nodes.Predict, rows: int = 4) -> UserCodeError:
+    done = stage(op).apply(numbers(rows))
     assert isinstance(done, StepFailed)
     assert isinstance(done.error, UserCodeError)
     return done.error
@@ -143,6 +143,41 @@ def test_answers_that_break_the_contract(result, output, says):
     assert says in str(failed)
     assert ("stage", "predict(<lambda>)") in failed.where
     assert ("rows", "rows 0-3 of a.parquet") in failed.where
+
+
+def squeezed(model: Any, **kwargs: Any) -> Any:
+    return predict(lambda x: model(x).squeeze(), batch_rows=3, **kwargs)
+
+
+@pytest.mark.parametrize("wrapped", [lambda made: made, lambda made: {"p": made}, lambda made: (made,), lambda made: made + 0])
+def test_squeezed_to_a_number_is_the_value_of_the_one_row(wrapped):
+    op = predict(lambda x: wrapped(x.reshape(-1, 1).squeeze()), batch_rows=3)
+    out = Bench([op], source=BatchSource([numbers(4)])).run()
+    assert column(out, "p") == [0, 1, 2, 3]
+
+
+def test_squeezed_tensors_are_the_values_of_the_one_row():
+    torch = pytest.importorskip("torch")
+    out = Bench([squeezed(lambda x: torch.from_numpy(x.copy())[:, None])], source=BatchSource([numbers(4)])).run()
+    assert column(out, "p") == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 3), (1, 2)])
+def test_squeezed_to_the_shape_of_other_rows_is_that_of_the_one_row(shape):
+    op = squeezed(lambda x: np.ones((len(x), *shape), np.float32) * x.reshape(-1, *(1 for _ in shape)))
+    out = Bench([op], source=BatchSource([numbers(4)])).run()
+    rows = np.concatenate([tensor_to_numpy(batch.column("p")) for batch in out])
+    assert rows.shape == (4, *(n for n in shape if n > 1))
+    assert (rows.reshape(4, -1)[:, 0] == np.arange(4)).all()
+
+
+def test_squeezed_rows_of_a_shape_not_known_are_refused():
+    op = squeezed(lambda x: np.ones((len(x), 2), np.float32))
+    failed = error(op, rows=1)
+    assert "was given 1 row and returned 2 rows" in str(failed)
+    assert "squeeze(-1)" in str(failed)
+    declared = squeezed(lambda x: np.ones((len(x), 2)), types=(("p", pa.fixed_shape_tensor(pa.float64(), (2,))),))
+    assert sum(b.num_rows for b in Bench([declared], source=BatchSource([numbers(1)])).run()) == 1
 
 
 def test_tensor_outputs_are_tensor_columns():

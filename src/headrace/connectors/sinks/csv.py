@@ -61,7 +61,7 @@ def _header(schema: pa.Schema) -> memoryview:
     import pyarrow.csv as pc
 
     memory = pa.BufferOutputStream()
-    pc.CSVWriter(memory, pa.schema([f.with_type(_plain(f.type)) for f in schema])).close()
+    pc.CSVWriter(memory, pa.schema([f.with_type(pa.null()) for f in schema])).close()
     return memoryview(memory.getvalue())
 
 
@@ -143,6 +143,8 @@ class _CsvEncoder:
             return None
         if not len(self._schema):  # no column was ever known: an empty file
             return written(self._path, b"")
+        if not self._held:  # nor a row: then types, which CSV may not hold, do not matter
+            return written(self._path, _header(self._schema))
         memory = pa.BufferOutputStream()
         self._flush(memory).close()
         return written(self._path, memory.getvalue())

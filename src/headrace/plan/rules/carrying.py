@@ -80,8 +80,7 @@ def _traced(names: Sequence[str], ops: Sequence[Op]) -> list[dict[str, str | Non
         if isinstance(op, Project):
             steps.append({new: now[old] for new, old in op.columns})
             continue
-        ordered = op.transform.columns_out if isinstance(op, Apply) else op.output if isinstance(op, Predict) else ()
-        steps.append({**now, **dict.fromkeys(ordered, None)})
+        steps.append({**now, **dict.fromkeys(made, None)})
     return steps
 
 

@@ -180,7 +180,7 @@ def live_nodes() -> tuple[Node, ...]:
 
 
 def _plain(resources: Mapping[str, float]) -> dict[str, float]:
-    return {k: v for k, v in resources.items() if not k.startswith("node:") and k not in ("memory", "object_store_memory")}
+    return {k: v for k, v in resources.items() if not k.startswith("node:") and k != "object_store_memory"}
 
 
 def kinds_to_come() -> frozenset[str] | None:

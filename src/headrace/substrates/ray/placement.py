@@ -20,8 +20,8 @@ _TINY = 1e-9  # what sums of fractions may be off by
 
 
 class Node(Struct, frozen=True):
-    """A live node. name: unique, and for people: "10.0.0.3/1a2b3c4d". id: Ray's. resources: in Ray's words: CPU, GPU and
-    custom ones. store_bytes: of its object store.
+    """A live node. name: unique, and for people: "10.0.0.3/1a2b3c4d". id: Ray's. resources: in Ray's words: CPU, GPU, memory
+    (bytes) and custom ones. store_bytes: of its object store.
     """
 
     name: str
@@ -46,10 +46,10 @@ class Shape(Struct, frozen=True):
     most: int | None = None
 
     def most_on(self, nodes: Sequence[Node]) -> int:
-        """A bound on the workers of the pool: without any demand, as many as there are CPUs."""
+        """A bound on the workers of the pool: without any demand but for memory, as many as there are CPUs."""
         if self.most is not None:
             return self.most
-        return 1 << 30 if self.wanted else max(1, sum(n.cpus for n in nodes))
+        return 1 << 30 if self.wanted.keys() - {"memory"} else max(1, sum(n.cpus for n in nodes))
 
     @property
     def wanted(self) -> dict[str, float]:
@@ -57,7 +57,7 @@ class Shape(Struct, frozen=True):
         return {k: v for k, v in {"CPU": self.cpus, "GPU": self.gpus, **self.resources}.items() if v > 0}
 
     def __str__(self) -> str:
-        return ", ".join(f"{v:g} {k}" for k, v in self.wanted.items()) or "nothing that Ray counts"
+        return ", ".join(_amount(k, v) for k, v in self.wanted.items()) or "nothing that Ray counts"
 
 
 def shape_of(
@@ -116,8 +116,7 @@ def place(
     for name, pools in (held or {}).items():
         for pool in pools:
             room[name].take(shapes[pool].wanted if pool in shapes else {})
-    first = {pool: places for pool, shape in shapes.items() if (places := _take(shape, room, 1))}
-    found = {pool: first.get(pool, []) for pool in shapes}
+    found = _first(shapes, room)
     for pool in shapes:
         if not found[pool] and have is None and not (to_come is None or shapes[pool].wanted.keys() <= set(to_come)):
             raise _nowhere(pool, shapes[pool], nodes)
@@ -143,6 +142,21 @@ def place(
     return tuple(specs)
 
 
+def leaving_a_reader(
+    shapes: Mapping[str, Shape], nodes: Sequence[Node], *, to_come: Collection[str] | None
+) -> dict[str, Shape]:
+    """The shapes as they can be placed: where one worker of each model leaves no CPU, and none may come, blocks are made by one
+    CPU worker that asks for none. Nobody else could.
+    """
+    cpu = shapes.get(CPU_POOL)
+    may_come = to_come is None or "CPU" in to_come
+    if cpu is None or may_come or not any(n.cpus for n in nodes):
+        return dict(shapes)
+    if _first(shapes, {n.name: _Room(n) for n in nodes})[CPU_POOL]:
+        return dict(shapes)
+    return {**shapes, CPU_POOL: Shape(cpu.device, most=1)}
+
+
 class _Room:
     """What is left of a node. As Ray counts, a share of a GPU is a share of one device, the fullest that has it."""
 
@@ -165,6 +179,12 @@ class _Room:
             if k != "GPU":
                 self._left[k] -= v
         return True
+
+
+def _first(shapes: Mapping[str, Shape], room: Mapping[str, _Room]) -> dict[str, list[str]]:
+    """The node of one worker of each pool, [] where none has room: models first, as CPU workers fit where anything does."""
+    places = {pool: _take(shapes[pool], room, 1) for pool in sorted(shapes, key=lambda pool: pool == CPU_POOL)}
+    return {pool: places[pool] for pool in shapes}
 
 
 def _take(shape: Shape, room: Mapping[str, _Room], count: int, turn: int = 0) -> list[str]:
@@ -202,5 +222,8 @@ def node_name(host: str, id: str) -> str:
 
 
 def _resources(node: Node) -> str:
-    shown = {k: v for k, v in node.resources.items() if ":" not in k and k not in ("memory", "object_store_memory")}
-    return ", ".join(f"{v:g} {k}" for k, v in sorted(shown.items())) or "nothing"
+    return ", ".join(_amount(k, v) for k, v in sorted(node.resources.items()) if ":" not in k) or "nothing"
+
+
+def _amount(name: str, amount: float) -> str:
+    return f"{amount / 1e9:.3g} GB of memory" if name == "memory" else f"{amount:g} {name}"

@@ -209,7 +209,8 @@ class RaySubstrate:
         options: dict[str, Any] = {
             "num_cpus": 0.0 if worker.beside else shape.cpus,
             "num_gpus": shape.gpus,
-            "resources": dict(shape.resources),
+            "memory": shape.resources.get("memory"),
+            "resources": {k: v for k, v in shape.resources.items() if k != "memory"},
             "max_restarts": 0,
             "max_task_retries": 0,
         }

@@ -182,13 +182,13 @@ def from_ray_dataset(dataset: Any) -> RayTables:
     return RayTables(dataset.to_arrow_refs())
 
 
-def to_ray_dataset(blocks: Sequence[RefBlock], schema: pa.Schema | None) -> Any:
-    """A ray.data.Dataset of these blocks; of no rows, where there are none."""
+def to_ray_dataset(blocks: Sequence[RefBlock], schema: pa.Schema) -> Any:
+    """A ray.data.Dataset of these blocks; of no rows and this schema, where there are none."""
     import ray.data as data
 
     table = ray.remote(_as_table).options(num_cpus=0)
     refs: list[Any] = [table.remote(block.ref, block.start, block.num_rows) for block in blocks]
-    return data.from_arrow_refs(refs) if refs else data.from_arrow(_rays((schema or pa.schema([])).empty_table()))
+    return data.from_arrow_refs(refs) if refs else data.from_arrow(_rays(schema.empty_table()))
 
 
 def _as_table(batch: pa.RecordBatch, start: int, rows: int) -> pa.Table:
