@@ -1,7 +1,7 @@
 """CSV: types inferred once, from the beginning of the first file, and fixed for all.
 
 Files are divided at newlines, so a quoted value may hold one only with `newlines_in_values=True`, which keeps files whole.
-Where the first line ends with "\r" alone (old Macs, some of Excel's exports), newlines are "\r".
+Where the first two lines end with "\r" alone (old Macs, some of Excel's exports), newlines are "\r".
 """
 
 from __future__ import annotations
@@ -134,8 +134,8 @@ class CsvSource(FileSource):
             if at == 0:
                 chunk = chunk.removeprefix(lines.BOM)
                 if self._names is None:
-                    head, _, chunk = chunk.partition(line_end.byte)
-                    names = names or self._header(head + line_end.byte, fragment.uri)
+                    head, _, chunk = chunk.partition(line_end.first)
+                    names = names or self._header(head + line_end.first, fragment.uri)
             if not chunk.strip(b"\r\n"):
                 return None
             if names is None:

@@ -41,31 +41,46 @@ BOM = b"\xef\xbb\xbf"
 
 
 class LineEnd:
-    """The byte that ends the lines of an object: "\\n". With `first`, a pattern of a line without its end, it is "\\r" where
-    the first line ends with that alone; this has to be looked at before anything is cut.
+    """The byte that ends the lines of an object: "\\n". With `line`, a pattern of a line without its end, it is "\\r" where
+    the first two lines end with that alone; this has to be looked at before anything is cut.
+
+    first: what ends the first line; "\\r" before lines that end with "\\n" where a header was set before them.
     """
 
-    def __init__(self, first: re.Pattern[bytes] | None = None) -> None:
-        self.byte = b"\n"
-        self._first = first
+    def __init__(self, line: re.Pattern[bytes] | None = None) -> None:
+        self.byte = self.first = b"\n"
+        self._line = line
 
     def seen(self, beginning: bytes, *, all_of_it: bool) -> bool:
         """Whether this much of the beginning of the object tells."""
-        if self._first is None:
+        if self._line is None:
             return True
         data = beginning.removeprefix(BOM).lstrip(b"\r\n")
         newline = data.find(b"\n")
         lone = data.find(b"\r", 0, newline if newline >= 0 else len(data))
         if newline >= 0 and (lone < 0 or lone + 1 == newline):
             return True
-        line = self._first.match(data) if lone >= 0 else None
+        line = self._line.match(data) if lone >= 0 else None
         if line is None:  # a quote is still open
             return all_of_it or newline >= 0
         if line.end() + 1 >= len(data):
-            self.byte = b"\r" if all_of_it and data[line.end() :] == b"\r" else b"\n"
+            self.first = self.byte = b"\r" if all_of_it and data[line.end() :] == b"\r" else b"\n"
             return all_of_it
-        self.byte = b"\n" if b"\n" in data[line.end() : line.end() + 2] else b"\r"
+        self.first = self.byte = _end_at(data, line.end())
+        if self.byte == b"\n":
+            return True
+        rest = data[line.end() :].lstrip(b"\r\n")
+        second = self._line.match(rest)
+        if second is None:  # a quote is still open, or no end was seen
+            return all_of_it or b"\r" in rest or b"\n" in rest
+        if rest[second.end() :] == b"\r":
+            return all_of_it
+        self.byte = _end_at(rest, second.end())
         return True
+
+
+def _end_at(data: bytes, at: int) -> bytes:
+    return b"\n" if b"\n" in data[at : at + 2] else b"\r"
 
 
 NEWLINE = LineEnd()
