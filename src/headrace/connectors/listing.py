@@ -23,6 +23,7 @@ from headrace.connectors.name_set import GrowingNames
 from headrace.connectors.redact import redact
 from headrace.connectors.storage import Stored
 from headrace.core.errors import DataError
+from headrace.core.paths import absolute
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -266,7 +267,7 @@ def _normalise(path: str | os.PathLike[str]) -> str:
         text = unquote(urlparse(text).path)
     elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
         raise DataError(f"can't read {redact(text)!r}: unknown scheme", hint="use a local path, file:// or s3://")
-    return os.path.abspath(os.path.expanduser(text))
+    return absolute(text)
 
 
 def _check_name(uri: str) -> None:

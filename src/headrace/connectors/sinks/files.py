@@ -70,6 +70,7 @@ from headrace.connectors.spool import FileSpool
 from headrace.core.errors import DataError, DestinationError, InternalError, PlanError, SchemaConflict
 from headrace.core.lineage import LineageColumns
 from headrace.core.options import Outputs
+from headrace.core.paths import absolute
 from headrace.core.receipts import FileKind, LineageRun, OutputFile, Receipt
 from headrace.core.schemas import Conflict, bring, unify
 from headrace.core.splits import Split
@@ -697,4 +698,4 @@ def normalise(path: str | os.PathLike[str]) -> str:
     elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
         hint = "use a local path, file:// or s3://"
         raise PlanError(f"can't write to {redact(text)!r}: unknown scheme", hint=hint)
-    return os.path.abspath(os.path.expanduser(text))
+    return absolute(text)
