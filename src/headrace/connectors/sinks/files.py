@@ -687,6 +687,21 @@ def _is_same(path: str, other: str) -> bool:
         return False
 
 
+def cant_hold(what: str, field: pa.Field, instead: str) -> PlanError:
+    """`what`: the format's name. instead: one that can."""
+    text = f"{what} can't hold column {field.name!r} of type {field.type}"
+    return PlanError(text, where=(("column", field.name),), hint=f"drop({field.name!r}), or write {instead}")
+
+
+def holds_intervals(t: pa.DataType) -> bool:
+    """Months, days and nanoseconds (DuckDB's INTERVAL), by themselves or inside of it."""
+    if isinstance(t, pa.BaseExtensionType):
+        return holds_intervals(t.storage_type)
+    if isinstance(t, pa.DictionaryType):
+        return holds_intervals(t.value_type)
+    return pa.types.is_interval(t) or any(holds_intervals(t.field(i).type) for i in range(t.num_fields))
+
+
 def normalise(path: str | os.PathLike[str]) -> str:
     """A destination as an absolute path or s3://bucket/prefix."""
     text = os.fspath(path)
