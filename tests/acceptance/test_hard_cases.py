@@ -180,3 +180,25 @@ def test_a_failing_observer_leaves_nothing_behind(
     monkeypatch.setattr("headrace.observe.progress.make_observers", lambda _: [Failing()])
     with pytest.raises(RuntimeError, match="observer"):  # threads and processes: see conftest
         hr.read_parquet(data).map(lambda row: row).write_parquet(tmp_path / "out", engine=engine)
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory was removed."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_a_working_directory_that_was_removed_is_not_needed(data: Path, tmp_path: Path, quiet: Options) -> None:
+    hr.read_parquet(data).map(lambda row: {"y": row["id"] * 2}).write_parquet(tmp_path / "out", **quiet)
+    assert read_back(tmp_path / "out")["y"].to_pylist() == list(range(0, 400, 2))
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_relative_paths_lead_nowhere_when_the_working_directory_was_removed(data: Path) -> None:
+    with pytest.raises(PlanError, match="'in' leads nowhere: the working directory was removed"):
+        hr.read_parquet("in")
+    with pytest.raises(PlanError, match="'out' leads nowhere: the working directory was removed"):
+        hr.read_parquet(data).write_parquet("out", progress="quiet")

@@ -254,3 +254,13 @@ def test_killed_with_its_processes_it_goes_on(tmp_path: Path) -> None:
     subprocess.run(command, check=True, timeout=120)
     for i in range(20):
         assert ids(tmp_path / f"out{i}") == list(range(20))
+
+
+def test_jobs_need_no_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_input(tmp_path / "in", 10)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    jobs = [hr.Job(hr.read_parquet(source).map(double).write_parquet, str(tmp_path / f"out{i}")) for i in range(2)]
+    hr.run_jobs(jobs, progress="quiet")
+    assert [ids(tmp_path / f"out{i}") for i in range(2)] == 2 * [list(range(10))]

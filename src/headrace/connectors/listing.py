@@ -23,6 +23,7 @@ from headrace.connectors.name_set import GrowingNames
 from headrace.connectors.redact import redact
 from headrace.connectors.storage import Stored
 from headrace.core.errors import DataError
+from headrace.core.paths import absolute
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -266,7 +267,7 @@ def _normalise(path: str | os.PathLike[str]) -> str:
         text = unquote(urlparse(text).path)
     elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
         raise DataError(f"can't read {redact(text)!r}: unknown scheme", hint="use a local path, file:// or s3://")
-    return os.path.abspath(os.path.expanduser(text))
+    return absolute(text)
 
 
 def _check_name(uri: str) -> None:
@@ -413,7 +414,7 @@ def _walk(top: str, keep: Any, wanted: Callable[[str], bool]) -> Iterator[Stored
         except FileNotFoundError:
             _refuse_lost_link(entry.path)
             continue  # removed since the directory was read
-        yield Stored(entry.path, st.st_size, storage.stat_version(st))
+        yield storage.stored_file(entry.path, st)
 
 
 def _refuse_lost_link(path: str) -> None:
@@ -458,12 +459,12 @@ def _match_entry(path: str, rest: tuple[str, ...]) -> Iterator[Stored]:
     if rest:
         if os.path.isdir(path):
             yield from _match_level(path, rest)
-    elif os.path.isfile(path):
+    elif not os.path.isdir(path):
         found = storage.stat(path)
         if found is not None:
             yield found
-    elif not os.path.exists(path):
-        _refuse_lost_link(path)
+        else:
+            _refuse_lost_link(path)
 
 
 def _glob_pattern(glob: str) -> re.Pattern[str]:

@@ -77,7 +77,8 @@ def disk_error(e: OSError, path: str) -> DestinationError:
         return DestinationError("the disk is full", where=where, hint="make space and run the same command again")
     hint = "check its permissions" if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ""
     if e.errno == errno.ENOENT:
-        hint = "was the destination removed? Then the same command begins anew"
+        hint = "was the destination removed, or a part of it? Then the same command begins anew"
+        return DestinationError("can't write there: the folder is gone", where=where, hint=hint)
     return DestinationError(f"can't write there: {e.strerror or redact(str(e))}", where=where, hint=hint)
 
 
@@ -98,6 +99,11 @@ def _occupied(root: str, name: str) -> DestinationError:
     hint = "has something else written there? Move it away and run the same command again, or write to another path"
     where = (("file", redact(f"{root}/{name}")),)
     return DestinationError("the output's name is taken by something that this run did not write", where=where, hint=hint)
+
+
+def _removed(folder: str) -> DestinationError:
+    hint = "whatever was written there is gone, too; the same command begins anew"
+    return DestinationError("the destination was removed while the run was at work", where=(("folder", folder),), hint=hint)
 
 
 def _vanished(root: str, file: OutputFile) -> DestinationError:
@@ -262,7 +268,8 @@ class LocalRunStore:
         path = os.path.join(self.root, name)
         folder = os.path.dirname(path)
         if folder not in _made_folders:
-            os.makedirs(self._path(name, make=False).rpartition("/")[0], exist_ok=True)
+            with self._errors(path):
+                os.makedirs(self._path(name, make=False).rpartition("/")[0], exist_ok=True)
             _made_folders.add(folder)
         return path
 
@@ -349,10 +356,7 @@ class LocalRunStore:
         """Raise DestinationError if the folder was there and is gone: what was begun in it can't be gone on with."""
         where = f"{self.root}/{folder}"
         if where in self._inside and not os.path.isdir(where):
-            hint = "whatever was written there is gone, too; the same command begins anew"
-            raise DestinationError(
-                "the destination was removed while the run was at work", where=(("folder", where),), hint=hint
-            )
+            raise _removed(where)
 
     def _forget(self, folder: str) -> None:
         """The folder may be gone, with those below it."""
@@ -459,7 +463,8 @@ class LocalRunStore:
         try:
             yield
         except OSError as e:
-            raise disk_error(e, path) from e
+            gone = e.errno == errno.ENOENT and not os.path.isdir(self.root)
+            raise (_removed(self.root) if gone else disk_error(e, path)) from e
 
 
 _made_folders: set[str] = set()  # staging folders that this process has made
@@ -531,7 +536,8 @@ def _sync_files(paths: Sequence[str]) -> list[bool]:
 
 def _sync_folder(path: str) -> None:
     if not _sync_file(path):
-        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        code = errno.EIO if os.path.isdir(path) else errno.ENOENT
+        raise OSError(code, os.strerror(code), path)
 
 
 def _missing(path: str) -> list[str]:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from stat import S_ISDIR, S_ISFIFO, S_ISREG, S_ISSOCK
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import pyarrow as pa
@@ -179,6 +180,15 @@ def is_etag(version: str) -> bool:
     return bool(version) and (version.startswith('"') or "-" not in version)
 
 
+def stored_file(path: str, st: os.stat_result) -> Stored:
+    """A local file. Raises DataError for a pipe, a socket or a device: files are read in parts, and more than once."""
+    if not S_ISREG(st.st_mode) and not S_ISDIR(st.st_mode):
+        kind = "a named pipe" if S_ISFIFO(st.st_mode) else "a socket" if S_ISSOCK(st.st_mode) else "a device"
+        hint = "write what comes out of it to a file, and read that"
+        raise DataError(f"{kind} can't be read in parts, or twice", where=(("file", path),), hint=hint)
+    return Stored(path, st.st_size, stat_version(st))
+
+
 def stat(uri: str) -> Stored | None:
     """The object, or None when there is no such file or key."""
     if not is_remote(uri):
@@ -188,7 +198,7 @@ def stat(uri: str) -> Stored | None:
             return None
         except OSError as e:
             raise DataError(f"can't look at {uri}: {e.strerror}") from e
-        return Stored(uri, st.st_size, stat_version(st))
+        return stored_file(uri, st)
     import obstore
 
     bucket, key = split_s3(uri)

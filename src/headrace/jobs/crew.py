@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from msgspec import Struct, field
 
+from headrace.core.paths import working_directory
 from headrace.core.resources import CPU_POOL, WorkerSpec
 from headrace.jobs.job import Job
 from headrace.observe.run import Run
@@ -139,7 +140,7 @@ class Crew:
         typed = {name: entry for name, entry in linecache.cache.items() if len(entry) == 4 and entry[1] is None}
         main = getattr(sys.modules.get("__main__"), "__file__", None)
         script = None if main is None else os.path.abspath(main)
-        self._send(member, (os.getpid(), os.getcwd(), list(sys.path), self._memory_bytes, typed, script))
+        self._send(member, (os.getpid(), working_directory(), list(sys.path), self._memory_bytes, typed, script))
 
     def _hand_out(self) -> Iterator[Outcome]:
         """One job for each process first; a second one while there are enough for all."""

@@ -238,6 +238,19 @@ def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path) -> None:
         assert "b.parquet" in str(caught.value)
 
 
+def test_special_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x\n")
+    os.mkfifo(tmp_path / "notes")  # no input
+    assert [Path(o.uri).name for o in Listing.of(tmp_path, (".csv",)).objects()] == ["a.csv"]
+    os.mkfifo(tmp_path / "b.csv")
+    for path in (tmp_path / "b.csv", tmp_path, f"{tmp_path}/*.csv", f"{tmp_path}/**/*.csv"):
+        with pytest.raises(DataError, match="a named pipe can't be read") as caught:
+            list(Listing.of(path, (".csv",)).objects())
+        assert "b.csv" in str(caught.value)
+    with pytest.raises(DataError, match="a device can't be read"):
+        list(Listing.of("/dev/null", (".csv",)).objects())
+
+
 def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
     (tmp_path / "\u00e4.csv").write_text("x")
     assert names(tmp_path) == ["\u00e4.csv"]

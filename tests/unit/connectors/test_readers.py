@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from headrace.connectors import packing, storage
+from headrace.connectors.sources import lines
 from headrace.connectors.sources.csv import CsvSource
 from headrace.connectors.sources.json import JsonSource
 from headrace.connectors.sources.parquet import ParquetSource
@@ -285,6 +286,8 @@ RETURNS = {
     "no last one": b"id,a\r" + b"\r".join(b"%d,x%d" % (i, i) for i in range(300)),
     "then newlines": b"id,a\r0,x0\r1,x1\n" + b"".join(b"%d,x%d\n" % (i, i) for i in range(2, 300)),
     "then both": b"id,a\r0,x0\r" + b"".join(b"%d,x%d\r\n" % (i, i) for i in range(1, 300)),
+    "in the header": b"id,a\r" + b"".join(b"%d,x%d\n" % (i, i) for i in range(300)),
+    "in the header, then both": b"id,a\r" + b"".join(b"%d,x%d\r\n" % (i, i) for i in range(300)),
     "in the rows": b"id,a\n" + b"".join(b"%d,x%d\r" % (i, i) for i in range(300)),
     "both": b"id,a\r\n" + b"".join(b"%d,x%d\r\n" % (i, i) for i in range(300)),
 }
@@ -305,6 +308,16 @@ def test_csv_lines_may_end_with_a_carriage_return(
     (tmp_path / "c.csv").write_bytes(body)
     source = CsvSource(tmp_path / "c.csv", column_names=["id", "a"], newlines_in_values=newlines)
     assert read_all(source).to_pylist() == [{"id": i, "a": f"x{i}"} for i in range(300)]
+
+
+def test_a_header_that_ends_with_a_carriage_return_does_not_make_one_line_of_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lines, "INFER_BYTES", 1000)
+    (tmp_path / "a.csv").write_bytes(RETURNS["in the header"])
+    source = CsvSource(tmp_path)
+    assert source.schema().types == [pa.int64(), pa.string()]
+    assert read_all(source)["id"].to_pylist() == list(range(300))
 
 
 def test_a_carriage_return_in_a_value_ends_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

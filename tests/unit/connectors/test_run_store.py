@@ -405,6 +405,24 @@ def test_nothing_is_appended_where_the_destination_is_gone(store: LocalRunStore)
     assert not os.path.exists(store.root)
 
 
+@pytest.mark.parametrize("moment", ["run_store._write", "os.link", "run_store._sync_folder"])
+def test_a_destination_that_is_removed_in_the_middle_of_a_write_is_called_so(
+    store: LocalRunStore, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    store.write("a/0.json", b"0")
+    module, _, name = moment.rpartition(".")
+    at = {"run_store": run_store, "os": os}[module]
+    call = getattr(at, name)
+
+    def removed_before(*args: Any, **options: Any) -> Any:
+        shutil.rmtree(store.root, ignore_errors=True)
+        return call(*args, **options)
+
+    monkeypatch.setattr(at, name, removed_before)
+    with pytest.raises(DestinationError, match="was removed while the run was at work"):
+        store.create("a/1.json", b"1")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 def test_a_folder_above_that_may_not_be_read(tmp_path: Path) -> None:
     above = tmp_path / "above"

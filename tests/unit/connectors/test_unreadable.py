@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
 import random
 from collections.abc import Iterator
@@ -202,6 +203,70 @@ def test_bad_lines_are_found_one_by_one(tmp_path: Path, kind: str, limits: Block
     assert [(b.row, b.rows, dict(b.error.where)["offset"]) for b in bad] == [(at, 1, str(o)) for at, o in wrong]
     with pytest.raises(DataError, match=path.name):
         read_all(source, limits=limits)
+
+
+@pytest.mark.parametrize("kind", ["csv", "csv without a header", "jsonl"])
+@pytest.mark.parametrize("fault", ["cut off", "of another type"])
+def test_a_bad_line_costs_no_more_than_two_calls_of_the_parser(
+    tmp_path: Path, kind: str, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def line(i: int) -> str:
+        x = "oops" if i % 10 == 7 and i > 100 and fault == "of another type" else i
+        text = json.dumps({"x": x, "text": f"no {i}"}) if kind == "jsonl" else f"{x},no {i}"
+        return text[:3] if i % 10 == 7 and i > 100 and fault == "cut off" else text
+
+    module = "json" if kind == "jsonl" else "csv"
+    path = tmp_path / f"a.{module}"
+    path.write_text("\n".join([*(["x,text"] if kind == "csv" else []), *map(line, range(1000))]) + "\n")
+    parse = getattr(importlib.import_module(f"pyarrow.{module}"), f"read_{module}")
+    calls: list[None] = []
+
+    def counted(*args: Any, **options: Any) -> pa.Table:
+        calls.append(None)
+        return parse(*args, **options)
+
+    source = {
+        "jsonl": lambda: JsonSource(path, schema=pa.schema({"x": pa.int64(), "text": pa.string()})),
+        "csv": lambda: CsvSource(path, column_types={"x": pa.int64()}),
+        "csv without a header": lambda: CsvSource(path, column_names=["x", "text"], column_types={"x": pa.int64()}),
+    }[kind]()
+    assert source.schema().names == ["x", "text"]
+    monkeypatch.setattr(f"pyarrow.{module}.read_{module}", counted)
+    rows, bad = read(source)
+    good = [i for i in range(1000) if i % 10 != 7 or i <= 100]
+    assert [row for _, _, row in rows] == [{"x": i, "text": f"no {i}"} for i in good]
+    assert [at for _, at, _ in rows] == good
+    assert [b.row for b in bad] == [i for i in range(1000) if i not in good]
+    assert len(calls) < 2 * len(bad) + 50
+
+
+@pytest.mark.parametrize("guess", ["none", "all", "at random"])
+def test_the_guess_which_lines_are_bad_changes_nothing_but_time(
+    tmp_path: Path, guess: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lines with two objects, without any, with an open quote."""
+    rng = random.Random(11)
+    some = ['{"a": 1}', '{"a": 2}{"a": 3}', '{"a": "x"}', "", "{", '{"b": 1}', '{"a": null}', " "]
+    values = ["1,a", '2,"b"', '3,"c', '4,d"', "5", "", "x,g", "8,h,i"]
+    (tmp_path / "a.jsonl").write_text("\n".join(rng.choice(some) for _ in range(300)))
+    (tmp_path / "a.csv").write_bytes("\n".join(["a,b", "1,x", *(rng.choice(values) for _ in range(300))]).encode())
+    sources = [
+        JsonSource(tmp_path / "a.jsonl", schema=pa.schema({"a": pa.int64()})),
+        CsvSource(tmp_path / "a.csv", column_types={"a": pa.int64()}),
+    ]
+
+    def outcome(source: Source) -> tuple[Any, ...]:
+        rows, bad = read(source, BlockLimits(target_bytes=1 << 10))
+        return rows, [(b.row, b.rows, str(b.error)) for b in bad]
+
+    as_they_are = [outcome(source) for source in sources]
+
+    def doubtful(line: bytes, at: int) -> bool:
+        return at > 0 and (guess == "all" or (guess == "at random" and rng.random() < 0.3))
+
+    monkeypatch.setattr("headrace.connectors.sources.json._doubtful", lambda *_: doubtful)
+    monkeypatch.setattr("headrace.connectors.sources.csv._doubtful", lambda *_: doubtful)
+    assert [outcome(source) for source in sources] == as_they_are
 
 
 def test_a_compressed_file_that_is_cut_off(tmp_path: Path) -> None:

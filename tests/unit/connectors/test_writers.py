@@ -171,6 +171,28 @@ def test_null_texts_of_a_single_csv_column_are_rows(tmp_path: Path) -> None:
     assert found.to_pylist() == ["", "a", "", "two\n\nlines", ""]
 
 
+@pytest.mark.parametrize("kind", ["plain", "in a list", "in a struct"])
+@pytest.mark.parametrize("sink", [ParquetSink, CsvSink])
+def test_intervals_are_refused_where_they_can_not_be_held(tmp_path: Path, sink: type[FileSink], kind: str) -> None:
+    interval = pa.month_day_nano_interval()
+    types = {"plain": interval, "in a list": pa.list_(interval), "in a struct": pa.struct([("i", interval)])}
+    batch = pa.record_batch({"id": [1], "i": pa.nulls(1, types[kind])})
+    with pytest.raises(PlanError, match="can't hold column 'i'") as before:
+        sink(tmp_path / "out").check(batch.schema)
+    with pytest.raises(DataError, match="can't hold column 'i'") as meanwhile:
+        written(sink(tmp_path / "out"), batch)
+    for raised in (before, meanwhile):
+        assert ("column", "i") in raised.value.where
+        assert raised.value.hint == "drop('i'), or write JSON lines"
+
+
+def test_json_holds_intervals(tmp_path: Path) -> None:
+    batch = pa.record_batch({"i": pa.array([(1, 2, 3), None], pa.month_day_nano_interval())})
+    JsonSink(tmp_path / "out").check(batch.schema)
+    text = written(JsonSink(tmp_path / "out"), batch).read_text()
+    assert [json.loads(line) for line in text.splitlines()] == [{"i": [1, 2, 3]}, {"i": None}]
+
+
 def test_destination_refusals(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(DestinationError, match="is a file"):

@@ -11,8 +11,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from headrace.connectors.sinks.files import SMALL_BYTES, Encoder, FileSink, Part, Written, written
-from headrace.core.errors import PlanError
+from headrace.connectors.sinks.files import (
+    SMALL_BYTES,
+    Encoder,
+    FileSink,
+    Part,
+    Written,
+    cant_hold,
+    holds_intervals,
+    written,
+)
 
 JOIN_BYTES = 1 << 20  # text held at once while files are joined
 NULL_ROW = b'""\n'  # where there is but one column: readers pass over blank lines
@@ -36,9 +44,10 @@ class CsvSink(FileSink):
         for f in schema:
             t = _plain(f.type)
             binary = pa.types.is_binary(t) or pa.types.is_large_binary(t) or pa.types.is_fixed_size_binary(t)
+            if holds_intervals(f.type):
+                raise cant_hold("CSV", f, "JSON lines")
             if binary or pa.types.is_nested(t) or isinstance(t, pa.BaseExtensionType):
-                hint = f"drop({f.name!r}), or write Parquet (or JSON lines)"
-                raise PlanError(f"CSV can't hold column {f.name!r} of type {f.type}", where=(("column", f.name),), hint=hint)
+                raise cant_hold("CSV", f, "Parquet (or JSON lines)")
 
     def _joins_alone(self, schema: pa.Schema) -> bool:
         return len(schema) == 1  # its nulls are blank lines

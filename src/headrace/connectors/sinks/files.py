@@ -70,6 +70,7 @@ from headrace.connectors.spool import FileSpool
 from headrace.core.errors import DataError, DestinationError, InternalError, PlanError, SchemaConflict
 from headrace.core.lineage import LineageColumns
 from headrace.core.options import Outputs
+from headrace.core.paths import absolute
 from headrace.core.receipts import FileKind, LineageRun, OutputFile, Receipt
 from headrace.core.schemas import Conflict, bring, unify
 from headrace.core.splits import Split
@@ -686,6 +687,21 @@ def _is_same(path: str, other: str) -> bool:
         return False
 
 
+def cant_hold(what: str, field: pa.Field, instead: str) -> PlanError:
+    """`what`: the format's name. instead: one that can."""
+    text = f"{what} can't hold column {field.name!r} of type {field.type}"
+    return PlanError(text, where=(("column", field.name),), hint=f"drop({field.name!r}), or write {instead}")
+
+
+def holds_intervals(t: pa.DataType) -> bool:
+    """Months, days and nanoseconds (DuckDB's INTERVAL), by themselves or inside of it."""
+    if isinstance(t, pa.BaseExtensionType):
+        return holds_intervals(t.storage_type)
+    if isinstance(t, pa.DictionaryType):
+        return holds_intervals(t.value_type)
+    return pa.types.is_interval(t) or any(holds_intervals(t.field(i).type) for i in range(t.num_fields))
+
+
 def normalise(path: str | os.PathLike[str]) -> str:
     """A destination as an absolute path or s3://bucket/prefix."""
     text = os.fspath(path)
@@ -697,4 +713,4 @@ def normalise(path: str | os.PathLike[str]) -> str:
     elif re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", text):
         hint = "use a local path, file:// or s3://"
         raise PlanError(f"can't write to {redact(text)!r}: unknown scheme", hint=hint)
-    return os.path.abspath(os.path.expanduser(text))
+    return absolute(text)

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from headrace.connectors.blocks import concat, no_columns
 from headrace.connectors.run_store import quietly
-from headrace.connectors.sinks.files import Encoder, FileSink, Part, Written, close_broken, written
+from headrace.connectors.sinks.files import Encoder, FileSink, Part, Written, cant_hold, close_broken, holds_intervals, written
 from headrace.contracts.sink import CarryingWriter
 from headrace.contracts.source import Source
 from headrace.core.carried import Carried
@@ -70,6 +70,11 @@ class ParquetSink(FileSink):
             raise InternalError(f"columns can't be carried from {source.name}")
         writer = CarryingSplitWriter if carried.names is not None else GivenBackWriter
         return writer(self, split, attempt, carried, source)
+
+    def _refuse(self, schema: pa.Schema) -> None:
+        for f in schema:
+            if holds_intervals(f.type):
+                raise cant_hold("Parquet", f, "JSON lines")
 
     def _written_schema(self, path: str) -> pa.Schema:
         from headrace.connectors.sources.parquet import ParquetSource

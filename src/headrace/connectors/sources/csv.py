@@ -1,7 +1,7 @@
 """CSV: types inferred once, from the beginning of the first file, and fixed for all.
 
 Files are divided at newlines, so a quoted value may hold one only with `newlines_in_values=True`, which keeps files whole.
-Where the first line ends with "\r" alone (old Macs, some of Excel's exports), newlines are "\r".
+Where the first two lines end with "\r" alone (old Macs, some of Excel's exports), newlines are "\r".
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from headrace.connectors.blocks import Piece, measured
 from headrace.connectors.listing import Paths
 from headrace.connectors.sources import lines
 from headrace.connectors.sources.files import FileSource
+from headrace.connectors.sources.sifting import Doubtful
 from headrace.connectors.sources.unreadable import Mismatch, reported
 from headrace.connectors.storage import Stored
 from headrace.contracts.source import OnBad
@@ -111,7 +112,7 @@ class CsvSource(FileSource):
             yield from self._streamed(fragment, limits, self._convert_options(names or [], fragment.uri), on_bad)
         else:
             size = lines.chunk_bytes(limits, fragment)
-            yield from lines.tables(fragment, size, self._parser(fragment, names, line_end), limits, on_bad, line_end)
+            yield from lines.tables(fragment, size, *self._parser(fragment, names, line_end), limits, on_bad, line_end)
 
     def _line_end(self, uri: str) -> lines.LineEnd:
         delimiter = re.escape(self._parse_options(uri).delimiter).encode()
@@ -119,14 +120,13 @@ class CsvSource(FileSource):
         value = b'(?:"[^"]*(?:""[^"]*)*"(?!")|(?!"))' + plain  # Arrow knows quotes at the beginning of a value only
         return lines.LineEnd(re.compile(b"%s(?:%s%s)*(?=[\r\n])" % (value, delimiter, value)))
 
-    def _parser(
-        self, fragment: Fragment, names: list[str] | None, line_end: lines.LineEnd
-    ) -> Callable[[bytes, int], pa.Table | None]:
-        """Parses a chunk of whole lines by itself. names: None when the first one tells."""
+    def _parser(self, fragment: Fragment, names: list[str] | None, line_end: lines.LineEnd) -> tuple[lines.Parse, Doubtful]:
+        """Parses a chunk of whole lines by itself; and guesses which can't be. names: None when the first one tells."""
         import pyarrow.csv as pc
 
         parse_options = self._parse_options(fragment.uri)
         options: object = None
+        guess: Doubtful | None = None
 
         def parse(chunk: bytes, at: int) -> pa.Table | None:
             nonlocal names, options
@@ -134,8 +134,8 @@ class CsvSource(FileSource):
             if at == 0:
                 chunk = chunk.removeprefix(lines.BOM)
                 if self._names is None:
-                    head, _, chunk = chunk.partition(line_end.byte)
-                    names = names or self._header(head + line_end.byte, fragment.uri)
+                    head, _, chunk = chunk.partition(line_end.first)
+                    names = names or self._header(head + line_end.first, fragment.uri)
             if not chunk.strip(b"\r\n"):
                 return None
             if names is None:
@@ -151,7 +151,14 @@ class CsvSource(FileSource):
             _check_lines(table.num_rows, chunk, line_end.byte, parse_options, where)
             return table.select(self.schema().names)
 
-        return parse
+        def doubtful(line: bytes, at: int) -> bool:
+            nonlocal guess
+            if names is None or (at == 0 and self._names is None):  # the header
+                return False
+            guess = guess or _doubtful(names, self._convert_options(names, fragment.uri), parse_options.delimiter)
+            return guess(line, at)
+
+        return parse, doubtful
 
     def _streamed(self, fragment: Fragment, limits: BlockLimits, options: object, on_bad: OnBad | None) -> Iterator[Piece]:
         """The whole object through the incremental reader, which knows newlines in quotes. What comes after a bad row can't be
@@ -205,7 +212,7 @@ class CsvSource(FileSource):
         delimiter = self._delimiter or ("\t" if tabs else ",")
         return pc.ParseOptions(delimiter=delimiter, newlines_in_values=self._newlines)
 
-    def _convert_options(self, names: list[str], uri: str) -> object:
+    def _convert_options(self, names: list[str], uri: str) -> Any:
         """Exactly the columns asked for; at least one, since rows of none can't be counted."""
         import pyarrow.csv as pc
 
@@ -218,6 +225,44 @@ class CsvSource(FileSource):
                 raise Mismatch(f"column {c!r} is missing (there are: {', '.join(names[:20])})", where=where)
         types = {c: full.field(c).type for c in wanted}
         return pc.ConvertOptions(include_columns=wanted, column_types=types)
+
+
+def _doubtful(names: list[str], options: Any, delimiter: str) -> Doubtful:
+    """Has a line more or fewer values than there are columns, or one that is not of its column's type? A guess: it has to be
+    quick, and does not look at lines with quotes.
+    """
+    split_at, nulls = delimiter.encode(), {text.encode() for text in options.null_values}
+    checks = [(names.index(name), fits) for name, t in options.column_types.items() if (fits := _fits(t)) is not None]
+
+    def doubtful(line: bytes, at: int) -> bool:
+        text = line.rstrip(b"\r\n")
+        if not text or b'"' in text:
+            return False
+        values = text.split(split_at)
+        if len(values) != len(names) or b"\r" in text:
+            return True
+        return any(not fits(values[i]) and values[i] not in nulls for i, fits in checks)
+
+    return doubtful
+
+
+def _fits(t: pa.DataType) -> Callable[[bytes], bool] | None:
+    """May a value that is no null be of this type? None: hard to say."""
+    if pa.types.is_integer(t):
+        return lambda value: value.strip().removeprefix(b"-").isdigit()
+    if pa.types.is_floating(t):
+        return _is_number
+    if pa.types.is_date(t) or pa.types.is_timestamp(t):
+        return lambda value: value.strip()[:4].isdigit()
+    return None
+
+
+def _is_number(value: bytes) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
 
 
 def _skipped(row: Any) -> str:

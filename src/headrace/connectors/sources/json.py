@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from operator import itemgetter
+from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 
@@ -17,7 +20,7 @@ from headrace.connectors.blocks import Piece, goes_into
 from headrace.connectors.listing import Paths
 from headrace.connectors.sources import lines
 from headrace.connectors.sources.files import FileSource
-from headrace.connectors.sources.unreadable import halves
+from headrace.connectors.sources.sifting import Doubtful, Lines, sifted
 from headrace.connectors.storage import Stored
 from headrace.contracts.source import OnBad
 from headrace.core.errors import DataError
@@ -67,21 +70,22 @@ class JsonSource(FileSource):
             table = _parse(chunk, wanted, unexpected, (("file", fragment.uri), ("offset", str(at))))
             return table.select(schema.names)
 
-        yield from lines.tables(fragment, lines.chunk_bytes(limits, fragment), parse, limits, on_bad)
+        doubtful = _doubtful(wanted, unexpected)
+        yield from lines.tables(fragment, lines.chunk_bytes(limits, fragment), parse, doubtful, limits, on_bad)
 
 
 def _inferred(data: bytes, where: tuple[tuple[str, str], ...]) -> pa.Schema:
-    """Columns and types of the lines that can be parsed: all, or those before too many bad ones. Whoever reads the others will
-    say so, or set them aside.
+    """Columns and types of the lines that can be parsed: all, or those found before too many bad ones. Whoever reads the others
+    will say so, or set them aside.
     """
     try:
         return _parse(data, None, "error", where).schema
     except DataError:
-        starts = lines.line_starts(data)
+        some = Lines(data, 0)
 
-        def read(start: int, stop: int) -> tuple[bytes, pa.Schema]:
-            some = data[starts[start] : starts[stop]]
-            return some, _parse(some, None, "error", where).schema
+        def read(which: Any) -> tuple[bytes, pa.Schema]:
+            joined = some.joined(which)
+            return joined, _parse(joined, None, "error", where).schema
 
         bad = 0
 
@@ -91,15 +95,52 @@ def _inferred(data: bytes, where: tuple[tuple[str, str], ...]) -> pa.Schema:
             if bad > MOST_BAD_LINES:
                 raise _Enough
 
-        good: list[tuple[bytes, pa.Schema]] = []
+        found: list[tuple[int, tuple[bytes, pa.Schema]]] = []
         with suppress(_Enough):
-            good.extend(pair for pair in halves(0, len(starts) - 1, read, passed_over) if pair[0].strip())
+            for which, part in sifted(some, read, passed_over, _doubtful(None, "infer")):
+                found.append((which[0], part))
+        good = [part for _, part in sorted(found, key=itemgetter(0)) if part[0].strip()]
         if not good:
             raise
         try:
             return _parse(b"".join(some for some, _ in good), None, "error", where).schema
         except DataError:
             return _prevailing(good)
+
+
+def _doubtful(schema: pa.Schema | None, unexpected: str) -> Doubtful:
+    """Is a line no JSON object, or one with a value of a kind that its column hasn't? A guess: it has to be quick."""
+    decode = msgspec.json.Decoder().decode
+    kinds = {} if schema is None else {f.name: _kinds(f.type) for f in schema}
+    others = () if unexpected == "error" else (object,)
+
+    def doubtful(line: bytes, at: int) -> bool:
+        if line.isspace():
+            return False
+        try:
+            row = decode(line)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            return True
+        if type(row) is not dict:
+            return True
+        return any(value is not None and not isinstance(value, kinds.get(name, others)) for name, value in row.items())
+
+    return doubtful
+
+
+def _kinds(t: pa.DataType) -> tuple[type, ...]:
+    """The Python types of JSON values that may go into a column."""
+    if pa.types.is_boolean(t):
+        return (bool,)
+    if pa.types.is_integer(t):
+        return (int,)
+    if pa.types.is_floating(t):
+        return (int, float)
+    if pa.types.is_string(t) or pa.types.is_large_string(t) or pa.types.is_timestamp(t):
+        return (str,)
+    if pa.types.is_struct(t):
+        return (dict,)
+    return (list,) if pa.types.is_list(t) else (object,)
 
 
 def _prevailing(parts: list[tuple[bytes, pa.Schema]]) -> pa.Schema:

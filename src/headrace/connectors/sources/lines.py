@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,8 @@ from msgspec.structs import replace
 from headrace.connectors import packing, storage
 from headrace.connectors.blocks import BLOCKS_PER_SPLIT, MANY_INPUTS, Piece, measured
 from headrace.connectors.listing import COMPRESSED
-from headrace.connectors.sources.unreadable import Mismatch, halves, reported
+from headrace.connectors.sources.sifting import Doubtful, Lines, adjacent, line_starts, sifted
+from headrace.connectors.sources.unreadable import Mismatch, reported
 from headrace.connectors.storage import Stored
 from headrace.contracts.source import OnBad
 from headrace.core.errors import DataError, HeadraceError
@@ -33,35 +35,52 @@ COUNT_BYTES = 256 << 20  # for an error's line number no more than this is read 
 _STEP_BYTES = 1 << 20  # read size when looking for the end of a line
 _CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
+Parse = Callable[[bytes, int], pa.Table | None]
+
 BOM = b"\xef\xbb\xbf"
 
 
 class LineEnd:
-    """The byte that ends the lines of an object: "\\n". With `first`, a pattern of a line without its end, it is "\\r" where
-    the first line ends with that alone; this has to be looked at before anything is cut.
+    """The byte that ends the lines of an object: "\\n". With `line`, a pattern of a line without its end, it is "\\r" where
+    the first two lines end with that alone; this has to be looked at before anything is cut.
+
+    first: what ends the first line; "\\r" before lines that end with "\\n" where a header was set before them.
     """
 
-    def __init__(self, first: re.Pattern[bytes] | None = None) -> None:
-        self.byte = b"\n"
-        self._first = first
+    def __init__(self, line: re.Pattern[bytes] | None = None) -> None:
+        self.byte = self.first = b"\n"
+        self._line = line
 
     def seen(self, beginning: bytes, *, all_of_it: bool) -> bool:
         """Whether this much of the beginning of the object tells."""
-        if self._first is None:
+        if self._line is None:
             return True
         data = beginning.removeprefix(BOM).lstrip(b"\r\n")
         newline = data.find(b"\n")
         lone = data.find(b"\r", 0, newline if newline >= 0 else len(data))
         if newline >= 0 and (lone < 0 or lone + 1 == newline):
             return True
-        line = self._first.match(data) if lone >= 0 else None
+        line = self._line.match(data) if lone >= 0 else None
         if line is None:  # a quote is still open
             return all_of_it or newline >= 0
         if line.end() + 1 >= len(data):
-            self.byte = b"\r" if all_of_it and data[line.end() :] == b"\r" else b"\n"
+            self.first = self.byte = b"\r" if all_of_it and data[line.end() :] == b"\r" else b"\n"
             return all_of_it
-        self.byte = b"\n" if b"\n" in data[line.end() : line.end() + 2] else b"\r"
+        self.first = self.byte = _end_at(data, line.end())
+        if self.byte == b"\n":
+            return True
+        rest = data[line.end() :].lstrip(b"\r\n")
+        second = self._line.match(rest)
+        if second is None:  # a quote is still open, or no end was seen
+            return all_of_it or b"\r" in rest or b"\n" in rest
+        if rest[second.end() :] == b"\r":
+            return all_of_it
+        self.byte = _end_at(rest, second.end())
         return True
+
+
+def _end_at(data: bytes, at: int) -> bytes:
+    return b"\n" if b"\n" in data[at : at + 2] else b"\r"
 
 
 NEWLINE = LineEnd()
@@ -190,13 +209,6 @@ def first_line(fragment: Fragment, line_end: LineEnd = NEWLINE) -> bytes:
         return out[: out.find(line_end.byte) + 1] or out
 
 
-def line_starts(chunk: bytes, newline: bytes = b"\n") -> list[int]:
-    """Where each line of the chunk begins, and the chunk's length."""
-    ends = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == newline[0]) + 1
-    starts = [0, *ends.tolist()]
-    return starts if starts[-1] == len(chunk) else [*starts, len(chunk)]
-
-
 def is_utf8(data: bytes) -> bool:
     """Whether all of it is UTF-8; a gigabyte or more a second, without a copy."""
     if data.isascii():
@@ -212,7 +224,8 @@ def is_utf8(data: bytes) -> bool:
 def tables(
     fragment: Fragment,
     size: int,
-    parse: Callable[[bytes, int], pa.Table | None],
+    parse: Parse,
+    doubtful: Doubtful,
     limits: BlockLimits,
     on_bad: OnBad | None,
     line_end: LineEnd = NEWLINE,
@@ -220,7 +233,7 @@ def tables(
     """The rows of a fragment, a chunk of whole lines at a time.
 
     parse: (lines, the offset of the first) -> their rows, None for lines that hold none. When a chunk can't be parsed, its bad
-    lines are told to on_bad, a row each, and the others are given as one piece.
+    lines are told to on_bad, a row each, and the others are given as one piece. doubtful: see sifting.
     """
     row = 0
     chunks = line_chunks(fragment, size, line_end)
@@ -239,7 +252,8 @@ def tables(
         except DataError as error:
             if on_bad is None:
                 raise _first_bad(fragment, chunk, at, parse, error, line_end.byte) from error.__cause__
-            table, total, index = _good_lines(fragment, chunk, at, parse, row, on_bad, line_end.byte)
+            some = Lines(chunk, at, line_end.byte)
+            table, total, index = _good_lines(fragment, some, parse, row, on_bad, doubtful)
         rows = 0 if table is None else table.num_rows
         total = rows if total < 0 else total
         if table is not None and rows:
@@ -252,7 +266,7 @@ def _first_bad(
     fragment: Fragment,
     chunk: bytes,
     at: int,
-    parse: Callable[[bytes, int], pa.Table | None],
+    parse: Parse,
     error: DataError,
     newline: bytes,
 ) -> DataError:
@@ -289,38 +303,57 @@ def _line_number(fragment: Fragment, offset: int, newline: bytes) -> int:
 
 def _good_lines(
     fragment: Fragment,
-    chunk: bytes,
-    at: int,
-    parse: Callable[[bytes, int], pa.Table | None],
+    some: Lines,
+    parse: Parse,
     row: int,
     on_bad: OnBad,
-    newline: bytes,
+    doubtful: Doubtful,
 ) -> tuple[pa.Table | None, int, Any]:
     """(the rows of the lines that can be parsed, the number of rows with the bad ones, the good ones' positions)."""
-    starts = line_starts(chunk, newline)
-    found: list[tuple[int, pa.Table]] = []
+    rows = np.zeros(len(some), dtype=np.int64)  # of each line
+    found: list[tuple[Any, pa.Table]] = []
     bad: list[tuple[int, DataError]] = []
 
-    def read(start: int, stop: int) -> tuple[int, pa.Table | None]:
-        return start, parse(chunk[starts[start] : starts[stop]], at + starts[start])
+    def read(which: Any) -> pa.Table | None:
+        table = parse(some.joined(which), some.offset(which[0]))
+        made = 0 if table is None else table.num_rows
+        full = some.filled(which)
+        if made != len(full):  # a header, several rows in a line
+            if not adjacent(which):
+                raise _Unclear
+            full, which = which[:1], which[:1]  # no bad line is between them: it does not matter which of them has the rows
+        rows[full] = made // max(1, len(full))
+        return table
 
-    for start, table in halves(0, len(starts) - 1, read, lambda line, why: bad.append((line, why))):
+    for which, table in sifted(some, read, lambda line, error: bad.append((line, error)), doubtful):
         if table is not None and table.num_rows:
-            found.append((start, table))
+            found.append((which, table))
+    rows[[line for line, _ in bad]] = 1
+    first = np.cumsum(rows) - rows  # row of each line
     uri = origin_of(fragment, row, 0).segments[0].uri
-    positions: list[Any] = []
-    here = 0
-    bad.reverse()
-    for line, table in [*found, (len(starts), None)]:
-        while bad and bad[-1][0] < line:
-            reported(on_bad, uri, row + here, 1, bad.pop()[1])
-            here += 1
-        if table is not None:
-            positions.append(np.arange(here, here + table.num_rows))
-            here += table.num_rows
+    for line, error in sorted(bad, key=itemgetter(0)):
+        reported(on_bad, uri, row + int(first[line]), 1, error)
     if not found:
-        return None, here, None
-    return pa.concat_tables([t for _, t in found]).combine_chunks(), here, np.concatenate(positions)
+        return None, int(rows.sum()), None
+    positions = np.concatenate([_each(first[which], rows[which]) for which, _ in found])
+    table = pa.concat_tables([t for _, t in found])
+    if len(found) > 1:
+        order = np.argsort(positions)
+        table, positions = table.take(order), positions[order]
+    return table.combine_chunks(), int(rows.sum()), positions
+
+
+class _Unclear(DataError):
+    """Lines from between which others were taken, whose rows can't be told apart by their number."""
+
+    def __init__(self) -> None:
+        super().__init__("lines and rows differ in number")
+
+
+def _each(starts: Any, lengths: Any) -> Any:
+    """start, start + 1, ..., so many of each."""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
 
 
 def _measured(table: pa.Table, origin: Origin, limits: BlockLimits) -> Iterator[Piece]:

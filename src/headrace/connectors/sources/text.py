@@ -49,7 +49,10 @@ class TextSource(FileSource):
             table = pa.Table.from_batches([pa.RecordBatch.from_arrays([array], schema=_SCHEMA)])
             return table.select([]) if bare else table
 
-        yield from lines.tables(fragment, lines.chunk_bytes(limits, fragment), parse, limits, on_bad)
+        def doubtful(line: bytes, at: int) -> bool:
+            return not lines.is_utf8(line)
+
+        yield from lines.tables(fragment, lines.chunk_bytes(limits, fragment), parse, doubtful, limits, on_bad)
 
 
 def split_lines(data: bytes) -> pa.StringArray:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from headrace.core.errors import PlanError
+from headrace.core.paths import working_directory
 from headrace.core.refs import BlockRef, PartRef
 from headrace.core.resources import CPU_POOL, WorkerSpec
 from headrace.core.steps import (
@@ -102,7 +103,7 @@ class ProcessesSubstrate:
         cpu_workers = sum(1 for w in workers if w.pool == CPU_POOL)
         self._threads = max(1, self._cores // max(1, cpu_workers or len(workers)))
         self._arena_bytes = self._arena_bytes or arena_bytes(len(workers))
-        self._surroundings = (os.getpid(), os.getcwd(), list(sys.path))
+        self._surroundings = (os.getpid(), working_directory(), list(sys.path))
         if self._server is None and cpu_workers > 1:
             self._server = ForkServer.begin(self._threads, imported())
         own = {w.id for w in workers if self._server is None or w.pool != CPU_POOL}

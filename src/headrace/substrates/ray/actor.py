@@ -22,6 +22,7 @@ from msgspec import Struct
 
 from headrace.contracts.substrate import Crumb
 from headrace.core.errors import HeadraceError
+from headrace.core.paths import working_directory
 from headrace.core.resources import WorkerSpec
 from headrace.core.steps import Step, StepDone, StepFailed
 from headrace.runtime.governor import MachineRooms
@@ -51,8 +52,8 @@ class Surroundings(Struct, frozen=True):
         """Those of this process."""
         import headrace
 
-        paths = (*(os.path.abspath(p) for p in sys.path if p), os.getcwd())
-        return Surroundings(os.getcwd(), paths, headrace.__version__, must_see)
+        paths = (*(os.path.abspath(p) for p in sys.path if p), working_directory())
+        return Surroundings(working_directory(), paths, headrace.__version__, must_see)
 
 
 class Presence(Struct, frozen=True):
