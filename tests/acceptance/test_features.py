@@ -297,6 +297,33 @@ def test_no_rows_have_columns_all_the_same(data: Path, tmp_path: Path, quiet: Op
     assert read_back(tmp_path / "mapped").schema.names == ["id", "nested"]  # "x" was never seen
 
 
+@pytest.mark.parametrize("outputs", ["packed", "per_input"])
+def test_no_rows_of_types_that_parquet_can_not_hold(tmp_path: Path, quiet: Options, outputs: Any) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id":1,"meta":{},"deep":[{}]}\n')
+    none = hr.read_json(tmp_path / "a.jsonl").filter(lambda row: False)
+    scored = none.predict(lambda ids: ids, input="id", output="p")
+    run = scored.write_parquet(tmp_path / "out", outputs=outputs, **quiet)
+    assert run.rows == 0
+    null = pa.null()
+    expected = pa.schema([("id", pa.int64()), ("meta", null), ("deep", null), ("p", null)])
+    assert read_back(tmp_path / "out").schema == expected
+    manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
+    assert manifest["schema"] == expected.to_string()
+    assert hr.verify(tmp_path / "out").ok
+    assert scored.write_parquet(tmp_path / "out", outputs=outputs, **quiet).already_done
+
+
+def test_no_rows_of_intervals(tmp_path: Path, quiet: Options) -> None:
+    lengths = pa.array([(1, 2, 3)], pa.month_day_nano_interval())
+    table = pa.table({"id": [1], "long": lengths, "kept": pa.array(["x"])})
+    none = hr.from_arrow(table).filter(lambda row: False).predict(lambda ids: ids, input="id", output="p")
+    none.write_parquet(tmp_path / "out", **quiet)
+    expected = pa.schema([("id", pa.int64()), ("long", pa.null()), ("kept", pa.string()), ("p", pa.null())])
+    assert read_back(tmp_path / "out").schema == expected
+    none.write_csv(tmp_path / "csv", **quiet)
+    assert (tmp_path / "csv" / "part-00-000000.csv").read_text() == '"id","long","kept","p"\n'
+
+
 def test_files_without_rows_are_like_the_others(data: Path, tmp_path: Path, quiet: Options) -> None:
     ds = hr.read_parquet(data).filter(lambda row: row["id"] >= 40).map(lambda row: {"x": row["id"]})
     ds.write_parquet(tmp_path / "out", outputs="per_input", **quiet)

@@ -300,7 +300,7 @@ class Dataset:
         `_SUCCESS` and `_manifest.json` come last.
         Files without rows have the columns of the others. Where no row is written at all they have those that are known:
         columns carried along, declared ones, names in output=; a function that declares nothing is taken to keep its columns.
-        Types that are not known are null.
+        Types that are not known, or that the format can't hold, are null.
         Raises DestinationError, with the difference, when `path` holds a run of another plan and fresh is False, or when
         another driver is at work there; InputChanged when the input is not what the run began with.
         """

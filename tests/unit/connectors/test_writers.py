@@ -354,3 +354,13 @@ def test_nothing_is_left_of_files_that_could_not_be_widened(tmp_path: Path, give
         with pytest.raises(DataError, match="earlier rows don't fit"):
             writer.close()
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_file_without_rows_that_can_not_be_written_says_so(tmp_path: Path) -> None:
+    class Careless(ParquetSink):
+        def _holds(self, field: pa.Field) -> bool:
+            return True
+
+    session = Session(Careless(tmp_path), schema=pa.schema([("meta", pa.struct([]))]))
+    with pytest.raises(DataError, match=r"can't be written as parquet: .*'meta'"):
+        session.finish()

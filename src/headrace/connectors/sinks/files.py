@@ -268,6 +268,14 @@ class FileSink(ABC):
         """Raise PlanError for a type that the format can't hold."""
         return
 
+    def _holds(self, field: pa.Field) -> bool:
+        """Can a file without rows have this column? Elsewhere it is null: there is nothing to hold."""
+        try:
+            self._refuse(pa.schema([field]))
+        except PlanError:
+            return False
+        return True
+
     @property
     def _there(self) -> LocalRunStore | S3RunStore:
         if not self._run:
@@ -330,7 +338,10 @@ class FileSink(ABC):
             waiting = (f for f in files if f.staged in staged) if staged else ()
         for some in _groups(waiting):
             there.publish(some, older)
-        whole = self._with_empty_files(there, files, schema, older)
+        whole = _Whole(files)
+        if schema is not None and not whole.rows:
+            schema = pa.schema([f if self._holds(f) else f.with_type(pa.null()) for f in schema])
+        self._add_empty_files(there, whole, schema, older)
         head = {
             "run": self._run,
             "generation": self._generation,
@@ -346,15 +357,14 @@ class FileSink(ABC):
 
         there.write_pieces(MANIFEST, pieces)
 
-    def _with_empty_files(
-        self, there: LocalRunStore | S3RunStore, files: Sequence[OutputFile], schema: pa.Schema | None, older: NameList
-    ) -> _Whole:
-        """With outputs of no rows made: those that waited for a schema, or the one file of a packed run without rows."""
-        whole = _Whole(files)
+    def _add_empty_files(
+        self, there: LocalRunStore | S3RunStore, whole: _Whole, schema: pa.Schema | None, older: NameList
+    ) -> None:
+        """Make outputs of no rows: those that waited for a schema, or the one file of a packed run without rows."""
         if not self.per_input and "output" not in whole.kinds:
             whole.add(OutputFile(f"part-{self._generation:02d}-000000{self.extension}", 0, 0))
         if not whole.waits:
-            return whole
+            return
         if schema is None:
             schema = pa.schema([]) if whole.filled is None else self._written_schema(there.uri(whole.filled))
         numbers = itertools.count()
@@ -364,7 +374,6 @@ class FileSink(ABC):
                 raise DestinationError("empty outputs could not be made durable", where=(("destination", redact(self.path)),))
             there.publish(made, older)
         whole.waits = False
-        return whole
 
     def _stage_empty(
         self, there: LocalRunStore | S3RunStore, file: OutputFile, number: int, schema: pa.Schema, whole: _Whole
@@ -381,6 +390,10 @@ class FileSink(ABC):
         except OSError as e:
             quietly(there.drop, staged, path)
             raise disk_error(e, path) from e
+        except pa.ArrowException as e:
+            quietly(there.drop, staged, path)
+            text = f"there are no rows, and a file of their columns can't be written as {self.name}: {e}"
+            raise DataError(text, where=(("output", file.name),), hint="drop that column, or write JSON lines") from e
         data, digest = whole.empty
         there.stage(staged, path, digest)
         return replace(file, bytes=len(data), digest=digest, staged=staged)

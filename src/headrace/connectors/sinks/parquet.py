@@ -76,6 +76,15 @@ class ParquetSink(FileSink):
             if holds_intervals(f.type):
                 raise cant_hold("Parquet", f, "JSON lines")
 
+    def _holds(self, field: pa.Field) -> bool:
+        import pyarrow.parquet as pq
+
+        try:
+            pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([field])).close()
+        except (pa.ArrowException, OSError):  # of a struct without fields, an interval, a union, binary of no bytes, ...
+            return False
+        return True
+
     def _written_schema(self, path: str) -> pa.Schema:
         from headrace.connectors.sources.parquet import ParquetSource
 
