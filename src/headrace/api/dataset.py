@@ -193,7 +193,9 @@ class Dataset:
         resources: what such a worker holds of its node on a Ray cluster: {"GPU": 0.5}, or custom ones: {"my_license": 1}. On
             one machine only "GPU" matters: half a GPU makes two workers on each.
 
-        The model must return as many rows as it got, and treat rows independently: its batches may span files.
+        The model must return as many rows as it got, and treat rows independently: its batches may span files. A batch may be
+        one row: `.squeeze()` takes its dimension of rows away, too, so name the dimension, as in `.squeeze(-1)`; a single value
+        and what has the shape of other rows are understood, the rest ends the run, whatever on_error says.
 
         Several models, `predict({"ctr": A, "cvr": B}, input=...)`: reading, decoding and what they share happens once. Each
         adds the column of its name, or those of output={"ctr": ...}; input, output, batch_size and device may be given for

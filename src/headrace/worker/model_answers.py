@@ -2,6 +2,7 @@
 
 Invariant: a model that does not answer one row for one row is refused before any of its answers is used. Of a batch of one row
 the dimension of rows may be missing, as `squeeze()` takes it away, where it can be told what the row's own dimensions are.
+Where it can't, that ends the run: which batches have one row, and what was seen before, are no row's doing.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from headrace.worker.batching import Piece
 from headrace.worker.casting import concat
 from headrace.worker.declared import Declared
 from headrace.worker.formats import Given
-from headrace.worker.refused import Refused
+from headrace.worker.refused import BrokenModel, Refused
 from headrace.worker.results import columns_of, make_batch, named_column
 from headrace.worker.user_code import explain
 from headrace.worker.watch import NOBODY, Watch
@@ -99,14 +100,17 @@ def blame(exc: BaseException, op: Predict, piece: Piece, row: int | None = None)
 def name_outputs(
     op: Predict, result: Any, rows: int, given: Given, shared: bool, like: pa.Schema | None = None
 ) -> pa.RecordBatch:
-    """The output columns of a model's answer to `rows` rows. like: of other answers of the model, if known. Raises Refused."""
+    """The output columns of a model's answer to `rows` rows. like: of other answers of the model, if known. Raises Refused,
+    and BrokenModel for what may be one row without the dimension of rows.
+    """
     columns = _named(op, _unsqueezed(op, result, like) if rows == 1 else result, given, shared)
     for name, column in columns.items():
         if len(column) != rows:
             what = f"{len(column)} rows" if len(columns) == 1 else f"{len(column)} rows in column {name!r}"
             given_rows = "1 row" if rows == 1 else f"{rows} rows"
-            hint = _ROWS_HINT + _SQUEEZE_HINT if rows == 1 else _ROWS_HINT
-            raise Refused(f"was given {given_rows} and returned {what}", hint)
+            squeezed = rows == 1 < len(column) and (isinstance(result, Mapping) or not _has_names(result))
+            kind = BrokenModel if squeezed else Refused
+            raise kind(f"was given {given_rows} and returned {what}", _ROWS_HINT + _SQUEEZE_HINT if squeezed else _ROWS_HINT)
     return Declared(op.types).apply(make_batch(columns, rows))
 
 
@@ -150,12 +154,12 @@ def _unsqueezed(op: Predict, result: Any, like: pa.Schema | None) -> Any:
 
 def _row_of_one(value: Any, type: pa.DataType | None) -> Any:
     """A single value, or what has just the shape of a row of this type, as a column of one row; all else as it is."""
-    if isinstance(value, np.generic):
-        return np.asarray(value).reshape(1)
+    if isinstance(value, (np.generic, bool, int, float)):
+        return np.asarray(value).reshape(1) if isinstance(value, np.generic) else [value]
     if not (isinstance(value, np.ndarray) or is_instance(value, "torch", "Tensor")):
         return value
     shape = tuple(value.shape)
-    bare = type is not None and is_tensor(type) and shape == tuple(type.shape) and shape[0] != 1
+    bare = type is not None and is_tensor(type) and shape == tuple(type.shape) and shape[0] > 1
     return value[None] if not shape or bare else value
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.unit.worker.fakes import BatchSource, Bench, column, fn, numbers
+from tests.unit.worker.fakes import BatchSource, Bench, KeepingSink, column, fn, numbers
 from tests.unit.worker.test_operators import Sum
 
 from headrace.core.errors import UserCodeError
@@ -178,6 +178,44 @@ def test_squeezed_rows_of_a_shape_not_known_are_refused():
     assert "squeeze(-1)" in str(failed)
     declared = squeezed(lambda x: np.ones((len(x), 2)), types=(("p", pa.fixed_shape_tensor(pa.float64(), (2,))),))
     assert sum(b.num_rows for b in Bench([declared], source=BatchSource([numbers(1)])).run()) == 1
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip", "quarantine"])
+@pytest.mark.parametrize(
+    "wrapped", [lambda made: made, lambda made: {"p": made}, lambda made: (made,), lambda made: made.tolist()]
+)
+def test_what_may_be_a_squeezed_row_ends_the_run_rather_than_cost_the_row(wrapped, on_error):
+    op = predict(lambda x: wrapped(np.ones((len(x), 2), np.float32).squeeze()), batch_rows=3)
+    with pytest.raises(UserCodeError, match="was given 1 row and returned 2 rows"):
+        Bench([op], source=BatchSource([numbers(1)]), sink=KeepingSink(), on_error=on_error).run()
+
+
+def test_squeezed_rows_whose_shapes_differ_end_the_run():
+    def model(x):  # rows as long as the largest of their batch
+        return np.ones((len(x), int(x.max()) + 2), np.float32).squeeze()
+
+    bench = Bench([predict(model, batch_rows=3)], source=BatchSource([numbers(4)]), on_error="skip")
+    with pytest.raises(UserCodeError, match="was given 1 row and returned 5 rows"):
+        bench.run()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda x: x[x % 2 == 0],  # leaves a row out
+        lambda x: pa.table({"p": np.repeat(x, 1 + x % 2)}),  # a table has rows: nothing is squeezed
+    ],
+)
+def test_other_answers_of_a_wrong_length_are_the_rows_fault(answer):
+    bench = Bench([predict(answer, batch_rows=3)], source=BatchSource([numbers(4)]), on_error="skip")
+    assert column(bench.run(), "p") == [0, 2]
+    assert bench.tally.skipped == 2
+
+
+@pytest.mark.parametrize("wrapped", [lambda made: made, lambda made: {"p": made}, lambda made: (made,)])
+def test_a_python_number_is_the_value_of_the_one_row(wrapped):
+    op = predict(lambda x: wrapped((x * 0.5).item()), batch_rows=1)
+    assert column(Bench([op], source=BatchSource([numbers(3)])).run(), "p") == [0.0, 0.5, 1.0]
 
 
 def test_tensor_outputs_are_tensor_columns():
