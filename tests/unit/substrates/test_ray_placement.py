@@ -85,6 +85,33 @@ def test_a_model_that_needs_a_whole_node_gets_it() -> None:
     assert counted(place(shapes, nodes)) == {("m", "a"): 1, (CPU_POOL, "b"): 1}
 
 
+@pytest.mark.parametrize("order", [("one", "four"), ("four", "one")])
+def test_models_that_few_nodes_can_hold_find_their_place_first(order: tuple[str, ...]) -> None:
+    nodes = [node("a", CPU=4), node("b", CPU=1)]
+    each = {"one": Shape("cpu", cpus=1.0, most=1), "four": Shape("cpu", cpus=4.0)}
+    found = place({pool: each[pool] for pool in order}, nodes)
+    assert counted(found) == {("one", "b"): 1, ("four", "a"): 1}
+    assert [s.pool for s in found] == list(order), "they are listed as in the plan"
+
+
+@pytest.mark.parametrize("order", [("plain", "gpu"), ("gpu", "plain")])
+def test_models_of_one_size_leave_devices_to_those_that_need_them(order: tuple[str, ...]) -> None:
+    nodes = [node("g", CPU=1, GPU=1), node("c", CPU=1)]
+    each = {"plain": Shape("cpu", cpus=1.0), "gpu": Shape("cuda:0", cpus=1.0, gpus=1.0)}
+    assert counted(place({pool: each[pool] for pool in order}, nodes)) == {("plain", "c"): 1, ("gpu", "g"): 1}
+
+
+def test_the_larger_of_two_that_fit_anywhere_comes_first() -> None:
+    nodes = [node("a", CPU=4, memory=64e9), node("b", CPU=4, memory=64e9)]
+    shapes = {
+        "one": Shape("cpu", cpus=1.0, resources={"memory": 1e9}, most=1),
+        "two": Shape("cpu", cpus=2.0, most=1),
+        "three": Shape("cpu", cpus=3.0, most=1),
+        "half": Shape("cpu", cpus=2.0, most=1),
+    }
+    assert counted(place(shapes, nodes)) == {("three", "a"): 1, ("two", "b"): 1, ("half", "b"): 1, ("one", "a"): 1}
+
+
 def test_memory_is_set_aside_for_as_many_workers_as_there_are_cpus() -> None:
     nodes = [node("a", CPU=2, memory=16e9)]
     shape = shaped("cpu(memory=2e9)", {"memory": 2e9}, nodes)
@@ -189,6 +216,26 @@ def test_a_new_node_gets_nothing_when_there_are_enough() -> None:
     new = [node("n", CPU=8, GPU=8)]
     assert place(shapes, new, have={CPU_POOL: 4, "cuda": 2}) == ()
     assert counted(place(shapes, new, have={CPU_POOL: 3, "cuda": 1})) == {(CPU_POOL, "n"): 1, ("cuda", "n"): 1}
+
+
+@pytest.mark.parametrize("most", [1, None])
+def test_where_nobody_reads_a_reader_comes_before_models(most: int | None) -> None:
+    shapes = {CPU_POOL: CPU, "m": Shape("cpu", cpus=1.0, most=most)}
+    nodes = [node("b", CPU=1), node("c", CPU=1)]
+    found = place(shapes, nodes, have={CPU_POOL: 0, "m": 1}, held={"b": ["m"]})
+    assert counted(found) == {(CPU_POOL, "c"): 1}
+
+
+def test_a_model_at_its_bound_takes_no_room_from_readers() -> None:
+    shapes = {CPU_POOL: CPU, "m": Shape("cpu", cpus=1.0, most=1)}
+    assert counted(place(shapes, [node("c", CPU=1)], have={CPU_POOL: 1, "m": 1})) == {(CPU_POOL, "c"): 1}
+
+
+def test_a_bound_that_cpus_set_counts_a_new_nodes_own() -> None:
+    shapes = {"m": Shape("cpu", resources={"memory": 1e9})}
+    new = node("c", CPU=2, memory=16e9)
+    assert counted(place(shapes, [new], have={"m": 4})) == {("m", "c"): 2}
+    assert place(shapes, [new], have={"m": 6}, held={"c": ["m", "m"]}) == ()
 
 
 def test_a_pool_whose_node_is_to_come_waits_for_it() -> None:

@@ -103,12 +103,12 @@ def place(
     have: Mapping[str, int] | None = None,
     held: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[WorkerSpec, ...]:
-    """The workers to start. Pools take turns, so that those which need the same device share them; CPU workers get what CPUs
-    are left, at least one. to_come: resources that an autoscaler may bring (None: any): a pool that fits nowhere yet gets one
-    worker, which waits for its node. have: workers of each pool that there are already, on other nodes: a pool may then get
-    none.
+    """The workers to start. One of each pool finds its place first, those that fit on few nodes before others; then pools take
+    turns, so that those which need the same device share them; CPU workers get what CPUs are left, at least one.
 
-    held: node -> pools of the workers that are on it already.
+    to_come: resources that an autoscaler may bring (None: any): a pool that fits nowhere yet gets one worker, which waits for
+    its node. have: workers of each pool that there are already, on these nodes or others: a pool may then get none, and where
+    nobody reads a CPU worker comes before models. held: node -> pools of the workers that are on it already.
 
     Raises PlanError for a pool that can never have a worker.
     """
@@ -116,28 +116,32 @@ def place(
     for name, pools in (held or {}).items():
         for pool in pools:
             room[name].take(shapes[pool].wanted if pool in shapes else {})
-    found = _first(shapes, room)
+    before = have or {}
+    here = [pool for pools in (held or {}).values() for pool in pools]
+    left = {  # how many more there may be; a bound that CPUs set is one for these nodes
+        pool: shape.most_on(nodes) - (here.count(pool) if shape.most is None else before.get(pool, 0))
+        for pool, shape in shapes.items()
+    }
+    found = _first({p: s for p, s in shapes.items() if left[p] > 0}, room, reads=have is None or before.get(CPU_POOL, 0) > 0)
+    found = {pool: found.get(pool, []) for pool in shapes}
     for pool in shapes:
         if not found[pool] and have is None and not (to_come is None or shapes[pool].wanted.keys() <= set(to_come)):
             raise _nowhere(pool, shapes[pool], nodes)
-    before = have or {}
     growing = [pool for pool in shapes if pool != CPU_POOL and found[pool]]
     while growing:
         for pool in list(growing):
             shape = shapes[pool]
-            full = len(found[pool]) + before.get(pool, 0) >= shape.most_on(nodes)
-            more = [] if full else _take(shape, room, 1, len(found[pool]))
+            more = [] if len(found[pool]) >= left[pool] else _take(shape, room, 1, len(found[pool]))
             found[pool] += more
             if not more:
                 growing.remove(pool)
     if CPU_POOL in shapes:
         shape = shapes[CPU_POOL]
-        most = sum(n.cpus for n in nodes) if shape.most is None else shape.most - before.get(CPU_POOL, 0)
+        most = sum(n.cpus for n in nodes) if shape.most is None else left[CPU_POOL]
         found[CPU_POOL] += _take(shape, room, max(0, most - len(found[CPU_POOL])), len(found[CPU_POOL]))
     specs: list[WorkerSpec] = []
     for pool, shape in shapes.items():
-        full = shape.most is not None and before.get(pool, 0) >= shape.most
-        for node in [] if full else found[pool] or ([""] if have is None else []):
+        for node in found[pool] or ([""] if have is None else []):
             specs.append(WorkerSpec(len(specs), pool, shape.device, node))
     return tuple(specs)
 
@@ -164,16 +168,23 @@ class _Room:
         self._left = dict(node.resources)
         self._gpus = [1.0] * int(self._left.pop("GPU", 0))
 
-    def take(self, wanted: Mapping[str, float]) -> bool:
-        """Take all of it, or nothing."""
+    def holds(self, wanted: Mapping[str, float]) -> bool:
+        """Is all of it left?"""
         if any(self._left.get(k, 0.0) + _TINY < v for k, v in wanted.items() if k != "GPU"):
             return False
-        gpus = wanted.get("GPU", 0.0)
-        share, count = (gpus, 1) if gpus < 1.0 else (1.0, ceil(gpus))
-        free = sorted((left, i) for i, left in enumerate(self._gpus) if left + _TINY >= share)
-        if gpus and len(free) < count:
+        share, count = _of_devices(wanted)
+        return sum(left + _TINY >= share for left in self._gpus) >= count
+
+    def left(self, name: str) -> float:
+        return sum(self._gpus) if name == "GPU" else self._left.get(name, 0.0)
+
+    def take(self, wanted: Mapping[str, float]) -> bool:
+        """Take all of it, or nothing."""
+        if not self.holds(wanted):
             return False
-        for _, i in free[:count] if gpus else ():
+        share, count = _of_devices(wanted)
+        free = sorted((left, i) for i, left in enumerate(self._gpus) if left + _TINY >= share)
+        for _, i in free[:count]:
             self._gpus[i] -= share
         for k, v in wanted.items():
             if k != "GPU":
@@ -181,10 +192,26 @@ class _Room:
         return True
 
 
-def _first(shapes: Mapping[str, Shape], room: Mapping[str, _Room]) -> dict[str, list[str]]:
-    """The node of one worker of each pool, [] where none has room: models first, as CPU workers fit where anything does."""
-    places = {pool: _take(shapes[pool], room, 1) for pool in sorted(shapes, key=lambda pool: pool == CPU_POOL)}
-    return {pool: places[pool] for pool in shapes}
+def _of_devices(wanted: Mapping[str, float]) -> tuple[float, int]:
+    """(what of each GPU, of how many)."""
+    gpus = wanted.get("GPU", 0.0)
+    return (gpus, int(gpus > 0)) if gpus < 1.0 else (1.0, ceil(gpus))
+
+
+def _first(shapes: Mapping[str, Shape], room: Mapping[str, _Room], *, reads: bool = True) -> dict[str, list[str]]:
+    """The node of one worker of each pool, [] where none has room. Models come first, as CPU workers fit where anything does,
+    and of them those that fewer nodes can hold, then those that ask for more of what there is. reads: somebody does, or can;
+    else a CPU worker comes before models.
+    """
+
+    def rank(pool: str) -> tuple[bool, int, float]:
+        wanted = shapes[pool].wanted
+        nodes = sum(each.holds(wanted) for each in room.values())
+        there = {name: sum(each.left(name) for each in room.values()) for name in wanted}
+        share = max((amount / max(_TINY, there[name]) for name, amount in wanted.items()), default=0.0)
+        return (pool == CPU_POOL) == reads, nodes, -share
+
+    return {pool: _take(shapes[pool], room, 1) for pool in sorted(shapes, key=rank)}
 
 
 def _take(shape: Shape, room: Mapping[str, _Room], count: int, turn: int = 0) -> list[str]:
