@@ -154,6 +154,8 @@ class RequestStream(InFlight):
                 return [exc]
             if isinstance(exc, DataError):
                 return [exc] * len(rows)  # the answer makes no sense, and half of it would not
+            if isinstance(exc, Rejected):
+                self.batch.refused(len(rows))
         half = len(rows) // 2
         return [*await self.ask(rows[:half]), *await self.ask(rows[half:])]
 

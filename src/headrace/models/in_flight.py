@@ -200,9 +200,7 @@ class BatchSize:
         row_s = sorted(self._last_s)[1]
         self._last_s.clear()
         if self._trying and row_s >= SAVED * self._least_s:
-            self._trying = False
-            self.rows //= 2
-            self._left, self._pause = self._pause, min(2 * self._pause, MOST_PAUSE)
+            self._go_back()
             return
         if self._trying:
             self._pause = FIRST_PAUSE
@@ -210,6 +208,17 @@ class BatchSize:
         if not self._settled:
             self._trying, self._least_s = True, row_s
             self.rows *= 2
+
+    def refused(self, rows: int) -> None:
+        """A request was not answered, and its rows are asked for in halves. A trial of that size is over."""
+        if self._trying and not self._settled and rows == self.rows:
+            self._last_s.clear()
+            self._go_back()
+
+    def _go_back(self) -> None:
+        self._trying = False
+        self.rows //= 2
+        self._left, self._pause = self._pause, min(2 * self._pause, MOST_PAUSE)
 
 
 async def _pull(rows: AsyncIterator[tuple[Hashable, Row]], most: int) -> tuple[list[tuple[Hashable, Row]], bool]:

@@ -345,6 +345,41 @@ def test_larger_batches_that_save_nothing_are_tried_ever_more_rarely() -> None:
     assert 1 <= asked[2000:].count(2) <= 16, "a server may change"
 
 
+def test_a_size_that_is_refused_is_tried_ever_more_rarely() -> None:
+    """Every row of a batch costs the same, so that larger ones are wanted; the server takes 5 rows at most."""
+
+    async def answer(server: ModelServer, asked: Asked) -> Reply:
+        sizes.append(len(asked.json["instances"]))
+        if sizes[-1] > 5:
+            return Reply(b"too large", 413)
+        await asyncio.sleep(0.005)
+        return await double(server, asked)
+
+    sizes: list[int] = []
+    with ModelServer(answer) as server:
+        model = hr.models.Endpoint(server.url, batch_size="auto", concurrency=2)
+        ds = hr.from_arrow(table(1200)).predict(model, input=["x"], output="y")
+        rows = ds.take(1200, engine="threads", progress="quiet")
+    assert [r["y"] for r in rows] == [2 * x for x in range(1200)]
+    assert max(sizes) <= 8, "none beyond one that is refused"
+    assert sizes.count(8) <= 20
+
+
+def test_a_size_that_is_refused_later_than_the_trial_stays() -> None:
+    size = BatchSize(None)
+    while size.rows < 16:
+        size.answered(size.rows, 1.0)
+    size.refused(8)
+    assert size.rows == 16, "of a smaller one that was under way"
+    size.refused(16)
+    size.refused(16)
+    size.refused(8)
+    assert size.rows == 8, "the first ends the trial; a bad row may be to blame for the last"
+    fixed = BatchSize(8)
+    fixed.refused(8)
+    assert fixed.rows == 8
+
+
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [("3", 3.0), ("0.5", 0.5), (None, 0.0), ("soon", 0.0), ("Thu, 01 Jan 1970 00:01:00 GMT", 20.0), ("nan", 0.0)],
