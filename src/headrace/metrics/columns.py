@@ -43,6 +43,11 @@ def numbers(batch: pa.RecordBatch, column: str) -> np.ndarray:
 
 def matrix(batch: pa.RecordBatch, column: str) -> np.ndarray:
     """A tensor or list column with one vector of floats per row: (rows, length), of the column's own float type."""
+    return floats(vectors(batch, column), column)
+
+
+def vectors(batch: pa.RecordBatch, column: str) -> np.ndarray:
+    """The same of any numbers, which are not checked: for who reads some of the entries."""
     array = values(batch, column)
     storage = array.storage if isinstance(array, pa.ExtensionArray) else array
     kind = storage.type
@@ -60,8 +65,12 @@ def matrix(batch: pa.RecordBatch, column: str) -> np.ndarray:
                 where=(("column", column),),
                 hint="every row needs one entry per class",
             )
-    made = flat.to_numpy(zero_copy_only=False).reshape(len(array), width)
-    made = made if made.dtype.kind == "f" else doubles(made, column)
+    return flat.to_numpy(zero_copy_only=False).reshape(len(array), width)
+
+
+def floats(array: np.ndarray, column: str) -> np.ndarray:
+    """Numbers of the column as floats: finite, of their own type if they are some."""
+    made = array if array.dtype.kind == "f" else doubles(array, column)
     check_finite(made, column)
     return made
 
@@ -75,7 +84,7 @@ def doubles(array: np.ndarray, column: str) -> np.ndarray:
             where=(("column", column), ("row", str(row))),
             hint="subtract a constant or divide them before, or cast them to float64 if that is near enough",
         )
-    return array.astype(np.float64)
+    return array.astype(np.float64, copy=False)
 
 
 def is_scalar(batch: pa.RecordBatch, column: str) -> bool:

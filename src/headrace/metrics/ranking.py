@@ -16,7 +16,7 @@ import pyarrow as pa
 from headrace.core.errors import DataError, PlanError
 from headrace.metrics import curves
 from headrace.metrics.base import Metric, State, unique
-from headrace.metrics.columns import classes_of, doubles, is_scalar, matrix, numbers, values, weights
+from headrace.metrics.columns import classes_of, doubles, floats, is_scalar, numbers, values, vectors, weights
 
 # 65,536 bins keep the width of the bounds below 1e-4 for continuous scores however many rows there are: that of uniform scores
 # is 2 to 4 / bins.
@@ -97,15 +97,16 @@ class _Area(Metric):
                     hint="leave them out, or name a tensor column with a score per class",
                 )
             return [doubles(numbers(batch, self.score), self.score)], [self._truth(batch, None) == 1]
-        scores = matrix(batch, self.score)
+        scores = vectors(batch, self.score)
         if self.classes is not None:
             if scores.shape[1] != self.classes:
                 raise self._width(scores.shape[1], f"classes={self.classes}")
+            scores = floats(scores, self.score)
             labels = self._truth(batch, self.classes)
             return [scores[:, k] for k in range(self.classes)], [labels == k for k in range(self.classes)]
         if self.index is None or not 0 <= self.index < scores.shape[1]:
             raise self._width(scores.shape[1], f"index={self.index}")
-        return [scores[:, self.index]], [self._truth(batch, scores.shape[1]) == self.index]
+        return [floats(scores[:, self.index], self.score)], [self._truth(batch, scores.shape[1]) == self.index]
 
     def _truth(self, batch: pa.RecordBatch, classes: int | None) -> np.ndarray:
         if pa.types.is_boolean(values(batch, self.label).type):

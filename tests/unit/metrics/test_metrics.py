@@ -17,6 +17,7 @@ from headrace import metrics
 from headrace.contracts.accumulator import Accumulator
 from headrace.core.errors import DataError, PlanError
 from headrace.metrics import curves
+from headrace.metrics.columns import doubles
 
 ROWS = 3000
 
@@ -282,3 +283,18 @@ def test_scores_that_doubles_do_not_tell_apart_are_refused(kind: pa.DataType, ve
         area((1 << 53) + 1)
     assert ("row", "2") in caught.value.where
     assert area((1 << 53) - 1) == 0.5
+
+
+@pytest.mark.parametrize("other", [(1 << 53) + 1, float("nan")])
+def test_scores_of_other_classes_are_not_looked_at(other: float) -> None:
+    vectors = [[0, 5], [1, other], [2, 5]]
+    batch = pa.record_batch({"s": pa.array(vectors), "y": [1, 1, 0]})
+    assert value(metrics.AUCROC("s", "y", index=0), batch) == 1.0
+    for metric in (metrics.AUCROC("s", "y", index=1), metrics.AUCROC("s", "y", classes=2)):
+        with pytest.raises(DataError):
+            value(metric, batch)
+
+
+def test_floats_are_not_copied() -> None:
+    given = np.arange(3.0)
+    assert doubles(given, "s") is given
