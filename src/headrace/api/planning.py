@@ -287,8 +287,9 @@ class _PoolChoice:
         self.gpus_may_come = gpus_may_come
 
     def __call__(self, op: Predict) -> str:
-        asked = ",".join(f"{name}={amount:g}" for name, amount in op.resources)
-        return self._kind(op) + (f"({asked})" if asked else "")  # workers of one pool hold the same
+        amounts = ((name, repr(float(amount)).removesuffix(".0")) for name, amount in op.resources)  # bytes to the last digit:
+        asked = ",".join(f"{name}={amount}" for name, amount in amounts)  # workers of one pool hold the same
+        return self._kind(op) + (f"({asked})" if asked else "")
 
     def _kind(self, op: Predict) -> str:
         device = op.device

@@ -15,12 +15,12 @@ import pytest
 from msgspec.structs import replace
 
 import headrace as hr
-from headrace.api.planning import choose, lay_out, prepare
+from headrace.api.planning import _PoolChoice, choose, lay_out, prepare
 from headrace.connectors.sinks.parquet import ParquetSink
 from headrace.core.errors import PlanError
 from headrace.core.options import Engine, OnError, RunOptions
 from headrace.core.resources import Machine
-from headrace.plan.nodes import Write
+from headrace.plan.nodes import Predict, Write
 from headrace.runtime.engine import Probe, Work, _watch, _work
 
 
@@ -268,3 +268,13 @@ def test_a_lock_that_is_held_for_less_than_a_millisecond_at_a_time_is_held() -> 
     _, idle, _ = _watch(lambda: time.sleep(0.02), watched=True)
     assert busy > 2 * idle
     assert busy > 0.1
+
+
+@pytest.mark.parametrize(
+    ("amount", "shown"), [(1_073_741_824, "1073741824"), (1_073_741_825.0, "1073741825"), (0.1, "0.1"), (2, "2")]
+)
+def test_pools_are_named_by_all_digits_of_what_their_workers_hold(amount: float, shown: str) -> None:
+    ds = hr.range(3).predict(len, input="id", output="p", resources={"memory": amount})
+    (op,) = ds._plan.ops
+    assert isinstance(op, Predict)
+    assert _PoolChoice(Machine(1, 1 << 30))(op) == f"cpu(memory={shown})"
