@@ -109,6 +109,7 @@ def name_outputs(
             what = f"{len(column)} rows" if len(columns) == 1 else f"{len(column)} rows in column {name!r}"
             given_rows = "1 row" if rows == 1 else f"{rows} rows"
             squeezed = rows == 1 < len(column) and (isinstance(result, Mapping) or not _has_names(result))
+            squeezed = squeezed and not _is_single(like, name)
             kind = BrokenModel if squeezed else Refused
             raise kind(f"was given {given_rows} and returned {what}", _ROWS_HINT + _SQUEEZE_HINT if squeezed else _ROWS_HINT)
     return Declared(op.types).apply(make_batch(columns, rows))
@@ -150,6 +151,14 @@ def _unsqueezed(op: Predict, result: Any, like: pa.Schema | None) -> Any:
     if isinstance(result, tuple) and len(cast(tuple[Any, ...], result)) == len(names):
         return tuple(_row_of_one(value, types.get(name)) for name, value in zip(names, result, strict=True))
     return _row_of_one(result, types.get(names[0])) if len(names) == 1 else result
+
+
+def _is_single(like: pa.Schema | None, name: str) -> bool:
+    """Is a row of this column a single value, so that nothing can be squeezed away but the rows?"""
+    if like is None or like.get_field_index(name) < 0:
+        return False
+    type = like.field(name).type
+    return not (is_tensor(type) or pa.types.is_nested(type))
 
 
 def _row_of_one(value: Any, type: pa.DataType | None) -> Any:

@@ -204,6 +204,7 @@ def test_squeezed_rows_whose_shapes_differ_end_the_run():
     [
         lambda x: x[x % 2 == 0],  # leaves a row out
         lambda x: pa.table({"p": np.repeat(x, 1 + x % 2)}),  # a table has rows: nothing is squeezed
+        lambda x: np.repeat(x, 1 + x % 2),  # nor is it where rows are known to be single values
     ],
 )
 def test_other_answers_of_a_wrong_length_are_the_rows_fault(answer):
