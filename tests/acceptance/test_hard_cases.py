@@ -202,3 +202,17 @@ def test_relative_paths_lead_nowhere_when_the_working_directory_was_removed(data
         hr.read_parquet("in")
     with pytest.raises(PlanError, match="'out' leads nowhere: the working directory was removed"):
         hr.read_parquet(data).write_parquet("out", progress="quiet")
+    with pytest.raises(PlanError, match="'out' leads nowhere: the working directory was removed"):
+        hr.why("out")
+
+
+@pytest.mark.usefixtures("nowhere")
+def test_settings_may_be_relative_where_the_working_directory_was_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from headrace.connectors.environment import cache_folder
+    from headrace.substrates.ray.actor import Surroundings
+
+    monkeypatch.setattr("sys.path", ["", "src", "/usr/lib"])
+    assert Surroundings.here().sys_path == ("/usr/lib", "")
+    monkeypatch.setenv("HEADRACE_CACHE", "cache")
+    with pytest.raises(PlanError, match="'cache' leads nowhere: the working directory was removed"):
+        cache_folder()

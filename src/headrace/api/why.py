@@ -18,6 +18,7 @@ from headrace.commit.names import MANIFEST, PRIVATE, generation_of, log_name, pl
 from headrace.commit.records import Claim, Finished, Settled, decode
 from headrace.contracts.run_store import RunStore
 from headrace.core.errors import DestinationError, HeadraceError, PlanError
+from headrace.core.paths import absolute
 from headrace.core.receipts import LineageRun, OutputFile
 from headrace.core.redact import redact
 from headrace.plan.fingerprint import models_of
@@ -146,7 +147,7 @@ def _destination(path: str) -> tuple[RunStore, str]:
     from headrace.connectors.storage import is_remote
 
     remote = is_remote(path)
-    root = path.rstrip("/") if remote else os.path.abspath(path)
+    root = path.rstrip("/") if remote else absolute(path)
     least = len("s3://") if remote else 1
     name = ""
     while len(root) > least and "/" in root[least:] + "/":

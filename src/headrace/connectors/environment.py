@@ -14,6 +14,8 @@ from typing import Any
 
 from msgspec import Struct
 
+from headrace.core.paths import absolute
+
 _KEYS = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
@@ -125,7 +127,7 @@ def model_cache() -> str:
 def cache_folder() -> str:
     """HEADRACE_CACHE, a folder for what is downloaded or found out, ~/.cache/headrace unless it is set."""
     root = os.environ.get("HEADRACE_CACHE") or os.path.join("~", ".cache", "headrace")
-    return os.path.abspath(os.path.expanduser(root))
+    return absolute(root)
 
 
 class Torchrun(Struct, frozen=True):

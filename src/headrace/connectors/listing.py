@@ -153,7 +153,8 @@ class Listing:
         if storage.is_remote(entry):
             return self._expand_s3(entry)
         if _MAGIC.search(entry) and not os.path.lexists(entry):
-            return _local_glob(entry)
+            named = not _MAGIC.search(entry.rpartition("/")[2])
+            return _local_glob(entry, lambda path: not named and not self._wanted(path) and storage.is_special(path))
         if os.path.isdir(entry):
             return _walk(entry, re.compile(r"[^_.]").match, self._wanted)
         found = storage.stat(entry)
@@ -426,24 +427,25 @@ def _refuse_lost_link(path: str) -> None:
     raise DataError("a link in the input leads nowhere", where=(("link", path), ("it leads to", to)), hint=hint)
 
 
-def _local_glob(pattern: str) -> Iterator[Stored]:
-    """Files that match, level by level: only directories that can match are entered."""
+def _local_glob(pattern: str, passed_over: Callable[[str], bool]) -> Iterator[Stored]:
+    """Files that match, level by level: only directories that can match are entered. passed_over: some of those files."""
     parts = Path(pattern).parts
-    return _match_level(parts[0], parts[1:])
+    return _match_level(parts[0], parts[1:], passed_over)
 
 
-def _match_level(folder: str, parts: tuple[str, ...]) -> Iterator[Stored]:
+def _match_level(folder: str, parts: tuple[str, ...], passed_over: Callable[[str], bool]) -> Iterator[Stored]:
     head, rest = parts[0], parts[1:]
     if "**" in head:
         pattern = _glob_pattern("/".join(parts))
 
         def wanted(path: str) -> bool:
-            return pattern.fullmatch(os.path.relpath(path, folder).replace(os.sep, "/")) is not None
+            inside = os.path.relpath(path, folder).replace(os.sep, "/")
+            return pattern.fullmatch(inside) is not None and not passed_over(path)
 
         yield from _walk(folder, re.compile(r"[^.]").match, wanted)
         return
     if not _MAGIC.search(head):
-        yield from _match_entry(os.path.join(folder, head), rest)
+        yield from _match_entry(os.path.join(folder, head), rest, passed_over)
         return
     level = _glob_pattern(head)
     try:
@@ -451,15 +453,15 @@ def _match_level(folder: str, parts: tuple[str, ...]) -> Iterator[Stored]:
     except OSError:
         return
     for name in names:
-        yield from _match_entry(os.path.join(folder, name), rest)
+        yield from _match_entry(os.path.join(folder, name), rest, passed_over)
 
 
-def _match_entry(path: str, rest: tuple[str, ...]) -> Iterator[Stored]:
+def _match_entry(path: str, rest: tuple[str, ...], passed_over: Callable[[str], bool]) -> Iterator[Stored]:
     """What an entry that matched one level leads to: a file at the last level, the levels below otherwise."""
     if rest:
         if os.path.isdir(path):
-            yield from _match_level(path, rest)
-    elif not os.path.isdir(path):
+            yield from _match_level(path, rest, passed_over)
+    elif not os.path.isdir(path) and not passed_over(path):
         found = storage.stat(path)
         if found is not None:
             yield found

@@ -76,7 +76,7 @@ def disk_error(e: OSError, path: str) -> DestinationError:
     if e.errno in _FULL or "No space left" in str(e) or "quota exceeded" in str(e).lower():
         return DestinationError("the disk is full", where=where, hint="make space and run the same command again")
     hint = "check its permissions" if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ""
-    if e.errno == errno.ENOENT:
+    if e.errno == errno.ENOENT and not os.path.isdir(os.path.dirname(path) or "."):
         hint = "was the destination removed, or a part of it? Then the same command begins anew"
         return DestinationError("can't write there: the folder is gone", where=where, hint=hint)
     return DestinationError(f"can't write there: {e.strerror or redact(str(e))}", where=where, hint=hint)

@@ -180,9 +180,21 @@ def is_etag(version: str) -> bool:
     return bool(version) and (version.startswith('"') or "-" not in version)
 
 
+def is_special(path: str) -> bool:
+    """Is it a pipe, a socket or a device?"""
+    try:
+        return _is_special(os.stat(path))
+    except OSError:
+        return False
+
+
+def _is_special(st: os.stat_result) -> bool:
+    return not S_ISREG(st.st_mode) and not S_ISDIR(st.st_mode)
+
+
 def stored_file(path: str, st: os.stat_result) -> Stored:
     """A local file. Raises DataError for a pipe, a socket or a device: files are read in parts, and more than once."""
-    if not S_ISREG(st.st_mode) and not S_ISDIR(st.st_mode):
+    if _is_special(st):
         kind = "a named pipe" if S_ISFIFO(st.st_mode) else "a socket" if S_ISSOCK(st.st_mode) else "a device"
         hint = "write what comes out of it to a file, and read that"
         raise DataError(f"{kind} can't be read in parts, or twice", where=(("file", path),), hint=hint)

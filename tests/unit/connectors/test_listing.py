@@ -251,6 +251,16 @@ def test_special_files_are_refused(tmp_path: Path) -> None:
         list(Listing.of("/dev/null", (".csv",)).objects())
 
 
+def test_special_files_that_a_pattern_merely_matches_are_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("x\n")
+    os.mkfifo(tmp_path / "notes")
+    for pattern in ("*", "**", "**/*"):
+        assert [Path(o.uri).name for o in Listing.of(tmp_path / pattern, (".csv",)).objects()] == ["a.csv"]
+    for pattern in (f"{tmp_path.parent}/{tmp_path.name[:-1]}?/notes", f"{tmp_path}/**/notes"):
+        with pytest.raises(DataError, match="a named pipe can't be read"):
+            list(Listing.of(pattern, (".csv",)).objects())
+
+
 def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
     (tmp_path / "\u00e4.csv").write_text("x")
     assert names(tmp_path) == ["\u00e4.csv"]

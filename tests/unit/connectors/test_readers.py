@@ -23,6 +23,7 @@ from headrace.connectors.sources.csv import CsvSource
 from headrace.connectors.sources.json import JsonSource
 from headrace.connectors.sources.parquet import ParquetSource
 from headrace.connectors.sources.text import TextSource
+from headrace.contracts.source import BadRange
 from headrace.core.errors import DataError, InputChanged, PlanError
 from headrace.core.options import BlockLimits
 from headrace.testing.check_source import read_all
@@ -318,6 +319,36 @@ def test_a_header_that_ends_with_a_carriage_return_does_not_make_one_line_of_the
     source = CsvSource(tmp_path)
     assert source.schema().types == [pa.int64(), pa.string()]
     assert read_all(source)["id"].to_pylist() == list(range(300))
+
+
+def test_a_header_that_ends_with_a_carriage_return_before_a_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "0.csv").write_bytes(b"id,a\n0,x\n")
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"id,a\r0,x,zz\n" + b"".join(b"%d,x%d\n" % (i, i) for i in range(1, 600)))
+    monkeypatch.setattr(packing, "DIVIDE_BYTES", 1000)
+    source = CsvSource(tmp_path)
+    assert source.schema().names == ["id", "a"]
+    bad: list[BadRange] = []
+    stored = storage.stat(str(path))
+    assert stored is not None
+    fragments = source.divide(stored)
+    pieces = [piece for f in fragments for piece in source._pieces(f, BlockLimits(), bad.append)]  # pyright: ignore[reportPrivateUsage]
+    assert len(fragments) > 4
+    assert [i for piece in pieces for i in piece.batch["id"].to_pylist()] == list(range(1, 600))
+    assert [b.row for b in bad] == [0]
+
+
+@pytest.mark.parametrize("before", [100, 5_000, 60_000, 70_000])
+@pytest.mark.parametrize("behind", [5, 50_000, 70_000])
+def test_what_ends_lines_does_not_depend_on_how_much_is_read(before: int, behind: int) -> None:
+    source = CsvSource("a.csv")
+    text = b'id,a\r0,"' + b"y" * before + b"\n" + b"y" * behind + b'"\n' + b"".join(b"%d,x\n" % i for i in range(20_000))
+    found: set[tuple[bytes, bytes]] = set()
+    for size in (1000, 4 << 10, 64 << 10, 100_000, 1 << 20):
+        line_end = source._line_end("a.csv")  # pyright: ignore[reportPrivateUsage]
+        assert any(line_end.seen(text[:n], all_of_it=n >= len(text)) for n in range(size, len(text) + size, size))
+        found.add((line_end.first, line_end.byte))
+    assert found == {(b"\r", b"\n" if before + behind < 65_000 else b"\r")}
 
 
 def test_a_carriage_return_in_a_value_ends_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

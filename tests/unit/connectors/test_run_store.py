@@ -423,6 +423,13 @@ def test_a_destination_that_is_removed_in_the_middle_of_a_write_is_called_so(
         store.create("a/1.json", b"1")
 
 
+def test_a_missing_file_is_not_called_a_missing_folder(tmp_path: Path) -> None:
+    for path, text in ((tmp_path / "a", "No such file or directory"), (tmp_path / "b" / "a", "the folder is gone")):
+        with pytest.raises(FileNotFoundError) as caught:
+            path.read_bytes()
+        assert text in str(run_store.disk_error(caught.value, str(path)))
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 def test_a_folder_above_that_may_not_be_read(tmp_path: Path) -> None:
     above = tmp_path / "above"

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from headrace.connectors import packing, storage
+from headrace.connectors.sources import sifting
 from headrace.connectors.sources.csv import CsvSource
 from headrace.connectors.sources.images import BinarySource
 from headrace.connectors.sources.json import JsonSource
@@ -237,36 +238,122 @@ def test_a_bad_line_costs_no_more_than_two_calls_of_the_parser(
     assert [row for _, _, row in rows] == [{"x": i, "text": f"no {i}"} for i in good]
     assert [at for _, at, _ in rows] == good
     assert [b.row for b in bad] == [i for i in range(1000) if i not in good]
-    assert len(calls) < 2 * len(bad) + 50
+    assert len(calls) < 2 * len(bad) + 50, len(calls)
 
 
-@pytest.mark.parametrize("guess", ["none", "all", "at random"])
+def outcome(source: Source, limits: BlockLimits | None = None) -> tuple[Any, ...]:
+    rows, bad = read(source, limits)
+    return rows, [(b.row, b.rows, str(b.error)) for b in bad]
+
+
+JSON_LINES = [b'{"a": 1}', b'{"a": 2}{"a": 3}', b'{"a": "}{"}', b'{"b":"null {}"}', b"", b"{", b"}", b" "]
+JSON_LINES += [
+    b'{"a": null}',
+    b'{"a":3',
+    b'}{"a":5',
+    b"null",
+    b' null{"a":6}',
+    b'\xef\xbb\xbf{"a":7}',
+    b'"a":8}',
+    b"\x0b",
+    b'{"a": true}',
+]
+CSV_LINES = [
+    b"1,a",
+    b'2,"b"',
+    b'3,"c',
+    b'4,d"',
+    b"5",
+    b"",
+    b"x,g",
+    b"8,h,i",
+    b" ",
+    b"9\r10,k",
+    b"\r",
+    b'"11"l,m',
+    b",",
+    b'12,n""',
+]
+CSV_LINES += [b'13,"o""p"', b'14,"q"\r15,r', b"16,s\r", b"\xef\xbb\xbf17,t", b"18,\xff", b'"19","u"', b'20,"v"w"', b"\t"]
+
+
+@pytest.mark.parametrize("guess", ["as it is", "none", "all", "at random"])
+@pytest.mark.parametrize("kinds", [3, 6, 20])
 def test_the_guess_which_lines_are_bad_changes_nothing_but_time(
-    tmp_path: Path, guess: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, guess: str, kinds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Lines with two objects, without any, with an open quote."""
-    rng = random.Random(11)
-    some = ['{"a": 1}', '{"a": 2}{"a": 3}', '{"a": "x"}', "", "{", '{"b": 1}', '{"a": null}', " "]
-    values = ["1,a", '2,"b"', '3,"c', '4,d"', "5", "", "x,g", "8,h,i"]
-    (tmp_path / "a.jsonl").write_text("\n".join(rng.choice(some) for _ in range(300)))
-    (tmp_path / "a.csv").write_bytes("\n".join(["a,b", "1,x", *(rng.choice(values) for _ in range(300))]).encode())
-    sources = [
-        JsonSource(tmp_path / "a.jsonl", schema=pa.schema({"a": pa.int64()})),
-        CsvSource(tmp_path / "a.csv", column_types={"a": pa.int64()}),
-    ]
+    """Lines with two rows, without any, with an open quote."""
+    rng = random.Random(f"{guess} {kinds}")
 
-    def outcome(source: Source) -> tuple[Any, ...]:
-        rows, bad = read(source, BlockLimits(target_bytes=1 << 10))
-        return rows, [(b.row, b.rows, str(b.error)) for b in bad]
+    def doubtful(line: bytes) -> bool:
+        return guess == "all" or (guess == "at random" and rng.random() < 0.3)
 
-    as_they_are = [outcome(source) for source in sources]
+    if guess != "as it is":
+        monkeypatch.setattr("headrace.connectors.sources.json._doubtful", lambda *_: doubtful)
+        monkeypatch.setattr("headrace.connectors.sources.csv._doubtful", lambda *_: doubtful)
+    (tmp_path / "clean.csv").write_bytes(b"a,b\n1,a\n")
+    (tmp_path / "clean.tsv").write_bytes(b"a\tb\n1\ta\n")
+    for n in range(12):
+        picks = [rng.sample(some, min(kinds, len(some))) for some in (JSON_LINES, CSV_LINES)]
+        objects, values = ([rng.choice(pick) for _ in range(rng.randrange(1, 60))] for pick in picks)
+        (tmp_path / f"{n}.jsonl").write_bytes(b"\n".join(objects))
+        (tmp_path / f"{n}.csv").write_bytes(b"\n".join([b"a,b", *values]))
+        (tmp_path / f"{n}.tsv").write_bytes(b"\n".join([b"a\tb", *values]).replace(b",", b"\t"))
+        sources = [
+            JsonSource(tmp_path / f"{n}.jsonl", schema=pa.schema({"a": pa.int64()})),
+            JsonSource(tmp_path / f"{n}.jsonl", schema=pa.schema({"a": pa.int64()})).project(("a",)),
+            CsvSource([tmp_path / "clean.csv", tmp_path / f"{n}.csv"], column_types={"a": pa.int64()}),
+            CsvSource([tmp_path / "clean.tsv", tmp_path / f"{n}.tsv"], column_types={"a": pa.string()}),
+        ]
+        for source in sources:
+            by_guess = outcome(source)
+            with monkeypatch.context() as patch:
+                patch.setattr(sifting, "WORTH_A_BAD_LINE", 0)
+                assert by_guess == outcome(source)
 
-    def doubtful(line: bytes, at: int) -> bool:
-        return at > 0 and (guess == "all" or (guess == "at random" and rng.random() < 0.3))
 
-    monkeypatch.setattr("headrace.connectors.sources.json._doubtful", lambda *_: doubtful)
-    monkeypatch.setattr("headrace.connectors.sources.csv._doubtful", lambda *_: doubtful)
-    assert [outcome(source) for source in sources] == as_they_are
+@pytest.mark.parametrize(
+    ("name", "text", "bad", "good"),
+    [
+        ("a.tsv", b"a\tb\nbad\n\t\nq\tr\n", [0], [(1, {"a": "", "b": ""}), (2, {"a": "q", "b": "r"})]),
+        ("a.csv", b"a\nx\n1,2\n \ny\n", [1], [(0, {"a": "x"}), (2, {"a": " "}), (3, {"a": "y"})]),
+        (
+            "b.csv",
+            b'a,b\n1,"a"\r2,b\n3,"c\nx,y,z\n4,d"\n',
+            [2, 3],
+            [(0, {"a": 1, "b": "a"}), (1, {"a": 2, "b": "b"}), (4, {"a": 4, "b": 'd"'})],
+        ),
+        (
+            "a.jsonl",
+            b'{"a":1}{"a":2}\n' * 4 + b'{"a":3\n{"a":9}\n}\n',
+            [8, 10],
+            [*((i, {"a": 1 + i % 2}) for i in range(8)), (9, {"a": 9})],
+        ),
+    ],
+)
+def test_rows_of_lines_that_do_not_adjoin(
+    tmp_path: Path, name: str, text: bytes, bad: list[int], good: list[tuple[int, dict[str, Any]]]
+) -> None:
+    (tmp_path / name).write_bytes(text)
+    rows, found = read((JsonSource if name.endswith(".jsonl") else CsvSource)(tmp_path / name))
+    assert [b.row for b in found] == bad
+    assert [(at, row) for _, at, row in rows] == good
+
+
+def test_a_line_that_is_null_is_bad_wherever_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'null\n{"a": 1}\nnull\n{"a": 2}\n')
+    rows, bad = read(JsonSource(tmp_path, schema=pa.schema({"a": pa.int64()})))
+    assert [(at, row["a"]) for _, at, row in rows] == [(1, 1), (3, 2)]
+    assert [b.row for b in bad] == [0, 2]
+
+
+def test_few_bad_lines_are_found_without_a_look_at_each_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sifting, "WORTH_A_BAD_LINE", 10)
+    monkeypatch.setattr("headrace.connectors.sources.json._doubtful", lambda *_: lambda line: pytest.fail("a guess"))
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join('{"x"\n' if i in (30, 70) else f'{{"x": {i}}}\n' for i in range(100)))
+    rows, bad = read(JsonSource(path))
+    assert ([b.row for b in bad], len(rows)) == ([30, 70], 98)
 
 
 def test_a_compressed_file_that_is_cut_off(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from headrace.connectors.blocks import Piece, measured
 from headrace.connectors.listing import Paths
 from headrace.connectors.sources import lines
 from headrace.connectors.sources.files import FileSource
-from headrace.connectors.sources.sifting import Doubtful
+from headrace.connectors.sources.sifting import Guess
 from headrace.connectors.sources.unreadable import Mismatch, reported
 from headrace.connectors.storage import Stored
 from headrace.contracts.source import OnBad
@@ -115,18 +115,15 @@ class CsvSource(FileSource):
             yield from lines.tables(fragment, size, *self._parser(fragment, names, line_end), limits, on_bad, line_end)
 
     def _line_end(self, uri: str) -> lines.LineEnd:
-        delimiter = re.escape(self._parse_options(uri).delimiter).encode()
-        plain = b"[^%s\r\n]*" % delimiter
-        value = b'(?:"[^"]*(?:""[^"]*)*"(?!")|(?!"))' + plain  # Arrow knows quotes at the beginning of a value only
-        return lines.LineEnd(re.compile(b"%s(?:%s%s)*(?=[\r\n])" % (value, delimiter, value)))
+        return lines.LineEnd(_whole_line(self._parse_options(uri).delimiter))
 
-    def _parser(self, fragment: Fragment, names: list[str] | None, line_end: lines.LineEnd) -> tuple[lines.Parse, Doubtful]:
+    def _parser(self, fragment: Fragment, names: list[str] | None, line_end: lines.LineEnd) -> tuple[lines.Parse, Guess]:
         """Parses a chunk of whole lines by itself; and guesses which can't be. names: None when the first one tells."""
         import pyarrow.csv as pc
 
         parse_options = self._parse_options(fragment.uri)
         options: object = None
-        guess: Doubtful | None = None
+        doubts: Callable[[bytes], bool] | None = None
 
         def parse(chunk: bytes, at: int) -> pa.Table | None:
             nonlocal names, options
@@ -151,14 +148,17 @@ class CsvSource(FileSource):
             _check_lines(table.num_rows, chunk, line_end.byte, parse_options, where)
             return table.select(self.schema().names)
 
-        def doubtful(line: bytes, at: int) -> bool:
-            nonlocal guess
-            if names is None or (at == 0 and self._names is None):  # the header
-                return False
-            guess = guess or _doubtful(names, self._convert_options(names, fragment.uri), parse_options.delimiter)
-            return guess(line, at)
+        def apart(rest: bytes) -> bool:
+            ends_inside = b"\n" in rest if line_end.byte == b"\r" else rest.count(b"\r") > rest.count(b"\r\n")
+            return names is not None and not ends_inside and lines.BOM not in rest
 
-        return parse, doubtful
+        def doubtful(line: bytes) -> bool:
+            nonlocal doubts
+            assert names is not None, "these lines are apart"
+            doubts = doubts or _doubtful(names, self._convert_options(names, fragment.uri), parse_options.delimiter)
+            return doubts(line)
+
+        return parse, Guess(apart, doubtful, blanks=b"\r\n")
 
     def _streamed(self, fragment: Fragment, limits: BlockLimits, options: object, on_bad: OnBad | None) -> Iterator[Piece]:
         """The whole object through the incremental reader, which knows newlines in quotes. What comes after a bad row can't be
@@ -227,19 +227,30 @@ class CsvSource(FileSource):
         return pc.ConvertOptions(include_columns=wanted, column_types=types)
 
 
-def _doubtful(names: list[str], options: Any, delimiter: str) -> Doubtful:
-    """Has a line more or fewer values than there are columns, or one that is not of its column's type? A guess: it has to be
-    quick, and does not look at lines with quotes.
+def _whole_line(delimiter: str) -> re.Pattern[bytes]:
+    """A line without its end, in which quotes that are opened are closed."""
+    split_at = re.escape(delimiter).encode()
+    plain = b"[^%s\r\n]*" % split_at
+    value = b'(?:"[^"]*(?:""[^"]*)*"(?!")|(?!"))' + plain  # Arrow knows quotes at the beginning of a value only
+    return re.compile(b"%s(?:%s%s)*(?=[\r\n])" % (value, split_at, value))
+
+
+def _doubtful(names: list[str], options: Any, delimiter: str) -> Callable[[bytes], bool]:
+    """Has a line more or fewer values than there are columns, or one that is not of its column's type, or a quote that stays
+    open? A guess: it has to be quick, and of lines with quotes it looks at nothing else.
     """
+    whole = _whole_line(delimiter)
     split_at, nulls = delimiter.encode(), {text.encode() for text in options.null_values}
     checks = [(names.index(name), fits) for name, t in options.column_types.items() if (fits := _fits(t)) is not None]
 
-    def doubtful(line: bytes, at: int) -> bool:
-        text = line.rstrip(b"\r\n")
-        if not text or b'"' in text:
+    def doubtful(line: bytes) -> bool:
+        text = line.strip(b"\r\n")
+        if not text:
             return False
+        if b'"' in text:
+            return whole.match(text + b"\n") is None
         values = text.split(split_at)
-        if len(values) != len(names) or b"\r" in text:
+        if len(values) != len(names):
             return True
         return any(not fits(values[i]) and values[i] not in nulls for i, fits in checks)
 

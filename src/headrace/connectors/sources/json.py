@@ -6,10 +6,9 @@ An object over several lines is refused however small the file is, since files a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from operator import itemgetter
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,7 +19,8 @@ from headrace.connectors.blocks import Piece, goes_into
 from headrace.connectors.listing import Paths
 from headrace.connectors.sources import lines
 from headrace.connectors.sources.files import FileSource
-from headrace.connectors.sources.sifting import Doubtful, Lines, sifted
+from headrace.connectors.sources.sifting import Guess, line_starts
+from headrace.connectors.sources.unreadable import halves
 from headrace.connectors.storage import Stored
 from headrace.contracts.source import OnBad
 from headrace.core.errors import DataError
@@ -29,6 +29,9 @@ from headrace.core.splits import Fragment
 
 MOST_BAD_LINES = 2000  # passed over while types are inferred: each costs a quarter of a millisecond
 _ONE_A_LINE = "write one JSON object a line: json.dumps(row) without indent, or pandas' to_json(orient='records', lines=True)"
+# Where Arrow may see two rows in a line, and a line that it sees as a row of nulls.
+_TWO_ROWS = re.compile(rb"(?:\}|null)[ \t\r]*(?:\{|null)")
+_NULL_LINE = re.compile(rb"^[ \t\r]*null", re.MULTILINE)
 
 
 class _Enough(Exception): ...
@@ -70,22 +73,22 @@ class JsonSource(FileSource):
             table = _parse(chunk, wanted, unexpected, (("file", fragment.uri), ("offset", str(at))))
             return table.select(schema.names)
 
-        doubtful = _doubtful(wanted, unexpected)
-        yield from lines.tables(fragment, lines.chunk_bytes(limits, fragment), parse, doubtful, limits, on_bad)
+        guess = _guess(wanted, unexpected)
+        yield from lines.tables(fragment, lines.chunk_bytes(limits, fragment), parse, guess, limits, on_bad)
 
 
 def _inferred(data: bytes, where: tuple[tuple[str, str], ...]) -> pa.Schema:
-    """Columns and types of the lines that can be parsed: all, or those found before too many bad ones. Whoever reads the others
-    will say so, or set them aside.
+    """Columns and types of the lines that can be parsed: all, or those before too many bad ones. Whoever reads the others will
+    say so, or set them aside.
     """
     try:
         return _parse(data, None, "error", where).schema
     except DataError:
-        some = Lines(data, 0)
+        starts = line_starts(data)
 
-        def read(which: Any) -> tuple[bytes, pa.Schema]:
-            joined = some.joined(which)
-            return joined, _parse(joined, None, "error", where).schema
+        def read(start: int, stop: int) -> tuple[bytes, pa.Schema]:
+            some = data[starts[start] : starts[stop]]
+            return some, _parse(some, None, "error", where).schema
 
         bad = 0
 
@@ -95,11 +98,9 @@ def _inferred(data: bytes, where: tuple[tuple[str, str], ...]) -> pa.Schema:
             if bad > MOST_BAD_LINES:
                 raise _Enough
 
-        found: list[tuple[int, tuple[bytes, pa.Schema]]] = []
+        good: list[tuple[bytes, pa.Schema]] = []
         with suppress(_Enough):
-            for which, part in sifted(some, read, passed_over, _doubtful(None, "infer")):
-                found.append((which[0], part))
-        good = [part for _, part in sorted(found, key=itemgetter(0)) if part[0].strip()]
+            good.extend(pair for pair in halves(0, len(starts) - 1, read, passed_over) if pair[0].strip())
         if not good:
             raise
         try:
@@ -108,13 +109,34 @@ def _inferred(data: bytes, where: tuple[tuple[str, str], ...]) -> pa.Schema:
             return _prevailing(good)
 
 
-def _doubtful(schema: pa.Schema | None, unexpected: str) -> Doubtful:
+def _guess(schema: pa.Schema, unexpected: str) -> Guess:
+    return Guess(_apart, _doubtful(schema, unexpected), blanks=b" \t\r\n\v\f")
+
+
+def _apart(rest: bytes) -> bool:
+    """Can no line hold more than one row? Two objects in a line can, and make up for one that goes on behind its line."""
+    if lines.BOM in rest or _NULL_LINE.search(rest):
+        return False
+    decode = msgspec.json.Decoder(dict).decode
+    with suppress(msgspec.MsgspecError, ValueError, RecursionError):
+        for found in _TWO_ROWS.finditer(rest):
+            decode(rest[rest.rfind(b"\n", 0, found.start()) + 1 : _end_of_line(rest, found.end())])
+        return True
+    return False
+
+
+def _end_of_line(data: bytes, at: int) -> int:
+    end = data.find(b"\n", at)
+    return len(data) if end < 0 else end
+
+
+def _doubtful(schema: pa.Schema, unexpected: str) -> Callable[[bytes], bool]:
     """Is a line no JSON object, or one with a value of a kind that its column hasn't? A guess: it has to be quick."""
     decode = msgspec.json.Decoder().decode
-    kinds = {} if schema is None else {f.name: _kinds(f.type) for f in schema}
-    others = () if unexpected == "error" else (object,)
+    kinds = {f.name: _kinds(f.type) for f in schema}
+    others = () if unexpected == "error" else None
 
-    def doubtful(line: bytes, at: int) -> bool:
+    def doubtful(line: bytes) -> bool:
         if line.isspace():
             return False
         try:
@@ -123,13 +145,17 @@ def _doubtful(schema: pa.Schema | None, unexpected: str) -> Doubtful:
             return True
         if type(row) is not dict:
             return True
-        return any(value is not None and not isinstance(value, kinds.get(name, others)) for name, value in row.items())
+        for name, value in row.items():
+            fits = kinds.get(name, others)
+            if value is not None and fits is not None and type(value) not in fits:
+                return True
+        return False
 
     return doubtful
 
 
-def _kinds(t: pa.DataType) -> tuple[type, ...]:
-    """The Python types of JSON values that may go into a column."""
+def _kinds(t: pa.DataType) -> tuple[type, ...] | None:
+    """The Python types of JSON values that may go into a column; None: any."""
     if pa.types.is_boolean(t):
         return (bool,)
     if pa.types.is_integer(t):
@@ -140,7 +166,7 @@ def _kinds(t: pa.DataType) -> tuple[type, ...]:
         return (str,)
     if pa.types.is_struct(t):
         return (dict,)
-    return (list,) if pa.types.is_list(t) else (object,)
+    return (list,) if pa.types.is_list(t) else None
 
 
 def _prevailing(parts: list[tuple[bytes, pa.Schema]]) -> pa.Schema:
@@ -160,6 +186,8 @@ def _prevailing(parts: list[tuple[bytes, pa.Schema]]) -> pa.Schema:
 def _parse(data: bytes, schema: pa.Schema | None, unexpected: str, where: tuple[tuple[str, str], ...]) -> pa.Table:
     if not lines.is_utf8(data):  # Arrow doesn't look
         raise DataError("the JSON lines are not UTF-8", where=where, hint="convert the file to UTF-8")
+    if data.lstrip().startswith(b"null") or b"\nnull" in data:  # Arrow crashes where it comes first
+        raise DataError("a line is null, no JSON object", where=where, hint=_ONE_A_LINE)
     try:
         table = _read(data, schema, unexpected)
     except pa.ArrowException as e:

@@ -20,7 +20,7 @@ from msgspec.structs import replace
 from headrace.connectors import packing, storage
 from headrace.connectors.blocks import BLOCKS_PER_SPLIT, MANY_INPUTS, Piece, measured
 from headrace.connectors.listing import COMPRESSED
-from headrace.connectors.sources.sifting import Doubtful, Lines, adjacent, line_starts, sifted
+from headrace.connectors.sources.sifting import Guess, Lines, adjacent, line_starts, sifted
 from headrace.connectors.sources.unreadable import Mismatch, reported
 from headrace.connectors.storage import Stored
 from headrace.contracts.source import OnBad
@@ -32,6 +32,7 @@ from headrace.core.splits import Fragment
 
 INFER_BYTES = 4 << 20  # types are inferred from this much of the first object
 COUNT_BYTES = 256 << 20  # for an error's line number no more than this is read again
+_TELLING_BYTES = 64 << 10  # of an object, in which its line end is looked for
 _STEP_BYTES = 1 << 20  # read size when looking for the end of a line
 _CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 
@@ -52,30 +53,28 @@ class LineEnd:
         self._line = line
 
     def seen(self, beginning: bytes, *, all_of_it: bool) -> bool:
-        """Whether this much of the beginning of the object tells."""
+        """Whether this much of the beginning of the object tells. What it tells depends on no more than its first bytes."""
         if self._line is None:
             return True
-        data = beginning.removeprefix(BOM).lstrip(b"\r\n")
+        short = len(beginning) < _TELLING_BYTES
+        data = beginning[:_TELLING_BYTES].removeprefix(BOM).lstrip(b"\r\n")
         newline = data.find(b"\n")
         lone = data.find(b"\r", 0, newline if newline >= 0 else len(data))
         if newline >= 0 and (lone < 0 or lone + 1 == newline):
             return True
+        if short and not all_of_it:
+            return False
         line = self._line.match(data) if lone >= 0 else None
-        if line is None:  # a quote is still open
-            return all_of_it or newline >= 0
-        if line.end() + 1 >= len(data):
-            self.first = self.byte = b"\r" if all_of_it and data[line.end() :] == b"\r" else b"\n"
-            return all_of_it
-        self.first = self.byte = _end_at(data, line.end())
-        if self.byte == b"\n":
+        if line is None:  # a quote is still open, or no end was seen
             return True
+        if line.end() + 1 == len(data):
+            self.first = self.byte = b"\r" if short and data.endswith(b"\r") else b"\n"
+            return True
+        self.first = self.byte = _end_at(data, line.end())
         rest = data[line.end() :].lstrip(b"\r\n")
-        second = self._line.match(rest)
-        if second is None:  # a quote is still open, or no end was seen
-            return all_of_it or b"\r" in rest or b"\n" in rest
-        if rest[second.end() :] == b"\r":
-            return all_of_it
-        self.byte = _end_at(rest, second.end())
+        second = self._line.match(rest) if self.byte == b"\r" else None
+        if second is not None and (short or second.end() + 1 < len(rest)):
+            self.byte = _end_at(rest, second.end())
         return True
 
 
@@ -202,11 +201,11 @@ def first_line(fragment: Fragment, line_end: LineEnd = NEWLINE) -> bytes:
             out += data
             if not line_end.seen(out, all_of_it=False):
                 continue
-            cut = out.find(line_end.byte)
+            cut = out.find(line_end.first)
             if cut >= 0:
                 return out[: cut + 1]
         line_end.seen(out, all_of_it=True)
-        return out[: out.find(line_end.byte) + 1] or out
+        return out[: out.find(line_end.first) + 1] or out
 
 
 def is_utf8(data: bytes) -> bool:
@@ -225,7 +224,7 @@ def tables(
     fragment: Fragment,
     size: int,
     parse: Parse,
-    doubtful: Doubtful,
+    guess: Guess,
     limits: BlockLimits,
     on_bad: OnBad | None,
     line_end: LineEnd = NEWLINE,
@@ -233,9 +232,9 @@ def tables(
     """The rows of a fragment, a chunk of whole lines at a time.
 
     parse: (lines, the offset of the first) -> their rows, None for lines that hold none. When a chunk can't be parsed, its bad
-    lines are told to on_bad, a row each, and the others are given as one piece. doubtful: see sifting.
+    lines are told to on_bad, a row each, and the others are given as one piece. guess: see sifting.
     """
-    row = 0
+    row = bad = 0
     chunks = line_chunks(fragment, size, line_end)
     while True:
         try:
@@ -253,7 +252,8 @@ def tables(
             if on_bad is None:
                 raise _first_bad(fragment, chunk, at, parse, error, line_end.byte) from error.__cause__
             some = Lines(chunk, at, line_end.byte)
-            table, total, index = _good_lines(fragment, some, parse, row, on_bad, doubtful)
+            table, total, index = _good_lines(fragment, some, parse, row, on_bad, guess, bad)
+            bad += total - (0 if table is None else table.num_rows)
         rows = 0 if table is None else table.num_rows
         total = rows if total < 0 else total
         if table is not None and rows:
@@ -307,25 +307,32 @@ def _good_lines(
     parse: Parse,
     row: int,
     on_bad: OnBad,
-    doubtful: Doubtful,
+    guess: Guess,
+    before: int,
 ) -> tuple[pa.Table | None, int, Any]:
-    """(the rows of the lines that can be parsed, the number of rows with the bad ones, the good ones' positions)."""
+    """(the rows of the lines that can be parsed, the number of rows with the bad ones, the good ones' positions). before: so
+    many bad lines were found.
+    """
     rows = np.zeros(len(some), dtype=np.int64)  # of each line
     found: list[tuple[Any, pa.Table]] = []
     bad: list[tuple[int, DataError]] = []
+    filled: Any = None
 
     def read(which: Any) -> pa.Table | None:
+        nonlocal filled
         table = parse(some.joined(which), some.offset(which[0]))
         made = 0 if table is None else table.num_rows
-        full = some.filled(which)
-        if made != len(full):  # a header, several rows in a line
-            if not adjacent(which):
-                raise _Unclear
-            full, which = which[:1], which[:1]  # no bad line is between them: it does not matter which of them has the rows
-        rows[full] = made // max(1, len(full))
+        if adjacent(which):  # no bad line is between them: it does not matter which of them has the rows
+            rows[which[0]] = made
+            return table
+        filled = some.filled(guess.blanks) if filled is None else filled
+        full = which[filled[which]]
+        if made != len(full):
+            raise _Unclear
+        rows[full] = 1
         return table
 
-    for which, table in sifted(some, read, lambda line, error: bad.append((line, error)), doubtful):
+    for which, table in sifted(some, read, lambda line, error: bad.append((line, error)), guess, before):
         if table is not None and table.num_rows:
             found.append((which, table))
     rows[[line for line, _ in bad]] = 1
@@ -337,7 +344,7 @@ def _good_lines(
         return None, int(rows.sum()), None
     positions = np.concatenate([_each(first[which], rows[which]) for which, _ in found])
     table = pa.concat_tables([t for _, t in found])
-    if len(found) > 1:
+    if (np.diff(positions) < 0).any():
         order = np.argsort(positions)
         table, positions = table.take(order), positions[order]
     return table.combine_chunks(), int(rows.sum()), positions

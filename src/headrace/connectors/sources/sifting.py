@@ -1,13 +1,14 @@
 """The lines of a chunk that can be parsed, found with few calls of the parser: one takes longer than a hundred lines.
 
-A guess says which lines are doubtful. The others are parsed together, doubtful ones a few at a time. Invariant: the guess costs
-or saves time, and changes nothing else; what can be parsed is for the parser alone to say.
+Bad lines are found by halving. Where that pays, a guess says which of the lines behind them are doubtful: those are parsed a
+few at a time, the others together. Invariant: the guess costs or saves time, and changes nothing else. So it is made only where
+lines are apart: those that can be parsed together can be parsed one by one, too, each to one row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -15,7 +16,21 @@ from headrace.connectors.sources.unreadable import halves
 from headrace.core.errors import DataError
 
 T = TypeVar("T")
-Doubtful = Callable[[bytes, int], bool]  # (a line with its end, its offset): is it likely that it can't be parsed?
+WORTH_A_BAD_LINE = 10_000  # so many lines are guessed at in the time that finding a bad line by halving takes
+
+
+class Guess(NamedTuple):
+    """What a format tells of lines without parsing them.
+
+    apart: of these lines, one after another, can none end more than one row, whatever comes before it? It has to be certain:
+    then lines that are parsed together, to as many rows, can't have gone on behind their ends.
+    doubtful: is it likely that this line can't be parsed?
+    blanks: a line of nothing else has no row.
+    """
+
+    apart: Callable[[bytes], bool]
+    doubtful: Callable[[bytes], bool]
+    blanks: bytes
 
 
 class Lines:
@@ -40,29 +55,67 @@ class Lines:
             return self._chunk[self._starts[which[0]] : self._starts[which[-1] + 1]]
         return b"".join([self[line] for line in which.tolist()])
 
-    def filled(self, which: Any) -> Any:
-        """Those that hold more than blanks."""
-        return which[[not self[line].isspace() for line in which.tolist()]]
+    def rest(self, line: int) -> bytes:
+        return self._chunk[self._starts[line] :]
+
+    def filled(self, blanks: bytes) -> Any:
+        """Which lines hold more than blanks, for all lines."""
+        counts = np.ones(256, dtype=bool)
+        counts[list(blanks)] = False
+        return np.logical_or.reduceat(counts[np.frombuffer(self._chunk, np.uint8)], self._starts[:-1])
+
+
+class _Guessing(Exception): ...
 
 
 def sifted(
-    some: Lines, read: Callable[[Any], T], bad: Callable[[int, DataError], None], doubtful: Doubtful
+    some: Lines, read: Callable[[Any], T], bad: Callable[[int, DataError], None], guess: Guess, found: int
 ) -> Iterator[tuple[Any, T]]:
     """(which, read(which)) for lines of which it raises no DataError, all together; the single lines that fail go to `bad`.
 
-    In no order.
+    In no order. Lines that do not adjoin are read together only where they are apart. found: so many bad lines came before.
     """
-    doubts = np.array([doubtful(some[line], some.offset(line)) for line in range(len(some))], dtype=bool)
+    left, asked = 0, False
+
+    def is_guess_worth() -> bool:
+        nonlocal asked
+        if asked or not 0 < len(some) - left <= found * WORTH_A_BAD_LINE:
+            return False
+        asked = True
+        return guess.apart(some.rest(left))
+
+    def counted(line: int, error: DataError) -> None:
+        nonlocal found, left
+        bad(line, error)
+        found, left = found + 1, line + 1
+        if is_guess_worth():
+            raise _Guessing
+
+    try:
+        if is_guess_worth():
+            raise _Guessing
+        yield from halves(0, len(some), lambda start, stop: _read(read, np.arange(start, stop)), counted)
+    except _Guessing:
+        yield from _guessed(some, left, read, bad, guess.doubtful)
+
+
+def _guessed(
+    some: Lines, left: int, read: Callable[[Any], T], bad: Callable[[int, DataError], None], doubtful: Callable[[bytes], bool]
+) -> Iterator[tuple[Any, T]]:
+    """The lines from number `left` on."""
 
     def tried(which: Any) -> Iterator[tuple[Any, T]]:
-        def part(start: int, stop: int) -> tuple[Any, T]:
-            return which[start:stop], read(which[start:stop])
+        yield from halves(
+            0,
+            len(which),
+            lambda start, stop: _read(read, which[start:stop]),
+            lambda i, error: bad(int(which[i]), error),
+        )
 
-        yield from halves(0, len(which), part, lambda i, error: bad(int(which[i]), error))
-
+    doubts = np.array([doubtful(some[line]) for line in range(left, len(some))], dtype=bool)
     if not doubts.all():
-        yield from tried(np.flatnonzero(~doubts))
-    doubted = np.flatnonzero(doubts)
+        yield from tried(left + np.flatnonzero(~doubts))
+    doubted = left + np.flatnonzero(doubts)
     at, size = 0, 1
     while at < len(doubted):
         which = doubted[at : at + size]
@@ -72,6 +125,10 @@ def sifted(
             yield made
         at += size
         size = 2 * size if good == len(which) else 1  # where the guess is wrong it is often wrong
+
+
+def _read(read: Callable[[Any], T], which: Any) -> tuple[Any, T]:
+    return which, read(which)
 
 
 def adjacent(which: Any) -> bool:

@@ -10,6 +10,7 @@ import pyarrow as pa
 from headrace.connectors.blocks import Piece
 from headrace.connectors.sources import lines
 from headrace.connectors.sources.files import FileSource
+from headrace.connectors.sources.sifting import Guess
 from headrace.connectors.storage import Stored
 from headrace.contracts.source import OnBad
 from headrace.core.errors import DataError
@@ -49,10 +50,8 @@ class TextSource(FileSource):
             table = pa.Table.from_batches([pa.RecordBatch.from_arrays([array], schema=_SCHEMA)])
             return table.select([]) if bare else table
 
-        def doubtful(line: bytes, at: int) -> bool:
-            return not lines.is_utf8(line)
-
-        yield from lines.tables(fragment, lines.chunk_bytes(limits, fragment), parse, doubtful, limits, on_bad)
+        guess = Guess(apart=lambda rest: True, doubtful=lambda line: not lines.is_utf8(line), blanks=b"")
+        yield from lines.tables(fragment, lines.chunk_bytes(limits, fragment), parse, guess, limits, on_bad)
 
 
 def split_lines(data: bytes) -> pa.StringArray:

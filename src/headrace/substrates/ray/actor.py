@@ -52,8 +52,9 @@ class Surroundings(Struct, frozen=True):
         """Those of this process."""
         import headrace
 
-        paths = (*(os.path.abspath(p) for p in sys.path if p), working_directory())
-        return Surroundings(working_directory(), paths, headrace.__version__, must_see)
+        cwd = working_directory()
+        paths = (*(os.path.normpath(os.path.join(cwd, p)) for p in sys.path if p and (cwd or os.path.isabs(p))), cwd)
+        return Surroundings(cwd, paths, headrace.__version__, must_see)
 
 
 class Presence(Struct, frozen=True):
