@@ -71,7 +71,10 @@ def pytest_runtest_makereport(
 
 
 def pytest_configure() -> None:
-    """A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that: tests send it."""
+    """A shell starts what it runs in the background with Ctrl-C ignored, and children inherit that: tests send it. Ray starts
+    workers at niceness 15: beside other tests, which are at 0, an actor took minutes to start.
+    """
+    os.environ.setdefault("RAY_worker_niceness", "0")
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -84,3 +87,25 @@ def test_scratch_of_a_process_that_is_gone_is_removed_and_that_of_a_live_one_kep
     assert sorted(p.name for p in tmp_path.iterdir()) == [live.name, "mine"]
     claims.release(str(live))
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_scratch_that_was_taken_for_stale_before_it_was_held_is_made_again(tmp_path: Path) -> None:
+    """As by a run that begins at the same time."""
+
+    class Owner:
+        pass
+
+    live, owner = tmp_path / "headrace-staging-ba9876543210", Owner()
+    live.mkdir()
+    other = os.open(live, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    claiming = threading.Thread(target=claims.claim, args=(str(live), owner))
+    claiming.start()
+    claiming.join(0.1)
+    assert claiming.is_alive()
+    live.rmdir()
+    os.close(other)
+    claiming.join()
+    claims.remove_stale(str(tmp_path))
+    assert live.is_dir()
+    claims.release(str(live))

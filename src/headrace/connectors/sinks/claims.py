@@ -18,10 +18,16 @@ _held: dict[str, int] = {}  # directory -> its descriptor, open while a run of t
 
 
 def claim(directory: str, owner: object) -> None:
-    """Make `directory`, and hold it until `release`, or until `owner` is gone."""
-    os.makedirs(directory, mode=0o700, exist_ok=True)
-    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    _lock(descriptor)
+    """Make `directory`, whose name nobody else uses, and hold it until `release`, or until `owner` is gone."""
+    while True:
+        os.makedirs(directory, mode=0o700, exist_ok=True)
+        try:
+            descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:  # another run took it for stale, as nobody held it yet
+            continue
+        if not _lock(descriptor, wait=True) or _is_at(descriptor, directory):
+            break
+        os.close(descriptor)
     _held[directory] = descriptor
     weakref.finalize(owner, _let_go, directory).atexit = False
 
@@ -41,7 +47,7 @@ def remove_stale(folder: str) -> None:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:  # just gone, or another user's
             continue
-        if _lock(descriptor):
+        if _lock(descriptor) and _is_at(descriptor, path):
             shutil.rmtree(path, ignore_errors=True)
         os.close(descriptor)
 
@@ -52,11 +58,19 @@ def _let_go(directory: str) -> None:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
+def _is_at(descriptor: int, directory: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(directory))
+    except FileNotFoundError:
+        return False
+
+
+def _lock(descriptor: int, *, wait: bool = False) -> bool:
+    """wait: for whoever has it, who then removes the directory."""
     try:
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError):
         return False
     return True
