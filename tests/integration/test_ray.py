@@ -218,9 +218,7 @@ def test_a_killed_actor_is_replaced(connected: Any, data: Path, tmp_path: Path) 
     ds = hr.read_parquet(data).map_batches(killed_once(tmp_path / "marker"), batch_size=10)
     run = ds.evaluate(n=hr.metrics.Count(), m=hr.metrics.Mean("y")).write_parquet(tmp_path / "out", **QUIET)
     assert ids(tmp_path / "out") == list(range(240))
-    assert (run.metrics["n"], run.metrics["m"]) == (240, 119.5)
-    assert run.retries >= 1
-    assert run.workers_lost <= 1  # who reads its blocks may notice first, and the rest be done before its node has told
+    assert (run.workers_lost, run.metrics["n"], run.metrics["m"]) == (1, 240, 119.5)
     assert run.tally.balanced
 
 
