@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from headrace.core.refs import BlockRef, PartRef
 from headrace.core.resources import WorkerSpec
-from headrace.core.steps import Discard, Doing, Step, SubstrateEvent
+from headrace.core.steps import Discard, Doing, Step, SubstrateEvent, WorkerLost
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -95,6 +95,9 @@ class Substrate(Protocol):
         """Anonymous memory of driver and workers plus block memory in use, for display and the budget."""
         ...
 
-    def stop(self) -> None:
-        """End all workers, running steps included, and free all memory. Idempotent; nothing outlives it."""
+    def stop(self) -> Sequence[WorkerLost]:
+        """End all workers, running steps included, and free all memory. Idempotent; nothing outlives it.
+
+        Gives what is known of workers that were lost before and that `wait` has not told of.
+        """
         ...

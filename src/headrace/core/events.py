@@ -84,7 +84,7 @@ class SplitRetried(Struct, frozen=True):
 
 
 class WorkerReplaced(Struct, frozen=True):
-    """A worker is started in the place of one that died; replaces None: on a node that has joined. node: "" on one machine."""
+    """A worker is started in the place of one that is gone; replaces None: on a node that has joined. node: "" on one machine."""
 
     at_s: float
     worker: int
@@ -95,7 +95,7 @@ class WorkerReplaced(Struct, frozen=True):
 
 
 class WorkerGone(Struct, frozen=True):
-    """A worker that had come up is lost with its node. Others may be started elsewhere, in nobody's place."""
+    """A worker is lost: it died, hung, or went with its node. Told before WorkerReplaced, which not everyone is."""
 
     at_s: float
     worker: int

@@ -28,7 +28,6 @@ from headrace.core.events import (
     StepFinished,
     StepStarted,
     WorkerGone,
-    WorkerReplaced,
 )
 from headrace.core.receipts import NO_ROWS, Tally
 
@@ -129,10 +128,9 @@ class Live:
             case SplitRetried():
                 self._retries += 1
                 self._tally = minus(self._tally, event.tally)
-            case WorkerReplaced() if event.replaces is not None:
-                self._lose(event.replaces)
             case WorkerGone():
-                self._lose(event.worker)
+                self._workers_lost.add(event.worker)
+                self._workers.pop(event.worker, None)
             case RunStarted():
                 self.started = event
                 self._before, self._settled_before = event.tally, event.settled
@@ -141,10 +139,6 @@ class Live:
                 self._tally = minus(event.tally, self._before)
             case _:
                 pass
-
-    def _lose(self, worker: int) -> None:
-        self._workers_lost.add(worker)
-        self._workers.pop(worker, None)
 
     def picture(self, now_s: float) -> Picture:
         start_s = self.started.at_s if self.started else now_s

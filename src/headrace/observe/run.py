@@ -302,7 +302,6 @@ class RunRecorder:
             case SplitRetried():
                 self._retries += 1
             case WorkerReplaced() if event.replaces is not None:
-                self._lost.add(event.replaces)
                 self._place[event.worker] = self._place.get(event.replaces, event.replaces)
             case WorkerGone():
                 self._lost.add(event.worker)

@@ -243,10 +243,12 @@ class Driver:
         finally:
             try:
                 self.interruptible = self.substrate.name == "threads"  # which waits for user code that can't be ended
-                self.substrate.stop()
+                lost = self.substrate.stop()
             finally:
                 self.interruptible = False
                 self.substrate.stop()  # an interrupt may have come before the first one began
+            for worker in lost:
+                self._note_lost(worker)
 
     def _flush(self) -> None:
         self.interruptible = True
@@ -491,7 +493,7 @@ class Driver:
         for step in self._at.pop(event.worker, ()):
             self._steps.pop(step, None)
         node = self._nodes.get(event.worker)
-        pool = self._pools.get(event.worker, "?")
+        pool = self._pools.get(event.worker) or event.pool or "?"
         text = f"worker {event.worker} ({f'{pool} on {node}' if node else pool}) is lost: {event.reason}"
         doing = event.doing
         path = ""
@@ -506,7 +508,7 @@ class Driver:
             if len(lines) > STACK_LINES:
                 text += f"\n... and {len(lines) - STACK_LINES} lines more"
         self._tell(Noted(self._now(), text))
-        if event.gone and event.started:
+        if event.started or not event.gone:
             self._tell(WorkerGone(self._now(), event.worker, pool))
         return path
 

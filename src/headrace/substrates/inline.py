@@ -133,9 +133,9 @@ class InlineSubstrate:
     def memory_bytes(self) -> int:
         return anonymous_bytes()
 
-    def stop(self) -> None:
+    def stop(self) -> tuple[()]:
         if self._stopped:
-            return
+            return ()
         self._stopped = True
         self._steps.clear()
         self._events.clear()
@@ -146,6 +146,7 @@ class InlineSubstrate:
                 body.close()
         finally:
             self._spill.close()
+        return ()
 
     def _is_ready(self, step: Step) -> None:
         self._ready.append(step)

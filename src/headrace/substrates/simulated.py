@@ -283,10 +283,11 @@ class SimulatedSubstrate:
     def memory_bytes(self) -> int:
         return self._unfreed_bytes
 
-    def stop(self) -> None:
+    def stop(self) -> tuple[()]:
         self._stopped = True
         self._workers.clear()
         self._agenda.clear()
+        return ()
 
     # ---------------------------------------------------------------- for simulations
 

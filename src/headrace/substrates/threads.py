@@ -134,9 +134,9 @@ class ThreadsSubstrate:
     def memory_bytes(self) -> int:
         return anonymous_bytes()
 
-    def stop(self) -> None:
+    def stop(self) -> tuple[()]:
         if self._stopped:
-            return
+            return ()
         self._stopped = True
         for thread in self._threads.values():
             thread.finish()
@@ -152,6 +152,7 @@ class ThreadsSubstrate:
             if self._limits is not None:
                 self._limits.restore()
                 self._limits = None
+        return ()
 
 
 class _Ready(Struct, frozen=True):

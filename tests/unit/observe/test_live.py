@@ -125,7 +125,8 @@ def test_what_a_retried_split_had_told_is_taken_back() -> None:
 
 
 def test_a_lost_worker_is_not_busy_for_ever() -> None:
-    view = live(started(), StepStarted(START_S, 0, "cpu", 0), replaced(1.0, 7, 0))
+    gone = WorkerGone(START_S + 1.0, 0, "cpu")
+    view = live(started(), StepStarted(START_S, 0, "cpu", 0), gone, replaced(1.0, 7, 0))
     picture = view.picture(START_S + 4.0)
     assert (picture.busy["cpu"], picture.workers_lost) == (0.0, 1)
 

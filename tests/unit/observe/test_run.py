@@ -197,6 +197,7 @@ def resumed() -> list[object]:
         found(0, 38, 100),
         *step(0, 5, worker=0, tally=Tally(rows_in=60, written=60)),
         noted(5, "worker 0 (cpu) is lost: killed by signal 9\nThread 1:"),
+        WorkerGone(START_S + 5.0, 0, "cpu"),
         replaced(5, 3, 0),
         retried(5, 37, Tally(rows_in=60, written=60)),
         *step(5, 10, worker=3, tally=Tally(rows_in=100, written=100)),

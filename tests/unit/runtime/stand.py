@@ -55,6 +55,7 @@ class StandSubstrate:
         self.released: list[PartRef] = []
         self.killed: list[tuple[int, str]] = []
         self.stopped = False
+        self.untold: list[WorkerLost] = []
         self.when_killed: Callable[[int, str], WorkerLost] = WorkerLost
 
     def start(self, program: Any, workers: Sequence[WorkerSpec]) -> None:
@@ -98,8 +99,10 @@ class StandSubstrate:
     def memory_bytes(self) -> int:
         return self.held_bytes
 
-    def stop(self) -> None:
+    def stop(self) -> list[WorkerLost]:
+        told = [] if self.stopped else self.untold
         self.stopped = True
+        return told
 
 
 class NotingCommitter:

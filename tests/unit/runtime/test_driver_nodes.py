@@ -36,12 +36,20 @@ def test_what_is_said_of_a_lost_worker_names_its_node() -> None:
     assert [e.text for e in stand.ear.of(Noted)] == ["worker 0 (sim on node7) is lost: its node is gone"]
 
 
-def test_a_worker_that_went_with_its_node_is_told_once_it_had_come_up() -> None:
+def test_a_lost_worker_is_told_and_one_that_went_with_its_node_once_it_had_come_up() -> None:
     lost = [WorkerLost(0, "its node is gone", pool="sim", gone=True), WorkerLost(1, "killed", pool="sim")]
     waited = WorkerLost(2, "its node is gone", started=False, pool="sim", gone=True)
     stand = Stand(answers(WorkerUp=[Finish()]), [[*lost, waited], [WorkerUp(9, "sim")]])
     stand.driver.run()
-    assert [(e.worker, e.pool) for e in stand.ear.of(WorkerGone)] == [(0, "sim")]
+    assert [(e.worker, e.pool) for e in stand.ear.of(WorkerGone)] == [(0, "sim"), (1, "sim")]
+
+
+def test_a_worker_whose_loss_is_known_at_the_end_only_is_told_then() -> None:
+    stand = Stand(answers(WorkerUp=[Finish()]), [[WorkerUp(0, "sim", "node7")]])
+    stand.substrate.untold = [WorkerLost(0, "its process ended", pool="sim")]
+    stand.driver.run()
+    assert [e.worker for e in stand.ear.of(WorkerGone)] == [0]
+    assert [e.text for e in stand.ear.of(Noted)] == ["worker 0 (sim on node7) is lost: its process ended"]
 
 
 def test_the_scheduler_hears_when_the_nodes_have_more_room() -> None:

@@ -272,6 +272,32 @@ def test_a_death_that_its_node_can_not_tell_of(asked: list[tuple[str, Any]], ans
     desk.substrate._errands.close(5.0)
 
 
+def test_a_death_that_nobody_told_of_before_the_end_is_told_by_stop(asked: list[tuple[str, Any]]) -> None:
+    """Others did the work anew meanwhile: the run need not wait for the node's answer."""
+    desk = hung()
+    assert desk.answered(3, desk.given(3, 1), ActorDiedError()) == []
+    (lost,) = desk.substrate.stop()
+    assert (lost.worker, lost.reason.split(" (")[0], lost.gone) == (3, "its process ended", False)
+    assert desk.substrate.stop() == []
+
+
+def test_a_worker_that_is_found_dead_as_it_is_to_close_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk({3: "cpu", 4: "cpu", 5: "cpu"})
+    ends = {3: None, 4: ActorDiedError(), 5: RayTaskError("close", "frames", ValueError("a model's own"))}
+    for id, end in ends.items():
+        close = SimpleNamespace(remote=lambda id=id: id)
+        desk.substrate._workers[id].handle = SimpleNamespace(close=close)
+
+    def get(ref: int) -> None:
+        if (end := ends[ref]) is not None:
+            raise end
+
+    monkeypatch.setattr(pool_module.ray, "wait", lambda refs, **_: (refs, []))
+    monkeypatch.setattr(pool_module.ray, "get", get)
+    monkeypatch.setattr(pool_module.ray, "kill", lambda handle: None)
+    assert [(lost.worker, lost.pool) for lost in desk.substrate.stop()] == [(4, "cpu")]
+
+
 def two_nodes(most: int | None = 2) -> RaySubstrate:
     """A worker of pool "sim" on each, where there is room for two, and a store each."""
     substrate = RaySubstrate(shapes={"sim": Shape("sim:0", resources={"sim": 1.0}, most=most)})

@@ -200,9 +200,9 @@ class ProcessesSubstrate:
 
         return {i: anonymous_bytes(w.process.pid) + self._ledger.arena_bytes(i) for i, w in self._workers.items()}
 
-    def stop(self) -> None:
+    def stop(self) -> list[WorkerLost]:
         if self._stopped:
-            return
+            return []
         self._stopped = True
         self._end_workers()
         for worker in list(self._workers.values()):
@@ -211,12 +211,14 @@ class ProcessesSubstrate:
         if self._server is not None:
             self._server.close()
         self._ledger.close()
+        untold = [event for event in self._events if isinstance(event, WorkerLost)]
         self._events.clear()
         self._payload = b""
         with self._wake_lock:
             os.close(self._wake_fd)
             self._wake_fd = -1
         self._epoll.close()
+        return untold
 
     @property
     def pids(self) -> dict[int, int]:

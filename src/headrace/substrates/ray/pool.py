@@ -305,9 +305,9 @@ class RaySubstrate:
         """Of this machine: other nodes look after themselves (see Vitals)."""
         return anonymous_bytes() + sum(w.own_bytes for w in self._workers.values() if w.node and w.node == self._here)
 
-    def stop(self) -> None:
+    def stop(self) -> list[WorkerLost]:
         if self._stopped:
-            return
+            return []
         self._stopped = True
         if self._watch is not None:
             self._watch.close()
@@ -319,6 +319,10 @@ class RaySubstrate:
         if not self._headless:  # else Ray ends them by itself, and calls would wait for the head
             with contextlib.suppress(Exception):
                 self._end_actors()
+        for worker, _ in self._dying.values():  # the others have done the work before its node told of it
+            self._told_lost(worker, None, gone=False, untold=True)
+        self._dying.clear()
+        untold = [event for event in self._events if isinstance(event, WorkerLost)]
         self._workers.clear()
         self._sites.clear()
         self._outbox.clear()
@@ -328,6 +332,7 @@ class RaySubstrate:
         self._payload = None
         self._inbox = queue.SimpleQueue()
         self._events.clear()
+        return untold
 
     # -- for display, and the autoscaler
 
@@ -750,9 +755,19 @@ class RaySubstrate:
 
     def _end_actors(self) -> None:
         """Let idle workers close what they have; end them all."""
-        idle = [w.handle.close.remote() for w in self._workers.values() if w.up and not w.steps]
-        with contextlib.suppress(Exception):
-            ray.wait(idle, num_returns=len(idle), timeout=STOP_S if idle else 0.0)
+        idle = {w.handle.close.remote(): w for w in self._workers.values() if w.up and not w.steps}
+        closed: list[Any] = []
+        if idle:
+            with contextlib.suppress(Exception):
+                closed, _ = ray.wait(list(idle), num_returns=len(idle), timeout=STOP_S)
+        for ref in closed:
+            try:
+                ray.get(ref)
+            except RayTaskError:  # what a model's close does wrong is its own
+                continue
+            except Exception as error:  # it is gone; who read its blocks may have found that, before any call told
+                idle[ref].reason = idle[ref].killed or _reason(error)
+                self._told_lost(idle[ref], None, gone=False, untold=True)
         for worker in list(self._workers.values()):
             with contextlib.suppress(Exception):
                 ray.kill(worker.handle)
