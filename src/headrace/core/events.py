@@ -84,7 +84,7 @@ class SplitRetried(Struct, frozen=True):
 
 
 class WorkerReplaced(Struct, frozen=True):
-    """A worker is started in the place of one that is gone; replaces None: on a node that has joined. node: "" on one machine."""
+    """A worker takes the place of one that is gone; replaces None: on a node that has joined. node: "" on one machine."""
 
     at_s: float
     worker: int

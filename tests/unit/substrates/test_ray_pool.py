@@ -284,7 +284,7 @@ def test_a_death_that_nobody_told_of_before_the_end_is_told_by_stop(asked: list[
 def test_a_worker_that_is_found_dead_as_it_is_to_close_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     desk = Desk({3: "cpu", 4: "cpu", 5: "cpu"})
     ends = {3: None, 4: ActorDiedError(), 5: RayTaskError("close", "frames", ValueError("a model's own"))}
-    for id, end in ends.items():
+    for id in ends:
         close = SimpleNamespace(remote=lambda id=id: id)
         desk.substrate._workers[id].handle = SimpleNamespace(close=close)
 
