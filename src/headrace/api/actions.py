@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from headrace.api.placing import reach
-from headrace.api.planning import parse_options, prepare, resolve
+from headrace.api.planning import known_schema, parse_options, prepare, schema_without_rows
 from headrace.api.session import stream, write
 from headrace.core.errors import PlanError
 from headrace.core.options import ActionOptions
 from headrace.plan.nodes import Apply, BatchFormat, Evaluate, Limit, Plan, Predict, Project, Reshape
-from headrace.plan.schemas import rowless_schema, static_schema
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -128,7 +127,7 @@ def count(plan: Plan, options: ActionOptions) -> int:
 
 
 def schema(plan: Plan) -> pa.Schema:
-    static = static_schema(plan.read.source.schema(), resolve(plan).ops)
+    static = known_schema(plan)
     if static is not None:
         return static
     limited = replace(plan, ops=(*plan.ops, Limit(1)))
@@ -145,7 +144,7 @@ def to_arrow(plan: Plan, options: ActionOptions) -> pa.Table:
 
     batches = list(stream(plan, options))
     if not batches:
-        return pa.Table.from_batches([empty_batch(_rowless(plan))])
+        return pa.Table.from_batches([empty_batch(schema_without_rows(plan))])
     return pa.Table.from_batches(alike(batches, "all rows"))
 
 
@@ -156,11 +155,7 @@ def to_ray_dataset(plan: Plan, options: ActionOptions) -> Any:
     parsed = parse_options({**options, "engine": "ray"})
     connect_to_stay(parsed.address)
     blocks = list(stream(plan, _quiet({**options, "engine": "ray"}), refs=True))
-    return make(blocks, _rowless(plan))
-
-
-def _rowless(plan: Plan) -> pa.Schema:
-    return rowless_schema(plan.read.source.schema(), resolve(plan).ops)
+    return make(blocks, schema_without_rows(plan))
 
 
 def to_pandas(plan: Plan, options: ActionOptions) -> pd.DataFrame:

@@ -34,7 +34,7 @@ from headrace.plan.nodes import (
 )
 from headrace.plan.physical import PhysicalPlan, is_stream, make_physical
 from headrace.plan.rules import optimise
-from headrace.plan.schemas import static_schema
+from headrace.plan.schemas import rowless_schema, static_schema
 from headrace.runtime.engine import Choice, asked_engine, choose_engine
 from headrace.runtime.machine import block_budget_bytes, detect_machine
 from headrace.worker.program import Program
@@ -200,6 +200,16 @@ def _with_engine(ready: Prepared, choice: Choice, pool_of: _PoolChoice) -> Prepa
 def _sees_blocks(op: Op, deterministic: bool) -> bool:
     """Do the rows that its function gets at once depend on where blocks end? Then those must depend on the input alone."""
     return (isinstance(op, MapBatches) and op.batch_rows is None) or (isinstance(op, Predict) and deterministic)
+
+
+def known_schema(plan: Plan) -> pa.Schema | None:
+    """What all rows of the plan will have; None where a function or a model decides."""
+    return static_schema(plan.read.source.schema(), resolve(plan).ops)
+
+
+def schema_without_rows(plan: Plan) -> pa.Schema:
+    """For a result that has none."""
+    return rowless_schema(plan.read.source.schema(), resolve(plan).ops)
 
 
 def resolve(plan: Plan) -> Plan:

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from headrace.api.placing import reach
-from headrace.api.planning import Prepared, choose, for_action, lay_out, parse_options, prepare, resolve
+from headrace.api.planning import (
+    Prepared,
+    choose,
+    for_action,
+    known_schema,
+    lay_out,
+    parse_options,
+    prepare,
+    schema_without_rows,
+)
 from headrace.api.reproduce import reproduce
 from headrace.commit.records import DamagedLog
 from headrace.connectors import environment
@@ -29,7 +38,6 @@ from headrace.plan.columns import ALL, Columns
 from headrace.plan.fingerprint import fingerprint
 from headrace.plan.fingerprint.compare import differences
 from headrace.plan.nodes import Evaluate, Op, Plan, Predict, Write
-from headrace.plan.schemas import rowless_schema, static_schema
 from headrace.runtime.committer import Committer, beating
 from headrace.runtime.driver import Driver
 from headrace.runtime.engine import may_want_processes
@@ -176,7 +184,7 @@ def write(plan: Plan, sink: Sink, options: ActionOptions, at_end: Columns = ALL)
     Raises what the run raises; whatever was settled until then stays settled, and the same call goes on from there.
     """
     parsed, plan = parse_options(options), for_action(plan)
-    schema = static_schema(plan.read.source.schema(), resolve(plan).ops)
+    schema = known_schema(plan)
     _refuse_own_output(plan, sink)
     sink.check(schema)
     written = replace(plan, write=Write(sink))
@@ -342,8 +350,7 @@ def _show(
     """What is left to do when the log is complete; harmless to do again."""
     check_latest(opened)
     if schema is None and not any(f.rows for f in committer.files if f.kind == "output"):
-        plan = resolve(ready.written)
-        schema = rowless_schema(plan.read.source.schema(), plan.ops)
+        schema = schema_without_rows(ready.written)
     sink.finish(committer.files, {**summary, "sessions": opened.epoch}, schema)
     mark_complete(opened)
 

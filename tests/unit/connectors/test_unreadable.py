@@ -340,8 +340,9 @@ def test_rows_of_lines_that_do_not_adjoin(
     assert [(at, row) for _, at, row in rows] == good
 
 
-def test_a_line_that_is_null_is_bad_wherever_it_is(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_bytes(b'null\n{"a": 1}\nnull\n{"a": 2}\n')
+@pytest.mark.parametrize("null", [b"null", b" null", b"\t null\r"])
+def test_a_line_that_is_null_is_bad_wherever_it_is(tmp_path: Path, null: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(null + b'\n{"a": 1}\n' + null + b'\n{"a": 2}\n')
     rows, bad = read(JsonSource(tmp_path, schema=pa.schema({"a": pa.int64()})))
     assert [(at, row["a"]) for _, at, row in rows] == [(1, 1), (3, 2)]
     assert [b.row for b in bad] == [0, 2]

@@ -31,7 +31,7 @@ MOST_BAD_LINES = 2000  # passed over while types are inferred: each costs a quar
 _ONE_A_LINE = "write one JSON object a line: json.dumps(row) without indent, or pandas' to_json(orient='records', lines=True)"
 # Where Arrow may see two rows in a line, and a line that it sees as a row of nulls.
 _TWO_ROWS = re.compile(rb"(?:\}|null)[ \t\r]*(?:\{|null)")
-_NULL_LINE = re.compile(rb"^[ \t\r]*null", re.MULTILINE)
+_NULL_FIRST, _NULL_LATER = re.compile(rb"[ \t\r]*null\b"), re.compile(rb"\n[ \t\r]*null\b")
 
 
 class _Enough(Exception): ...
@@ -115,7 +115,7 @@ def _guess(schema: pa.Schema, unexpected: str) -> Guess:
 
 def _apart(rest: bytes) -> bool:
     """Can no line hold more than one row? Two objects in a line can, and make up for one that goes on behind its line."""
-    if lines.BOM in rest or _NULL_LINE.search(rest):
+    if lines.BOM in rest or _has_null_line(rest):
         return False
     decode = msgspec.json.Decoder(dict).decode
     with suppress(msgspec.MsgspecError, ValueError, RecursionError):
@@ -123,6 +123,10 @@ def _apart(rest: bytes) -> bool:
             decode(rest[rest.rfind(b"\n", 0, found.start()) + 1 : _end_of_line(rest, found.end())])
         return True
     return False
+
+
+def _has_null_line(data: bytes) -> bool:
+    return bool(_NULL_FIRST.match(data) or _NULL_LATER.search(data))
 
 
 def _end_of_line(data: bytes, at: int) -> int:
@@ -186,7 +190,7 @@ def _prevailing(parts: list[tuple[bytes, pa.Schema]]) -> pa.Schema:
 def _parse(data: bytes, schema: pa.Schema | None, unexpected: str, where: tuple[tuple[str, str], ...]) -> pa.Table:
     if not lines.is_utf8(data):  # Arrow doesn't look
         raise DataError("the JSON lines are not UTF-8", where=where, hint="convert the file to UTF-8")
-    if data.lstrip().startswith(b"null") or b"\nnull" in data:  # Arrow crashes where it comes first
+    if _has_null_line(data):  # Arrow crashes where it comes first
         raise DataError("a line is null, no JSON object", where=where, hint=_ONE_A_LINE)
     try:
         table = _read(data, schema, unexpected)
