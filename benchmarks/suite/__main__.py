@@ -106,8 +106,9 @@ def _point(
     more: dict[str, Any] = _values(options.set)
     if devices is not None:
         more["devices"] = devices
-    if unknown := set(more) - set(found.params):
-        raise SystemExit(f"{found.name} has no parameter {min(unknown)!r}; it has {', '.join(found.params)}")
+    if unknown := set(more) - {*found.params, *inputs.LAYOUT}:
+        known = ", ".join((*found.params, *inputs.LAYOUT))
+        raise SystemExit(f"{found.name} has no parameter {min(unknown)!r}; it has {known}")
     params = inputs.params_of(found, size=options.size, variant=options.variant, scale=scale, more=more)
     return runner.Point(found, params, cores, inputs.made(found, params, options.data), options.variant)
 

@@ -14,7 +14,8 @@ affinity that it may use, and with
     AWS_*           where the source is s3://
 It must leave Parquet files anywhere under `job.out`, have ended its own servers and clusters, and return (from `run`) what it
 has to tell as a dict that json takes: `metrics` are checked; `first_at` (time.time()) says when the first answer was there, for
-forms whose last step is not the workload's own function. Everything from process start to process end is timed.
+forms whose last step is not the workload's own function; `spilled_bytes`: of blocks that it moved to disk. Everything from
+process start to process end is timed.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from suite.check import Reference
 from suite.contract import Workload
 
 VERSION = "1"  # of what makers make: change it when one of them changes
+LAYOUT = ("row_group", "compression")  # parameters of every workload: its Parquet files written again with such row groups
 
 
 def params_of(
@@ -31,15 +32,24 @@ def params_of(
 
 def made(workload: Workload, params: Mapping[str, Any], kept: Path) -> Path:
     """The input's folder, made when it is not there."""
-    of = {name: params[name] for name in workload.input_params}
+    of = {name: params[name] for name in (*workload.input_params, *LAYOUT) if name in params}
     name = workload.make.__module__.rpartition(".")[2].replace("_", "-")
     folder = kept / f"{name}-{_digest(of)}"
     if not (folder / "made").exists():
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         workload.make(folder, params)
+        if any(name in params for name in LAYOUT):
+            _lay_out(folder, params.get("row_group"), params.get("compression", "snappy"))
         (folder / "made").write_text(json.dumps(of))
     return folder
+
+
+def _lay_out(folder: Path, row_group: int | None, compression: str) -> None:
+    import pyarrow.parquet as pq
+
+    for path in sorted(folder.rglob("in/*.parquet")):
+        pq.write_table(pq.read_table(path), path, row_group_size=row_group, compression=compression)
 
 
 def reference(workload: Workload, params: Mapping[str, Any], folder: Path) -> Reference:

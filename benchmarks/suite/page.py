@@ -39,8 +39,8 @@ How it was measured:
   synced and logged. No other contestant does.
 - *First*: from process start to the first answer of the last step. *Steady*: rows per second between a quarter and three
   quarters of the rows, of the slowest step. *CPU*: seconds, of the process and all that it started. *Memory*: the highest sum
-  of proportional set sizes of the whole process tree, in a run that is not timed. *Device*: share of the time that it computed,
-  of the whole run, and from its first call to its last.
+  of proportional set sizes of the whole process tree, in a run that is not timed, and blocks that Headrace moved to disk
+  meanwhile. *Device*: share of the time that it computed, of the whole run, and from its first call to its last.
 - A device is simulated by a lock that is held for as long as a device of that speed would compute.
 """
 
@@ -142,7 +142,7 @@ def _row(name: str, one: Mapping[str, Any], ours: float | None) -> str:
         _median(found, "first_s", ".2f"),
         _median(found, "steady_rows_per_s", ",.0f"),
         _median(found, "cpu_s", ".1f"),
-        f"{one['peak_mb']:,}",
+        f"{one['peak_mb']:,}" + (f", {one['spilled_mb']:,} on disk" if one.get("spilled_mb") else ""),
         f"{found['busy']['median']:.0%}, {found['busy_span']['median']:.1%}" if "busy" in found else "",
     ]
     return "| " + " | ".join(cells) + " |"

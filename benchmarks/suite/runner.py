@@ -384,6 +384,7 @@ def _result(
             "summary": summary(runs, ideal),
             "peak_mb": round(memory.peak_bytes / 1e6),
             "memory": {"shared_mb": round(memory.shared_bytes / 1e6), "by_name": dict(memory.by_name)},
+            "spilled_mb": round(memory.told.get("spilled_bytes", 0) / 1e6),
             "metrics": dict(memory.told.get("metrics", {})),
             "report": memory.told.get("report", ""),
             "runs": [{k: v for k, v in asdict(run).items() if k not in _OF_WATCHED} for run in runs],

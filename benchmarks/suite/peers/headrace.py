@@ -71,10 +71,11 @@ class Predictor:
 def run(job: Job) -> dict[str, Any]:
     pipelines = job.pipelines
     more: dict[str, Any] = {"execution": "bulk"} if job.form == "bulk" else {}
-    told: dict[str, Any] = {"metrics": {}}
+    told: dict[str, Any] = {"metrics": {}, "spilled_bytes": 0}
     for pipeline, done in zip(pipelines, _runs(job, more), strict=True):
         told["metrics"] |= {name: float(done.metrics[name]) for name in pipeline.metrics}
         told["report"] = str(done)
+        told["spilled_bytes"] += done.spilled_bytes
         if len(pipelines) == 1 and done.first_output_s is not None:
             told["first_at"] = time.time() - done.wall_s + done.first_output_s
     return told
