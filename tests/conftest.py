@@ -84,6 +84,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ray", action="store_true", help=what)
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks at groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of the feature suite only tests marked `on_ray` run on Ray, unless --ray is given. Where tests run in several processes,
     all that need the cluster run in one.
