@@ -70,7 +70,8 @@ def interrupt_a_wait() -> None:
 
 def _submit_and_wait(substrate: ThreadsSubstrate) -> None:
     substrate.submit(advance(1, 0, Act.MAKE, nbytes=8))  # it interrupts us, then blocks until the test lets it go
-    substrate.wait(60.0)
+    for _ in range(60):  # a signal that comes just before Python begins to wait is seen when it has waited
+        substrate.wait(1.0)
 
 
 class Interrupter(ScriptedBody):
