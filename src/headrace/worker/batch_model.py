@@ -47,7 +47,8 @@ from headrace.worker.tuning import FIXED_ROWS, BatchTuner, is_out_of_memory
 from headrace.worker.user_code import TorchModule
 from headrace.worker.watch import NOBODY, Watch
 
-STRETCH = 1.25  # a batch may be so much larger than its size when that takes up all rows at hand
+STRETCH = 1.25  # a batch may be so much larger than its size when the last ones of the rows at hand are one fewer by that
+LAST = 4
 STEP_BATCHES = 4  # batches worth gathering for a step when the model is kept one ahead: the first waits, the others overlap
 
 _Span = list[tuple[int, Piece]]  # a batch: rows of consecutive inputs
@@ -226,8 +227,10 @@ class BatchRunner(ModelRunner):
 
     def _size(self, left: int, row_bytes: float) -> int:
         rows = self._tuner.fit(row_bytes)
-        if self._fixed is None and rows < left <= STRETCH * rows:  # a small rest costs a call of its own
-            rows = min(left, self._tuner.most(row_bytes))
+        batches = left // rows
+        if self._fixed is None and rows < left and batches <= LAST:  # a rest costs a call of its own
+            even = math.ceil(left / batches)
+            rows = min(even, self._tuner.most(row_bytes)) if even <= STRETCH * rows else rows
         return min(rows, left)
 
     def _outcomes(self, spans: Iterator[_Span], watch: Watch) -> Generator[tuple[_Span, _Outcome], None, None]:

@@ -304,6 +304,17 @@ def test_a_worker_starts_where_an_earlier_one_ended(monkeypatch: pytest.MonkeyPa
     assert second.sizes[0] == found
 
 
+@pytest.mark.parametrize(
+    ("rows", "sizes"), [(110, [110]), (126, [100, 26]), (300, [100] * 3), (330, [110] * 3), (230, [115, 115])]
+)
+def test_the_rest_of_the_rows_at_hand_is_shared_out(rows: int, sizes: list[int]) -> None:
+    """A call of its own costs more than what the others get, where that is little."""
+    model = Small(1 << 30)
+    batch_sizes.remember(batch_sizes.key_of(fn(model), "cpu", numbers(1).select(["x"]).schema), 100)
+    stage(model).applied(numbers(rows))
+    assert model.sizes == sizes
+
+
 def test_short_runs_leave_no_trace(cache: Path) -> None:
     bench = stage(Small(100))
     bench.applied(numbers(2000))
