@@ -235,8 +235,9 @@ class ScaleSubstrate:
     def memory_bytes(self) -> int:
         return 0
 
-    def stop(self) -> None:
+    def stop(self) -> tuple[()]:
         self._agenda.clear()
+        return ()
 
     # ---------------------------------------------------------------- workers
 

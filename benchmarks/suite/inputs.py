@@ -40,16 +40,19 @@ def made(workload: Workload, params: Mapping[str, Any], kept: Path) -> Path:
         folder.mkdir(parents=True)
         workload.make(folder, params)
         if any(name in params for name in LAYOUT):
-            _lay_out(folder, params.get("row_group"), params.get("compression", "snappy"))
+            _lay_out(folder, params.get("row_group"), params.get("compression"))
         (folder / "made").write_text(json.dumps(of))
     return folder
 
 
-def _lay_out(folder: Path, row_group: int | None, compression: str) -> None:
+def _lay_out(folder: Path, row_group: int | None, compression: str | None) -> None:
+    """None: as it is."""
     import pyarrow.parquet as pq
 
     for path in sorted(folder.rglob("in/*.parquet")):
-        pq.write_table(pq.read_table(path), path, row_group_size=row_group, compression=compression)
+        before = pq.read_metadata(path).row_group(0)
+        codec = compression or before.column(0).compression
+        pq.write_table(pq.read_table(path), path, row_group_size=row_group or before.num_rows, compression=codec)
 
 
 def reference(workload: Workload, params: Mapping[str, Any], folder: Path) -> Reference:

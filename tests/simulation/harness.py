@@ -107,7 +107,7 @@ class Simulation:
         self.peak = max(self.peak, self.scheduler.in_flight + self.scheduler.reserved)
         if self.checked:
             self._check_admissions(commands)
-            if self.events <= CLOSELY or self.events % SOME == 0 or self.finished:
+            if self.events <= CLOSELY or self.events % SOME == 0 or self.finished or self.error is not None:
                 self._check_counts()
                 check(self.scheduler)
 

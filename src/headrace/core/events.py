@@ -95,7 +95,7 @@ class WorkerReplaced(Struct, frozen=True):
 
 
 class WorkerGone(Struct, frozen=True):
-    """A worker is lost: it died, hung, or went with its node. Told before WorkerReplaced, which not everyone is."""
+    """A worker is lost: it died or hung, or it had come up and went with its node. Told before WorkerReplaced, if anyone is."""
 
     at_s: float
     worker: int

@@ -98,7 +98,7 @@ def _mishaps(run: Run) -> str:
     """What was mended on the way."""
     mended: list[str] = []
     if run.workers_lost:
-        mended.append(f"{words.plural(run.workers_lost, 'worker')} lost and replaced")
+        mended.append(f"{words.plural(run.workers_lost, 'worker')} lost")
     if run.retries:
         mended.append(f"{words.plural(run.retries, 'split')} started again")
     return " · ".join(mended)

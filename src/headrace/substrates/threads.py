@@ -134,9 +134,9 @@ class ThreadsSubstrate:
     def memory_bytes(self) -> int:
         return anonymous_bytes()
 
-    def stop(self) -> tuple[()]:
+    def stop(self) -> list[WorkerLost]:
         if self._stopped:
-            return ()
+            return []
         self._stopped = True
         for thread in self._threads.values():
             thread.finish()
@@ -146,13 +146,14 @@ class ThreadsSubstrate:
                 thread.join(max(0.0, deadline - time.monotonic()))
         finally:  # also when a second Ctrl-C cuts the waiting short
             self._threads.clear()
-            self._outbox = queue.SimpleQueue()
+            outbox, self._outbox = self._outbox, queue.SimpleQueue()
             self._program = None
             self._spill.close()
             if self._limits is not None:
                 self._limits.restore()
                 self._limits = None
-        return ()
+        untold = [outbox.get() for _ in range(outbox.qsize())]
+        return [event for event in untold if isinstance(event, WorkerLost)]
 
 
 class _Ready(Struct, frozen=True):

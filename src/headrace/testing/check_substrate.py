@@ -260,8 +260,8 @@ def stop_is_idempotent(make: MakeSubstrate) -> None:
     with running(make, 2) as s:
         for i in range(10):
             s.submit(advance(i, i % 2, Act.MAKE, nbytes=8000))
-        s.substrate.stop()
-        s.substrate.stop()
+        assert not s.substrate.stop(), "no worker was lost"
+        assert not s.substrate.stop()
         s.substrate.wake()
         assert s.substrate.wait(0.0) == []
     unstarted = make()

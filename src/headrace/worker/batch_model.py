@@ -43,12 +43,11 @@ from headrace.worker.operators import Host
 from headrace.worker.refused import BrokenModel
 from headrace.worker.results import call
 from headrace.worker.torch_inputs import TorchReader
-from headrace.worker.tuning import FIXED_ROWS, BatchTuner, is_out_of_memory
+from headrace.worker.tuning import FIXED_ROWS, STRETCH, BatchTuner, is_out_of_memory
 from headrace.worker.user_code import TorchModule
 from headrace.worker.watch import NOBODY, Watch
 
-STRETCH = 1.25  # a batch may be so much larger than its size when the last ones of the rows at hand are one fewer by that
-LAST = 4
+LAST = 4  # batches of the rows at hand, among which the rest is shared out
 STEP_BATCHES = 4  # batches worth gathering for a step when the model is kept one ahead: the first waits, the others overlap
 
 _Span = list[tuple[int, Piece]]  # a batch: rows of consecutive inputs
@@ -229,8 +228,8 @@ class BatchRunner(ModelRunner):
         rows = self._tuner.fit(row_bytes)
         batches = left // rows
         if self._fixed is None and rows < left and batches <= LAST:  # a rest costs a call of its own
-            even = math.ceil(left / batches)
-            rows = min(even, self._tuner.most(row_bytes)) if even <= STRETCH * rows else rows
+            even = min(math.ceil(left / batches), self._tuner.most(row_bytes))
+            rows = even if even <= STRETCH * rows and self._tuner.has_room(even) else rows
         return min(rows, left)
 
     def _outcomes(self, spans: Iterator[_Span], watch: Watch) -> Generator[tuple[_Span, _Outcome], None, None]:

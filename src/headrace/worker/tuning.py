@@ -39,6 +39,8 @@ MOST_S = 2.0  # a batch that takes so long is no longer ruled by what a call cos
 FIRST_WAIT, MOST_WAIT = 32, 1024  # batches between trials of neighbours, once settled
 STARVED = 16  # batches that a trial waits for enough rows
 SAFE = 0.9  # of a size that failed
+CLEARLY_SMALLER = 0.7
+STRETCH = 1.25  # a batch may be so much larger than its size when the last ones of the rows at hand are one fewer by that
 LEAPS = (8, 64)  # times the best: what is tried beyond its neighbours
 LEAP_SHARE = 0.03  # of the time so far that leaps may take
 LEAP_WAIT = 128  # between trials of neighbours, when leaps are due again
@@ -58,14 +60,16 @@ class PeakMemory:
             del self._peaks[min(self._peaks)]
 
     def predict(self, rows: int) -> float:
-        """Bytes for a batch of so many rows, by the two largest sizes measured, never falling; 0.0 while there are none."""
-        sizes = sorted(self._peaks)[-2:]
-        if not sizes:
+        """Bytes for a batch of so many rows, by the largest size measured and one that is clearly smaller, never falling; 0.0
+        while there are none. Allocators grow in steps: neighbours say nothing of a row.
+        """
+        if not self._peaks:
             return 0.0
-        largest = sizes[-1]
-        if len(sizes) == 1:
+        largest = max(self._peaks)
+        smaller = max((size for size in self._peaks if size <= CLEARLY_SMALLER * largest), default=0)
+        if not smaller:
             return self._peaks[largest] / largest * rows
-        slope = (self._peaks[largest] - self._peaks[sizes[0]]) / (largest - sizes[0])
+        slope = (self._peaks[largest] - self._peaks[smaller]) / (largest - smaller)
         return self._peaks[largest] + max(0.0, slope) * (rows - largest)
 
 
@@ -151,7 +155,7 @@ class BatchTuner:
         self.measured_s += seconds
         self._batches += 1
         trial = self._trial
-        if trial is not None and not self._count(trial) and 1.15 * self.best < rows < 0.9 * trial:
+        if trial is not None and not self._count(trial) and STRETCH * self.best < rows < 0.9 * trial:
             trial = self._trial = rows  # there are no more rows at hand: then so many are tried
         rate = (rows * ROW_BYTES + input_bytes) / max(seconds, 1e-9)
         if self._rushing and self._rush(rows, rate, seconds):
@@ -200,7 +204,7 @@ class BatchTuner:
             return self._begin_at(before)
         larger = min(SHORT_FACTOR * self.best, self._limit, self._fitting(self._row_bytes))
         worth = seconds < SHORT_S and rate >= SHORT_GAIN * rate_before
-        if not worth or larger < 1.15 * self.best or not self._has_room(larger):
+        if not worth or larger < 1.15 * self.best or not self.has_room(larger):
             return False
         self._rushing = True
         self._rushed = self.best, rate
@@ -308,7 +312,7 @@ class BatchTuner:
             if times and min(times) > MOST_S:
                 return
             size = min(best * (4 if self._steep else 2), self._limit, self._fitting(self._row_bytes))
-            if size < 1.15 * best or not self._has_room(size):
+            if size < 1.15 * best or not self.has_room(size):
                 return
         self._trial = size if size >= 1 else None
 
@@ -319,7 +323,7 @@ class BatchTuner:
         size = min(self.best * self._leaps[0], self._limit, self._fitting(self._row_bytes))
         took = [s for _, s in self._samples[self.best][-2 * MANY :]]
         expected_s = sorted(took)[len(took) // 4] * size / self.best
-        if size < 4 * self.best or expected_s > LEAP_S or not self._has_room(size):
+        if size < 4 * self.best or expected_s > LEAP_S or not self.has_room(size):
             self._leaps.clear()  # nor is a farther one of use
             return False
         if self._leapt_s + (FEW + 1) * expected_s > LEAP_SHARE * self.measured_s:
@@ -329,7 +333,8 @@ class BatchTuner:
         self._samples.pop(self.best, None)
         return True
 
-    def _has_room(self, rows: int) -> bool:
+    def has_room(self, rows: int) -> bool:
+        """May a batch be so large, by what smaller ones took?"""
         needed = self.peaks.predict(rows)
         if needed <= LITTLE_BYTES or self._room_bytes is None:
             return True

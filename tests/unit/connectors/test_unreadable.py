@@ -340,7 +340,7 @@ def test_rows_of_lines_that_do_not_adjoin(
     assert [(at, row) for _, at, row in rows] == good
 
 
-@pytest.mark.parametrize("null", [b"null", b" null", b"\t null\r"])
+@pytest.mark.parametrize("null", [b"null", b" null", b"\t null\r", b"nullnull", b"nullx", b"null1"])
 def test_a_line_that_is_null_is_bad_wherever_it_is(tmp_path: Path, null: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(null + b'\n{"a": 1}\n' + null + b'\n{"a": 2}\n')
     rows, bad = read(JsonSource(tmp_path, schema=pa.schema({"a": pa.int64()})))

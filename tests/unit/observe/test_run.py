@@ -227,7 +227,7 @@ def test_report_of_a_resumed_run() -> None:
         "  resumed: 37 of 38 splits were done (session 2 of run-00000)",
         "  of 3,800 rows read: 2 quarantined",
         "  set aside in out/_headrace/run-00000/quarantine",
-        "  1 worker lost and replaced · 1 split started again",
+        "  1 worker lost · 1 split started again",
     ]
 
 

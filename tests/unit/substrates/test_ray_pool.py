@@ -17,6 +17,7 @@ pytest.importorskip("ray")
 
 from ray.exceptions import (
     ActorDiedError,
+    GetTimeoutError,
     ObjectLostError,
     ObjectStoreFullError,
     OutOfDiskError,
@@ -282,20 +283,31 @@ def test_a_death_that_nobody_told_of_before_the_end_is_told_by_stop(asked: list[
 
 
 def test_a_worker_that_is_found_dead_as_it_is_to_close_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = Desk({3: "cpu", 4: "cpu", 5: "cpu"})
-    ends = {3: None, 4: ActorDiedError(), 5: RayTaskError("close", "frames", ValueError("a model's own"))}
-    for id in ends:
-        close = SimpleNamespace(remote=lambda id=id: id)
-        desk.substrate._workers[id].handle = SimpleNamespace(close=close)
+    """Not one that dies as it closes: it has done its work."""
+    desk = Desk({3: "cpu", 4: "cpu", 5: "cpu", 6: "cpu"})
+    ends = {4: ActorDiedError(), 5: GetTimeoutError(), "close 6": ActorDiedError()}
+    killed: list[Any] = []
+    for id, worker in desk.substrate._workers.items():
+        ready, close = SimpleNamespace(remote=lambda id=id: id), SimpleNamespace(remote=lambda id=id: f"close {id}")
+        worker.handle = SimpleNamespace(__ray_ready__=ready, close=close)
 
-    def get(ref: int) -> None:
-        if (end := ends[ref]) is not None:
-            raise end
+    def get(ref: Any, timeout: float) -> None:
+        if ref in ends:
+            raise ends[ref]
 
     monkeypatch.setattr(pool_module.ray, "wait", lambda refs, **_: (refs, []))
     monkeypatch.setattr(pool_module.ray, "get", get)
-    monkeypatch.setattr(pool_module.ray, "kill", lambda handle: None)
+    monkeypatch.setattr(pool_module.ray, "kill", killed.append)
     assert [(lost.worker, lost.pool) for lost in desk.substrate.stop()] == [(4, "cpu")]
+    assert len(killed) == 4
+
+
+def test_what_has_come_of_a_death_is_told_by_stop_if_nobody_looked_before(asked: list[tuple[str, Any]]) -> None:
+    desk = hung()
+    assert desk.answered(3, desk.given(3, 1), ActorDiedError()) == []
+    desk.substrate._inbox.put(("bury", 3, ended(Obituary(None, "Fatal Python error: Segmentation fault"))))
+    (lost,) = desk.substrate.stop()
+    assert (lost.reason, lost.untold) == ("it crashed: Segmentation fault", False)
 
 
 def two_nodes(most: int | None = 2) -> RaySubstrate:

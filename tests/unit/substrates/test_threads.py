@@ -55,7 +55,14 @@ def test_ctrl_c_interrupts_wait() -> None:
     assert ended.stdout == "interrupted\n", ended.stderr
 
 
+def interrupt_once(number: int, frame: object) -> None:
+    if not Interrupter.interrupted:
+        Interrupter.interrupted = True
+        raise KeyboardInterrupt
+
+
 def interrupt_a_wait() -> None:
+    signal.signal(signal.SIGINT, interrupt_once)
     substrate = ThreadsSubstrate(body_factory=Interrupter)
     substrate.start(None, [WorkerSpec(0, "cpu", "cpu")])
     try:
@@ -70,16 +77,17 @@ def interrupt_a_wait() -> None:
 
 def _submit_and_wait(substrate: ThreadsSubstrate) -> None:
     substrate.submit(advance(1, 0, Act.MAKE, nbytes=8))  # it interrupts us, then blocks until the test lets it go
-    for _ in range(60):  # a signal that comes just before Python begins to wait is seen when it has waited
-        substrate.wait(1.0)
+    substrate.wait(60.0)
 
 
 class Interrupter(ScriptedBody):
+    interrupted = False
     go_on = threading.Event()
 
     def run(self, step):
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        self.go_on.wait()
+        while not self.go_on.wait(1.0):  # one that comes just before Python begins to wait is seen when it has waited
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
         return super().run(step)
 
 

@@ -305,7 +305,16 @@ def test_a_worker_starts_where_an_earlier_one_ended(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("rows", "sizes"), [(110, [110]), (126, [100, 26]), (300, [100] * 3), (330, [110] * 3), (230, [115, 115])]
+    ("rows", "sizes"),
+    [
+        (110, [110]),
+        (126, [100, 26]),
+        (300, [100] * 3),
+        (330, [110] * 3),
+        (230, [115, 115]),
+        (520, [100] + [105] * 4),
+        (950, [100] * 5 + [113, 113, 112, 112]),
+    ],
 )
 def test_the_rest_of_the_rows_at_hand_is_shared_out(rows: int, sizes: list[int]) -> None:
     """A call of its own costs more than what the others get, where that is little."""

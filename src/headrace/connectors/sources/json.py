@@ -31,7 +31,7 @@ MOST_BAD_LINES = 2000  # passed over while types are inferred: each costs a quar
 _ONE_A_LINE = "write one JSON object a line: json.dumps(row) without indent, or pandas' to_json(orient='records', lines=True)"
 # Where Arrow may see two rows in a line, and a line that it sees as a row of nulls.
 _TWO_ROWS = re.compile(rb"(?:\}|null)[ \t\r]*(?:\{|null)")
-_NULL_FIRST, _NULL_LATER = re.compile(rb"[ \t\r]*null\b"), re.compile(rb"\n[ \t\r]*null\b")
+_NULL_FIRST, _NULL_LATER = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r]*null"), re.compile(rb"\n[ \t\r]*null")
 
 
 class _Enough(Exception): ...

@@ -25,11 +25,13 @@ from msgspec import Struct, field
 from ray.exceptions import (
     ActorUnavailableError,
     ActorUnschedulableError,
+    GetTimeoutError,
     ObjectLostError,
     OutOfMemoryError,
     RayActorError,
     RayTaskError,
     TaskUnschedulableError,
+    WorkerCrashedError,
 )
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -73,6 +75,7 @@ STACK_S = 5.0  # a process may have to start for it
 FETCH_S = 120.0  # for a block on its way to the consumer: that is a few hundred megabytes on a slow network
 LOOK_UP_S = 2.0  # between two looks at the head while it comes
 
+_GONE = (RayActorError, OutOfMemoryError, WorkerCrashedError)
 _NO_SHAPE = Shape("cpu")
 _TASKS: dict[Any, Any] = {bury: ray.remote(bury), stack: ray.remote(stack)}  # made once: each is known to all the cluster
 
@@ -309,6 +312,7 @@ class RaySubstrate:
         if self._stopped:
             return []
         self._stopped = True
+        self._hear_last_words()
         if self._watch is not None:
             self._watch.close()
         with contextlib.suppress(Exception):
@@ -753,24 +757,34 @@ class RaySubstrate:
 
     # -- starting and ending
 
+    def _hear_last_words(self) -> None:
+        """What has come of deaths, and was not looked at yet."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                message = self._inbox.get_nowait()
+                if message is not None and message[0] in ("run", "bury"):
+                    self._take(message)
+
     def _end_actors(self) -> None:
         """Let idle workers close what they have; end them all."""
-        idle = {w.handle.close.remote(): w for w in self._workers.values() if w.up and not w.steps}
-        closed: list[Any] = []
-        if idle:
-            with contextlib.suppress(Exception):
-                closed, _ = ray.wait(list(idle), num_returns=len(idle), timeout=STOP_S)
-        for ref in closed:
-            try:
-                ray.get(ref)
-            except RayTaskError:  # what a model's close does wrong is its own
-                continue
-            except Exception as error:  # it is gone; who read its blocks may have found that, before any call told
-                idle[ref].reason = idle[ref].killed or _reason(error)
-                self._told_lost(idle[ref], None, gone=False, untold=True)
-        for worker in list(self._workers.values()):
-            with contextlib.suppress(Exception):
-                ray.kill(worker.handle)
+        idle = [worker for worker in self._workers.values() if worker.up and not worker.steps]
+        try:
+            alive = [worker.handle.__ray_ready__.remote() for worker in idle]
+            closed = [worker.handle.close.remote() for worker in idle]
+            if closed:
+                ray.wait(closed, num_returns=len(closed), timeout=STOP_S)
+            for worker, ref in zip(idle, alive, strict=True):
+                try:
+                    ray.get(ref, timeout=0.0)
+                except _GONE as error:  # who read its blocks may have found that, before any call told
+                    worker.reason = worker.killed or _reason(error)
+                    self._told_lost(worker, None, gone=False, untold=True)
+                except GetTimeoutError:
+                    continue
+        finally:
+            for worker in list(self._workers.values()):
+                with contextlib.suppress(Exception):
+                    ray.kill(worker.handle)
 
 
 def _say(text: str) -> None:
