@@ -251,6 +251,7 @@ def _check_work_conserving(s: Scheduler) -> None:
     idle = [w for w in s.workers.values() if not w.running]  # one that rests goes on with the cursors that it has
     if not idle or s.pressure >= 2:
         return
+    tops: dict[int, list[Node | CursorEntry]] = {}  # stage -> what its queues would give out next
     for split in s.open.values():
         for node in split.nodes():
             stage, needs = _runnable(s, node)
@@ -259,9 +260,14 @@ def _check_work_conserving(s: Scheduler) -> None:
             for worker in idle:
                 mine = needs == worker.id or (needs is None and not worker.resting)
                 if worker.pool == stage.pool and mine and not _closed_to(s, worker, stage):
-                    assert not _is_first(s, stage, node) or not Dispatcher._admit(s, stage, node), (  # pyright: ignore[reportPrivateUsage]
+                    if stage.id not in tops:
+                        tops[stage.id] = _tops(s, stage)
+                    # Within a stage the oldest goes first, but for what is written.
+                    first = stage.end is End.SINK or any(item is node or item is node.cursor for item in tops[stage.id])
+                    assert not first or not Dispatcher._admit(s, stage, node), (  # pyright: ignore[reportPrivateUsage]
                         f"worker {worker.id} is idle, stage {stage.id} has work for it: {story(split)}"
                     )
+                    break  # nor is there for the others
 
 
 def _runnable(s: Scheduler, node: Node) -> tuple[Stage | None, int | None]:
@@ -273,14 +279,10 @@ def _runnable(s: Scheduler, node: Node) -> tuple[Stage | None, int | None]:
     return s.stages[node.stage], None
 
 
-def _is_first(s: Scheduler, stage: Stage, node: Node) -> bool:
-    """The node is what its queue would give out next: within a stage the oldest goes first."""
-    if stage.end is End.SINK:
-        return True
+def _tops(s: Scheduler, stage: Stage) -> list[Node | CursorEntry]:
     heaps = (s.shared[stage.id], s.bound[stage.id])
     waiting = [[entry for entry in heap if not isinstance(entry[3], Node) or _waits(entry[3])] for heap in heaps]
-    tops = [min(found)[3] for found in waiting if found]
-    return any(item is node or item is node.cursor for item in tops)
+    return [min(found)[3] for found in waiting if found]
 
 
 def _waits(node: Node) -> bool:
