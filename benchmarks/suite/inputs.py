@@ -51,7 +51,7 @@ def _lay_out(folder: Path, row_group: int | None, compression: str | None) -> No
 
     for path in sorted(folder.rglob("in/*.parquet")):
         before = pq.read_metadata(path).row_group(0)
-        codec = compression or before.column(0).compression
+        codec = compression or before.column(0).compression.replace("UNCOMPRESSED", "none")
         pq.write_table(pq.read_table(path), path, row_group_size=row_group or before.num_rows, compression=codec)
 
 

@@ -59,8 +59,10 @@ def pack(
             index, held, held_bytes, cost = index + 1, [], 0, 0
         if large:
             parts = divide(o)
-            for part in parts:
-                yield Split(index, (part,), max(1, o.size // len(parts)), part.rows)
+            rows = sum(part.rows or 0 for part in parts)
+            for part in parts:  # of equal size, where their rows are not known
+                share = (part.rows or 0) / rows if rows else 1 / len(parts)
+                yield Split(index, (part,), max(1, int(o.size * share)), part.rows)
                 index += 1
             continue
         held.append(whole(o))

@@ -1,12 +1,16 @@
-"""Packing, where dividing an object takes a request."""
+"""Packing: objects that are divided."""
 
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from headrace.connectors import packing
+from headrace.connectors.sources.parquet import ParquetSource
 from headrace.connectors.storage import Stored
 from headrace.core.errors import DataError
 from headrace.core.splits import Fragment
@@ -56,3 +60,31 @@ def test_a_listing_given_up_leaves_no_thread() -> None:
     next(found)
     found.close()  # type: ignore[attr-defined]
     assert not [t for t in threading.enumerate() if t.name.startswith("headrace-divide")]
+
+
+@pytest.mark.parametrize(
+    ("groups", "rows"),
+    [
+        ([50] * 40, [650, 700, 650]),
+        ([900, *[10] * 30], [900, 300]),
+        ([10] * 30 + [900], [300, 900]),
+        ([400, 400, 400], [400, 400, 400]),
+        ([1] * 7, [2, 3, 2]),
+    ],
+)
+def test_row_groups_are_divided_evenly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: list[int], rows: list[int]
+) -> None:
+    """No small part is left at the end, and what a split is said to hold is what it holds."""
+    path = tmp_path / "a.parquet"
+    with pq.ParquetWriter(path, pa.schema({"x": pa.binary(100)}), compression="none", use_dictionary=False) as writer:
+        for n in groups:
+            writer.write_batch(pa.record_batch({"x": pa.array([bytes(100)] * n, pa.binary(100))}))
+    size = path.stat().st_size
+    metadata = pq.read_metadata(path)
+    stored = sum(metadata.row_group(g).column(0).total_compressed_size for g in range(len(groups)))
+    monkeypatch.setattr(packing, "DIVIDE_OVER_BYTES", 1)
+    monkeypatch.setattr(packing, "DIVIDE_BYTES", -(-stored // 3))
+    splits = list(ParquetSource(path).splits(per_input=False))
+    assert [split.rows for split in splits] == rows
+    assert [split.bytes for split in splits] == [int(size * n / sum(groups)) for n in rows]

@@ -227,12 +227,13 @@ class ParquetSource(FileSource):
         total = sum(size for _, size in groups)
         target = total / max(1, -(-total // packing.DIVIDE_BYTES))
         out: list[Fragment] = []
-        start, rows, size = 0, 0, 0
+        start, rows, size, part = 0, 0, 0, 0
         for g, (group_rows, group_size) in enumerate(groups):
-            # A group goes where most of it lies, so that parts come out even.
-            if g > start and (size + group_size / 2 > target or rows + group_rows > packing.SPLIT_MAX_ROWS):
+            # A group goes to the even part of the file in which its middle lies: no small one is left at the end.
+            before, part = part, int((size + group_size / 2) / max(target, 1.0))
+            if g > start and (part > before or rows + group_rows > packing.SPLIT_MAX_ROWS):
                 out.append(replace(packing.whole(o, rows), start=start, stop=g))
-                start, rows, size = g, 0, 0
+                start, rows = g, 0
             rows += group_rows
             size += group_size
         out.append(replace(packing.whole(o, rows), start=start, stop=len(groups)))
