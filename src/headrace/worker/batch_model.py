@@ -229,7 +229,8 @@ class BatchRunner(ModelRunner):
         batches = left // rows
         if self._fixed is None and rows < left and batches <= LAST:  # a rest costs a call of its own
             even = min(math.ceil(left / batches), self._tuner.most(row_bytes))
-            rows = even if even <= STRETCH * rows and self._tuner.has_room(even) else rows
+            if rows < even <= STRETCH * rows and self._tuner.has_room(even):
+                rows = even
         return min(rows, left)
 
     def _outcomes(self, spans: Iterator[_Span], watch: Watch) -> Generator[tuple[_Span, _Outcome], None, None]:
