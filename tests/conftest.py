@@ -27,8 +27,6 @@ _RETRY_S = 0.01
 _OWN_THREADS = "headrace"
 _OWN_MEMORY = b"/memfd:headrace"
 
-_obstore_runtime: set[int] = set()  # descriptors of obstore's I/O runtime: one per process, opened at its first call
-
 
 @dataclass(frozen=True)
 class Holdings:
@@ -217,23 +215,23 @@ def _descriptors() -> dict[int, str]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _csv_reader() -> None:
-    """pyarrow's CSV reader opens a pipe for Ctrl-C at its first use, and keeps it: open it before anything is counted."""
+def _opened_once() -> None:
+    """What libraries open at their first use and keep for the life of the process is open before anything is counted: a pipe
+    for Ctrl-C of pyarrow's CSV reader, two epolls and an eventfd of obstore's runtime.
+    """
+    import obstore
     import pyarrow as pa
     import pyarrow.csv
+    from obstore.store import MemoryStore
 
     pyarrow.csv.read_csv(pa.BufferReader(b"a\n1\n"))
+    obstore.put(MemoryStore(), "first", b"")
 
 
 def _lasting(fd: int, to: str) -> bool:
     """Opened by a library once and kept on purpose."""
     if to in ("/dev/urandom", "/dev/random"):
         return True
-    if to in ("anon_inode:[eventpoll]", "anon_inode:[eventfd]") and "obstore" in sys.modules:
-        # Its runtime holds two epolls and one eventfd for the life of the process; more than that is somebody's leak.
-        if len(_obstore_runtime) < 3:
-            _obstore_runtime.add(fd)
-        return fd in _obstore_runtime
     if to.startswith("socket:["):
         # Kept-alive connections to an object store, or a test server's end of them. Headrace itself opens none.
         return to[len("socket:[") : -1] in _internet_sockets()

@@ -43,6 +43,8 @@ PROBE_FAILURES = 4  # samples with bad rows, until it is given up
 PROBE_BYTES = 128 << 20
 PROBE_MOST_S = 1.0
 ASK_S = 0.0002  # between asking twice for the interpreter
+LEAST_S = 1e-6  # that a sample takes
+READINGS = 3  # of the time and of how long a thread has waited, until it has not waited in between
 FREE_S = 0.00015  # that asking for a free interpreter takes; one that is held gives way after 5 ms
 ALONE_SHARE = 0.67  # above this, no number of threads does the work of 1.5
 HELD_SHARE = 0.35  # above this, two threads do the work of less than 1.5; more of them get in each other's way sooner,
@@ -453,15 +455,25 @@ def _watch(call: Callable[[], Any], watched: bool) -> tuple[Any, float, float]:
     watcher = threading.Thread(target=sample, name="headrace-probe", daemon=True)
     if watched:
         watcher.start()
-    started = time.perf_counter() - _queued_s()
+    started = _running_s()
     try:
         answer = call()
     finally:
-        wall_s = time.perf_counter() - _queued_s() - started
+        wall_s = max(_running_s() - started, LEAST_S)
         done.set()
         if watched:
             watcher.join()
     return answer, late_s / watched_s if watched_s else 0.0, wall_s
+
+
+def _running_s() -> float:
+    """A clock that stands still while this thread waits for a core: of two readings between which it did not wait."""
+    now_s, queued_s = time.perf_counter(), _queued_s()
+    for _ in range(READINGS):
+        before_s, now_s, queued_s = queued_s, time.perf_counter(), _queued_s()
+        if queued_s == before_s:
+            break
+    return now_s - queued_s
 
 
 def _queued_s() -> float:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from headrace.core.errors import PlanError
 from headrace.core.options import Engine, OnError, RunOptions
 from headrace.core.resources import Machine
 from headrace.plan.nodes import Predict, Write
+from headrace.runtime import engine
 from headrace.runtime.engine import Probe, Work, _watch, _work
 
 
@@ -268,6 +271,23 @@ def test_a_lock_that_is_held_for_less_than_a_millisecond_at_a_time_is_held() -> 
     _, idle, _ = _watch(lambda: time.sleep(0.02), watched=True)
     assert busy > 2 * idle
     assert busy > 0.1
+
+
+def test_a_sample_takes_time_whatever_the_clocks_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Waiting for a core between reading one clock and the other made samples of no, or of negative time."""
+    waited_s = itertools.count(0, 0.02)
+    monkeypatch.setattr(engine, "_queued_s", lambda: next(waited_s))
+    _, _, wall_s = _watch(lambda: None, watched=False)
+    assert wall_s > 0
+
+
+def test_a_wait_between_two_clocks_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = iter([0.0, 0.0, 5.0, 5.0, 5.0])  # at the end, between the two
+    times = iter([1.0, 1.0, 2.0, 7.0, 7.0])
+    monkeypatch.setattr(engine, "_queued_s", lambda: next(waits))
+    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    assert engine._running_s() == 1.0
+    assert engine._running_s() == 2.0
 
 
 @pytest.mark.parametrize(
