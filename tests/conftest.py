@@ -85,9 +85,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist looks at groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of the feature suite only tests marked `on_ray` run on Ray, unless --ray is given. Where tests run in several processes,
-    all that need the cluster run in one.
+    all that need the cluster run in one, and so do those of an adapter, whose library takes seconds to import.
     """
     for item in items:
+        if item.path.parent.name == "models" and item.path.parent.parent.name == "integration":
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         params = getattr(item, "callspec", None)
         if "ray_cluster" in getattr(item, "fixturenames", ()) or (params is not None and params.params.get("engine") == "ray"):
             item.add_marker(pytest.mark.xdist_group("ray"))

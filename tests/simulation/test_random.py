@@ -15,7 +15,7 @@ from headrace.core.errors import BlockLost, TransientError, UserCodeError, Worke
 from headrace.scheduler.machine import FRACTION_ROWS, MOST_UNSTARTED
 from headrace.substrates.simulated import HANG_S, SimulatedProgram, source_rows
 
-CHUNKS = 14
+CHUNKS = 9
 SEEDS = 110  # per chunk
 FAULTS = 20  # seeds per chunk that are run again with a fault
 BULK = 15  # seeds per chunk, of fewer chunks

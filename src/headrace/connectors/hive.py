@@ -34,7 +34,7 @@ def fields(names: Iterable[str]) -> list[pa.Field]:
 
 def equal_to(values: Mapping[str, pa.Scalar]) -> Any:
     """The expression that is true of all rows under such folders."""
-    import pyarrow.dataset as ds
+    from headrace.core.arrow_dataset import ds
 
     said = ds.scalar(True)
     for name, value in values.items():

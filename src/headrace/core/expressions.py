@@ -61,7 +61,7 @@ def _named(expression: Any, names: Iterable[str]) -> list[str]:
 
 def _fits(expression: Any, fields: list[pa.Field]) -> bool:
     """Can it be bound to these columns? Nothing is computed."""
-    import pyarrow.dataset as ds
+    from headrace.core.arrow_dataset import ds
 
     try:
         ds.Scanner.from_batches([], schema=pa.schema(fields), filter=expression, columns=[])

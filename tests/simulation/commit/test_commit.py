@@ -6,7 +6,7 @@ import pytest
 from tests.simulation.commit.bugs import BUGS, plant
 from tests.simulation.commit.world import run_seed
 
-SHARDS = 10
+SHARDS = 6
 SEEDS = 800  # of each
 ENOUGH = 600  # seeds within which a planted bug shows; all of them pass without it, being among those above
 

@@ -281,6 +281,20 @@ def test_a_module_that_can_not_be_imported_is_left_to_who_needs_it(programs: Pat
     server.close()
 
 
+@pytest.mark.parametrize(("first", "there"), [("pyarrow.dataset", False), ("headrace.core.arrow_dataset", True)])
+def test_pandas_is_there_for_plans_with_expressions_and_not_because_a_program_has_it(first: str, there: bool) -> None:
+    code = f"""
+        import sys
+        import {first}
+        import pandas
+        from headrace.substrates.processes.forks import imported
+        modules = imported()
+        print(not modules, "headrace.core.arrow_dataset" in modules, any("_dataset" in m for m in modules if m.startswith("pyarrow")))
+    """
+    told = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert told.stdout.split() == ["False", str(there), "False"]
+
+
 def test_workers_outlive_the_server_and_are_replaced_without_it() -> None:
     with running(lambda: ProcessesSubstrate(body_factory=ScriptedBody), 2) as s:
         (parent,) = parents(s)

@@ -679,7 +679,7 @@ def _may_match(reader: Reader, file: Any, predicate: Any, said: Mapping[str, pa.
     """Row groups that statistics don't rule out. When they can't be used (types differ between files) all of them. said: values
     that columns have in all rows, which the file lacks.
     """
-    import pyarrow.dataset as ds
+    from headrace.core.arrow_dataset import ds
 
     every = set(range(file.num_row_groups))
     if not said and len(every) < 2 and not any(_has_statistics(file, g) for g in every):

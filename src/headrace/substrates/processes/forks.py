@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import select
 import signal
 import socket
@@ -30,6 +31,7 @@ ALWAYS = (
     "headrace.worker.body",
 )
 # Read when Python or a library loads: a process that has loaded them can't change its mind.
+_PANDAS = re.compile(r"pyarrow\._?(dataset|acero|substrait)")
 _AT_LOAD = ("ARROW_", "GLIBC_TUNABLES", "JE_", "LD_", "MALLOC_", "MIMALLOC_", "PYTHON")
 
 
@@ -205,6 +207,8 @@ def pidfd_of(process: Process) -> int:
 
 
 def imported() -> list[str]:
-    """Modules of headrace, and of Arrow, that this process has imported and its workers are going to."""
+    """Modules of headrace, and of Arrow, that this process has imported and its workers are going to. Arrow's parts that import
+    pandas come with a module of ours that needs them, or not at all: programs have them for reasons of their own.
+    """
     ours = tuple(f"headrace.{layer}." for layer in LAYERS)
-    return sorted(name for name in sys.modules if name.startswith((*ours, "pyarrow.")))
+    return sorted(name for name in sys.modules if name.startswith((*ours, "pyarrow.")) and not _PANDAS.match(name))
