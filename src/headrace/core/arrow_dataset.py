@@ -1,9 +1,13 @@
-"""pyarrow.dataset, for who evaluates or narrows by expressions. It imports pandas where that is installed, a quarter of a second:
-worker processes begin with it if this module has been imported, and not because their driver's program has it for itself.
+"""pyarrow.dataset, for who evaluates or narrows by expressions.
+
+It imports pandas where that is installed, a quarter of a second: worker processes begin with it if this module has been
+imported, and not because their driver's program has it for itself.
 """
 
 from __future__ import annotations
 
-import pyarrow.dataset as ds
+from typing import Any
 
-__all__ = ["ds"]
+import pyarrow.dataset  # pyright: ignore[reportMissingTypeStubs]
+
+ds: Any = pyarrow.dataset
