@@ -34,6 +34,11 @@ BLOCKS_PER_SPLIT = 16
 # A split that packs this many inputs is one of many like it: workers take a split each, and blocks need not be that small.
 MANY_INPUTS = 16
 LEAST_ROWS_OF_MANY = 1024
+# An input that is a split: small ones need not be shared, and there is less need after many others. A block costs a quarter of
+# a millisecond; but a row of few bytes may name an image or a page, and take long.
+LEAST_ROWS_OF_INPUT = 128
+LEAST_BYTES_AFTER_MANY = 256 << 10
+BLOCKS_AFTER_MANY = 4
 # A column costs some 10 us a block, however few its rows: those of wide tables are not cut as small. 80,000 rows of 800 columns
 # took 2.9 s in blocks of 625 rows, and 1.8 in those of 2,048.
 WIDE_COLUMNS = 64
@@ -41,12 +46,23 @@ LEAST_ROWS_A_COLUMN = 4  # of those beyond
 LEAST_ROWS_OF_WIDE = 2048
 
 
-def shareable(limits: BlockLimits, rows: int, columns: int) -> BlockLimits:
-    """The limits for a split of about `rows` rows."""
-    of_many = LEAST_ROWS_OF_MANY if limits.inputs >= MANY_INPUTS else 1
-    least = max(limits.least_rows, of_many, min(LEAST_ROWS_A_COLUMN * (columns - WIDE_COLUMNS), LEAST_ROWS_OF_WIDE))
-    most = max(least, rows // BLOCKS_PER_SPLIT)
+def shareable(limits: BlockLimits, rows: int, columns: int, row_bytes: float = 0.0) -> BlockLimits:
+    """The limits for a split of about `rows` rows. row_bytes: roughly; 0 if unknown."""
+    of_wide = min(LEAST_ROWS_A_COLUMN * (columns - WIDE_COLUMNS), LEAST_ROWS_OF_WIDE)
+    most = max(limits.least_rows, _least_rows(limits, rows, row_bytes), of_wide, rows // BLOCKS_PER_SPLIT)
     return limits if most >= limits.max_rows else replace(limits, max_rows=most)
+
+
+def _least_rows(limits: BlockLimits, rows: int = 0, row_bytes: float = 0.0) -> int:
+    """Of a block, by how many inputs there are."""
+    if limits.inputs >= MANY_INPUTS:
+        return LEAST_ROWS_OF_MANY
+    if not limits.per_input:
+        return 1
+    if limits.index < MANY_INPUTS or not row_bytes:
+        return LEAST_ROWS_OF_INPUT
+    least = max(LEAST_ROWS_OF_INPUT, int(LEAST_BYTES_AFTER_MANY / row_bytes))
+    return min(least, max(LEAST_ROWS_OF_MANY, rows // BLOCKS_AFTER_MANY))
 
 
 def rows_per_block(row_bytes: float, limits: BlockLimits) -> int:
@@ -129,7 +145,7 @@ def no_columns(rows: int) -> pa.RecordBatch:
 
 def measured(batch: pa.RecordBatch, origin: Origin, limits: BlockLimits) -> Piece:
     """A piece whose row size is its own Arrow size; a block of its own when its split is to be shared."""
-    most = 1 << 62 if limits.inputs >= MANY_INPUTS else max(limits.least_rows, batch.num_rows)
+    most = 1 << 62 if limits.inputs >= MANY_INPUTS else max(limits.least_rows, _least_rows(limits), batch.num_rows)
     return Piece(batch, origin, batch.nbytes / max(1, batch.num_rows), most)
 
 

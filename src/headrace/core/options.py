@@ -63,12 +63,15 @@ class BlockLimits(Struct, frozen=True):
     """How a reader cuts blocks: at most target_bytes and max_rows, smaller where a split would make only a few.
 
     rows_multiple: cut at multiples of this many rows from the split's start, so that batches never straddle a block
-    (1: anywhere). least_rows: no block is made smaller than this for the sake of sharing a split. inputs: how many inputs the
-    split packs (set per split). Cuts depend on the input and these numbers alone.
+    (1: anywhere). least_rows: no block is made smaller than this for the sake of sharing a split. per_input: a split is an
+    input. inputs, index: how many inputs the split packs, and its number (set per split). Cuts depend on the input and these
+    numbers alone.
     """
 
     target_bytes: int = 16 << 20
     max_rows: int = 65_536
     rows_multiple: int = 1
     least_rows: int = 1
+    per_input: bool = False
     inputs: int = 1
+    index: int = 0

@@ -28,7 +28,6 @@ from headrace.plan.columns import ALL, Columns, needs
 from headrace.plan.nodes import Apply, Evaluate, FilterExpr, Limit, MapBatches, MapRows, Op, Plan, Predict, Project, Reshape
 
 ALIGN_MAX_ROWS = 16_384  # beyond this, aligned blocks would be too big: batches are cut in sequence instead
-PER_INPUT_LEAST_ROWS = 128  # a split per input: there are many, so small ones need not be shared
 MODEL_ROWS = 256  # rows worth gathering for a model whose batch size is "auto"
 
 
@@ -85,7 +84,7 @@ def make_physical(
     stages = tuple(_with_transient(s, cuts, stages, routes, wanted, networked) for s in stages)
     made = tuple(Route(name, tuple(cuts.index(c) for c in route)) for name, route in routes.items())
     per_input = plan.write is not None and plan.write.sink.per_input
-    limits = BlockLimits(rows_multiple=multiple, least_rows=PER_INPUT_LEAST_ROWS if per_input else 1)
+    limits = BlockLimits(rows_multiple=multiple, per_input=per_input)
     return PhysicalPlan(plan, stages, made, limits)
 
 

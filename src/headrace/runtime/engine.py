@@ -50,10 +50,10 @@ ALONE_SHARE = 0.67  # above this, no number of threads does the work of 1.5
 HELD_SHARE = 0.35  # above this, two threads do the work of less than 1.5; more of them get in each other's way sooner,
 LEAST_HELD_SHARE = 0.1  # though ten threads that hold it so long are still worth sharing what they have loaded
 WORTH_S = 0.6  # starting processes costs about 0.25 s: worth it when half of this much locked time is saved
-# What reading and writing takes, measured on files of 100 and of 5,000 rows; of long splits only the first two hold the lock.
+# What reading and writing takes, measured on files of 100 to 20,000 rows; of long splits only the first two hold the lock.
 FRAGMENT_S = 0.0003
 SPLIT_S = 0.0005
-BYTE_S = 1.2e-8
+BYTE_S = 1.8e-8
 SHORT_SPLIT_S = 0.008  # each of a split's hundreds of short calls hands the lock over: here two threads do no more than one
 TINY_BYTES = 64 << 10  # inputs smaller than this are read and written faster than Python turns to the next
 LOOK_AHEAD = 4096  # inputs listed to see how much there is; with more, processes have paid for themselves
@@ -153,8 +153,8 @@ def choose_engine(program: Program, cores: int, *, after_crash: bool | None = No
 def _by_work(program: Program, ops: int, named: Sequence[str], cores: int) -> Choice:
     """named: functions among the first `ops` operators, which run on the CPUs."""
     work = _work(program)
-    tiny = work.overhead_s >= WORTH_S and work.bytes < TINY_BYTES * work.fragments
-    if tiny and sys.platform == "linux" and cores > 1 and _ships(program):
+    tiny = work.fragments > 1 and work.bytes < TINY_BYTES * work.fragments
+    if tiny and work.overhead_s >= WORTH_S and sys.platform == "linux" and cores > 1 and _ships(program):
         return Choice("processes", f"{work.fragments} tiny inputs: reading and writing them holds the interpreter lock")
     probe = _probe(program, ops, work) if named else None
     why, waits, functions_s, held = "no function of yours runs on the CPUs", False, 0.0, 0.0
@@ -167,11 +167,12 @@ def _by_work(program: Program, ops: int, named: Sequence[str], cores: int) -> Ch
     elif named:
         why = f"{', '.join(named)} could not be tried: there is no row to try, or the first ones fail"
     told = probe is not None or not named
-    short = told and work.io_s + functions_s <= SHORT_SPLIT_S * work.splits
+    many, what = (work.fragments, "tiny inputs") if tiny else (work.splits, "small splits")
+    short = told and work.io_s + functions_s <= SHORT_SPLIT_S * many
     io_s = work.io_s if short else work.overhead_s
     locked_s, total_s = io_s + held * functions_s, io_s + functions_s
     if short and locked_s >= HELD_SHARE * total_s:
-        why = f"{work.splits:,} small splits: threads would read and write them in turn"
+        why = f"{many:,} {what}: threads would read and write them in turn"
         known = work.all and not work.remote
         alone = locked_s < WORTH_S and locked_s >= ALONE_SHARE * total_s
         if alone and known and not waits and ops == len(program.ops):

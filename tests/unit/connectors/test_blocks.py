@@ -85,6 +85,23 @@ def test_a_split_is_cut_to_be_shared_but_for_the_sake_of_many_columns() -> None:
     assert shareable(limits, 10**9, 5_000) == limits
 
 
+@pytest.mark.parametrize(
+    ("index", "rows", "row_bytes", "most"),
+    [
+        (3, 2000, 20.0, 128),  # among few inputs: to be shared
+        (30, 2000, 20.0, 1024),  # after many, of few bytes: in two
+        (30, 20_000, 20.0, 5000),  # in four
+        (30, 2000, 0.0, 128),  # nobody knows of how many
+        (30, 2000, 30_000.0, 128),  # of images
+        (30, 8000, 30_000.0, 500),
+        (30, 100, 20.0, 1024),
+    ],
+)
+def test_inputs_after_many_others_are_shared_less(index: int, rows: int, row_bytes: float, most: int) -> None:
+    limits = BlockLimits(per_input=True, index=index)
+    assert shareable(limits, rows, 3, row_bytes).max_rows == most
+
+
 def test_packing_by_size_and_cost() -> None:
     sizes = [1 << 20] * 100 + [40 << 20] + [1] * 40
     objects = [Stored(f"u{i}", size, "v", f"n{i}") for i, size in enumerate(sizes)]

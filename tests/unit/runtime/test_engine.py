@@ -136,6 +136,9 @@ SMALL_SPLITS = Work(400, 400, 4 * MB, 40_000, all=True, remote=False)
         (SMALL_SPLITS, 0.5, 0.9, "processes", 4),
         (replace(SMALL_SPLITS, bytes=40 * MB), 0.1, 0.0, "processes", 4),  # more to read and write than one worker is for
         (Work(4, 4, 80 * MB, 40_000, all=True, remote=False), 0.1, 0.1, "threads", 4),  # long splits
+        (Work(4, 1000, 3 * MB, 100_000, all=True, remote=False), 0.1, 0.1, "threads", 1),  # of tiny inputs
+        (Work(4, 1000, 3 * MB, 100_000, all=True, remote=False), 1.5, 0.1, "threads", 4),
+        (Work(4, 1000, 80 * MB, 100_000, all=True, remote=False), 0.1, 0.1, "threads", 4),  # that are not tiny
     ],
 )
 def test_small_splits_are_not_for_several_threads(

@@ -110,7 +110,7 @@ class FileSource(ABC):
 
     def open(self, split: Split, limits: BlockLimits, on_bad: OnBad | None = None) -> Iterator[tuple[pa.RecordBatch, Origin]]:
         self._full_schema()
-        limits = replace(limits, inputs=len(split.fragments))
+        limits = replace(limits, inputs=len(split.fragments), index=split.index)
         with closing(self._split_pieces(split, limits, on_bad)) as pieces:
             yield from rechunk(pieces, limits)
 

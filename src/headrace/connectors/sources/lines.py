@@ -101,7 +101,7 @@ def chunk_bytes(limits: BlockLimits, fragment: Fragment) -> int:
     would make only a few blocks.
     """
     stop = fragment.size_bytes if fragment.stop < 0 else fragment.stop
-    few = limits.inputs < MANY_INPUTS and limits.least_rows == 1
+    few = limits.inputs < MANY_INPUTS and limits.least_rows == 1 and not limits.per_input
     share = (stop - fragment.start) // BLOCKS_PER_SPLIT if few else limits.target_bytes
     return max(4 << 10 if few else 64 << 10, min(limits.target_bytes // 4, 8 << 20, share))
 

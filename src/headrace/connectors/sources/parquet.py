@@ -265,7 +265,9 @@ class ParquetSource(FileSource):
             self._remark_on(columns.there, fragment.uri)
             following = dict(pairwise(sorted(wanted)))
             starts = [0, *accumulate(file.metadata.row_group(g).num_rows for g in range(stop))]
-            limits = shareable(limits, (starts[stop] - starts[fragment.start]) * limits.inputs, len(columns.schema))
+            rows = starts[stop] - starts[fragment.start]
+            row_bytes = sum(file.metadata.row_group(g).total_byte_size for g in range(fragment.start, stop)) / max(1, rows)
+            limits = shareable(limits, rows * limits.inputs, len(columns.schema), row_bytes)
             for run in _runs(reader, columns, sorted(wanted)):
                 together = self._together(reader, columns, run, starts[run[0]], schema, limits) if len(run) > 1 else None
                 if together is not None:
