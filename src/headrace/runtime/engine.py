@@ -37,6 +37,7 @@ PROBE_S = 0.03  # enough for about 40 samples of the interpreter lock, too short
 PROBE_AIM_S = 0.04  # what the next sample may take if it takes as long for each row as the one before
 PROBE_SMALL_AIM_S = 0.12  # the same where there is little input: it tells sooner that there is little to do
 PROBE_GROWTH = 64  # the next sample has so many times the rows at most
+FIXED, FIXED_GROWTH = 1.5, 8  # twice the rows took not even so many times as long: a call costs more than its rows
 PROBE_TIMES = 32  # that a whole block is run at most
 PROBE_FAILURES = 4  # samples with bad rows, until it is given up
 # A generator may make any number of rows of one: no more of them are made than so many bytes, or in so much time.
@@ -303,6 +304,7 @@ def _grown(trial: _Trial, block: Any, work: Work) -> Probe | None:
     aim_s = PROBE_SMALL_AIM_S if work.small else PROBE_AIM_S
     best: Probe | None = None
     failures = start = 0
+    before: Probe | None = None
     rows, watched, first_s = 1, False, 0.0  # the first run imports libraries and constructs models: it is not counted
     while failures < PROBE_FAILURES and start < block.num_rows:
         rows = min(rows, block.num_rows - start)
@@ -320,13 +322,16 @@ def _grown(trial: _Trial, block: Any, work: Work) -> Probe | None:
                 watched = True
                 continue
         else:
-            found = best = replace(found, first_s=first_s)
+            before, found = best, replace(found, first_s=first_s)
+            best = found
             if not found.whole or found.wall_s >= PROBE_S or (work.small and work.is_quick(found)):
                 return found
             if rows == block.num_rows - start:  # again and again: the lock is held for milliseconds at a time
                 again = trial.run(block.slice(start), times=min(PROBE_TIMES, int(PROBE_S / found.wall_s) + 1))
                 return best if again is None else replace(again, first_s=first_s)
         growth = min(max(1 + watched, int(aim_s / max(found.wall_s, 1e-6))), PROBE_GROWTH)
+        if before is not None and found.rows >= 2 * before.rows and found.wall_s < FIXED * before.wall_s:
+            growth = max(growth, FIXED_GROWTH)
         rows, watched = rows * growth, True
     return best
 
