@@ -260,6 +260,11 @@ class Work(Struct, frozen=True):
         """What the functions take for all of it, by a sample."""
         return probe.wall_s * max(self.bytes / max(1, probe.bytes), self.rows / max(1, probe.rows))
 
+    def settled(self, probe: Probe) -> bool:
+        """Is the choice the same whatever share of the time the functions hold the lock?"""
+        functions_s = self.functions_s(probe)
+        return self.known and functions_s <= (1 / ALONE_SHARE - 1) * self.io_s and functions_s + self.io_s < WORTH_S
+
     def is_quick(self, probe: Probe) -> bool:
         return self.overhead_s + self.functions_s(probe) <= SMALL_S
 
@@ -324,7 +329,7 @@ def _grown(trial: _Trial, block: Any, work: Work) -> Probe | None:
         else:
             before, found = best, replace(found, first_s=first_s)
             best = found
-            if not found.whole or found.wall_s >= PROBE_S or (work.small and work.is_quick(found)):
+            if not found.whole or found.wall_s >= PROBE_S or (work.small and work.is_quick(found)) or work.settled(found):
                 return found
             if rows == block.num_rows - start:  # again and again: the lock is held for milliseconds at a time
                 again = trial.run(block.slice(start), times=min(PROBE_TIMES, int(PROBE_S / found.wall_s) + 1))
