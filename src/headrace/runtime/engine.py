@@ -261,9 +261,12 @@ class Work(Struct, frozen=True):
         return probe.wall_s * max(self.bytes / max(1, probe.bytes), self.rows / max(1, probe.rows))
 
     def settled(self, probe: Probe) -> bool:
-        """Is the choice the same whatever share of the time the functions hold the lock?"""
+        """Is the choice the same whatever share of the time the functions hold the lock? Whether models wait takes longer to
+        tell.
+        """
         functions_s = self.functions_s(probe)
-        return self.known and functions_s <= (1 / ALONE_SHARE - 1) * self.io_s and functions_s + self.io_s < WORTH_S
+        little = functions_s <= (1 / ALONE_SHARE - 1) * self.io_s and functions_s + self.io_s < WORTH_S
+        return self.known and little and not probe.models_wait
 
     def is_quick(self, probe: Probe) -> bool:
         return self.overhead_s + self.functions_s(probe) <= SMALL_S

@@ -153,6 +153,21 @@ def test_small_splits_are_not_for_several_threads(
 
 
 @pytest.mark.parametrize(
+    ("work", "wall_s", "cpu_s", "settled"),
+    [
+        (SMALL_SPLITS, 0.1, 0.1, True),
+        (SMALL_SPLITS, 0.3, 0.3, False),  # one worker or several, as the lock is held
+        (SMALL_SPLITS, 0.1, 0.03, False),  # the model seems to wait: a longer sample will tell
+        (replace(SMALL_SPLITS, bytes=40 * MB), 0.1, 0.1, False),  # threads or processes
+        (replace(SMALL_SPLITS, all=False), 0.1, 0.1, False),  # nobody knows how many follow
+    ],
+)
+def test_a_sample_that_would_change_nothing_is_enough(work: Work, wall_s: float, cpu_s: float, settled: bool) -> None:
+    tried = Probe(0.5, work.rows, wall_s, work.bytes, cpu_s, models_s=0.9 * wall_s)
+    assert work.settled(tried) is settled
+
+
+@pytest.mark.parametrize(
     ("known", "small"),
     [
         (Work(1, 1, 1000, 10, all=True, remote=True), True),
