@@ -34,11 +34,11 @@ BLOCKS_PER_SPLIT = 16
 # A split that packs this many inputs is one of many like it: workers take a split each, and blocks need not be that small.
 MANY_INPUTS = 16
 LEAST_ROWS_OF_MANY = 1024
-# An input that is a split: small ones need not be shared, and there is less need after many others. A block costs a quarter of
-# a millisecond; but a row of few bytes may name an image or a page, and take long.
+# An input that is a split: small ones need not be shared, and there is ever less need after many others. A block costs a
+# quarter of a millisecond; but a row of few bytes may name an image or a page, and take long.
 LEAST_ROWS_OF_INPUT = 128
 LEAST_BYTES_AFTER_MANY = 256 << 10
-BLOCKS_AFTER_MANY = 4
+LEAST_BLOCKS_AFTER_MANY = 4
 # A column costs some 10 us a block, however few its rows: those of wide tables are not cut as small. 80,000 rows of 800 columns
 # took 2.9 s in blocks of 625 rows, and 1.8 in those of 2,048.
 WIDE_COLUMNS = 64
@@ -61,8 +61,11 @@ def _least_rows(limits: BlockLimits, rows: int = 0, row_bytes: float = 0.0) -> i
         return 1
     if limits.index < MANY_INPUTS or not row_bytes:
         return LEAST_ROWS_OF_INPUT
-    least = max(LEAST_ROWS_OF_INPUT, int(LEAST_BYTES_AFTER_MANY / row_bytes))
-    return min(least, max(LEAST_ROWS_OF_MANY, rows // BLOCKS_AFTER_MANY))
+    step = 1 + limits.index // MANY_INPUTS
+    most = max(
+        min(LEAST_ROWS_OF_INPUT * step, LEAST_ROWS_OF_MANY), rows // max(BLOCKS_PER_SPLIT // step, LEAST_BLOCKS_AFTER_MANY)
+    )
+    return min(max(LEAST_ROWS_OF_INPUT, int(LEAST_BYTES_AFTER_MANY / row_bytes)), most)
 
 
 def rows_per_block(row_bytes: float, limits: BlockLimits) -> int:

@@ -23,10 +23,11 @@ from headrace.contracts.sink import Sink
 from headrace.contracts.source import Source
 from headrace.core.errors import DataError, PlanError
 from headrace.core.options import Engine
+from headrace.core.refs import Origin
 from headrace.core.resources import CPU_POOL, WorkerSpec
 from headrace.core.splits import Split
 from headrace.core.stages import End, Order, Stage
-from headrace.plan.nodes import AUTO_BATCH_ROWS, FilterRows, FlatMap, MapBatches, MapRows, Predict
+from headrace.plan.nodes import AUTO_BATCH_ROWS, Apply, FilterRows, FlatMap, MapBatches, MapRows, Predict
 from headrace.runtime.trial_mark import died_of, key_of, mark
 from headrace.worker.program import Program
 from headrace.worker.readahead import Ahead, Begun, begin_reading
@@ -69,8 +70,8 @@ WAITS_LEAST = 0.1  # of the sample's time: less is not worth workers of its own
 
 
 class Probe(Struct, frozen=True):
-    """held: share of the time in which the interpreter lock was held. rows, wall_s, bytes: of the sample that was run; without
-    the time in which other programs had its core, as far as the system tells.
+    """held: share of the time in which the interpreter lock was held. rows, wall_s, bytes (as stored, where that is less): of
+    the sample that was run; without the time in which other programs had its core, as far as the system tells.
 
     cpu_s: CPU time of its thread. models_s: time inside models. first_s: of the first row, with what it
     imports and loads. whole: the sample was run to its end.
@@ -157,6 +158,8 @@ def _by_work(program: Program, ops: int, named: Sequence[str], cores: int) -> Ch
     tiny = work.fragments > 1 and work.bytes < TINY_BYTES * work.fragments
     if tiny and work.overhead_s >= WORTH_S and sys.platform == "linux" and cores > 1 and _ships(program):
         return Choice("processes", f"{work.fragments} tiny inputs: reading and writing them holds the interpreter lock")
+    # Steps of ours that compute are not tried: images may take as long as a function, outside of the lock.
+    plain = not any(isinstance(op, Apply) for op in program.ops[:ops])
     probe = _probe(program, ops, work) if named else None
     why, waits, functions_s, held = "no function of yours runs on the CPUs", False, 0.0, 0.0
     if work.small and (not named or (probe is not None and work.is_quick(probe))):
@@ -164,19 +167,20 @@ def _by_work(program: Program, ops: int, named: Sequence[str], cores: int) -> Ch
     if probe is not None:
         functions_s, held = work.functions_s(probe), probe.held
         why = f"{', '.join(named)} held the interpreter lock {probe.held:.0%} of {probe.wall_s * 1e3:.0f} ms"
+        if work.decided(probe):
+            why = f"{', '.join(named)} takes little beside reading and writing"
         waits = probe.models_wait
     elif named:
         why = f"{', '.join(named)} could not be tried: there is no row to try, or the first ones fail"
     told = probe is not None or not named
     many, what = (work.fragments, "tiny inputs") if tiny else (work.splits, "small splits")
-    short = told and work.io_s + functions_s <= SHORT_SPLIT_S * many
+    short = told and plain and work.io_s + functions_s <= SHORT_SPLIT_S * many
     io_s = work.io_s if short else work.overhead_s
     locked_s, total_s = io_s + held * functions_s, io_s + functions_s
     if short and locked_s >= HELD_SHARE * total_s:
         why = f"{many:,} {what}: threads would read and write them in turn"
-        known = work.all and not work.remote
         alone = locked_s < WORTH_S and locked_s >= ALONE_SHARE * total_s
-        if alone and known and not waits and ops == len(program.ops):
+        if alone and work.known and not work.remote and not waits and ops == len(program.ops):
             return Choice("threads", f"{why}, one worker is enough", small=True)
     if (
         probe is not None
@@ -260,7 +264,7 @@ class Work(Struct, frozen=True):
         """What the functions take for all of it, by a sample."""
         return probe.wall_s * max(self.bytes / max(1, probe.bytes), self.rows / max(1, probe.rows))
 
-    def settled(self, probe: Probe) -> bool:
+    def decided(self, probe: Probe) -> bool:
         """Is the choice the same whatever share of the time the functions hold the lock? Whether models wait takes longer to
         tell.
         """
@@ -295,10 +299,10 @@ def _cpu_ops(program: Program) -> int:
 
 def _probe(program: Program, ops: int, work: Work) -> Probe | None:
     """What a sample told. None when there is no input, or the functions raise for all that is tried: the run will say."""
-    split, block = _first_block(program)
+    split, block, origin = _first_block(program)
     if split is None or block is None:
         return None
-    trial = _Trial(program, ops, split)
+    trial = _Trial(program, ops, split, _stored_share(split, block, origin))
     try:
         return _grown(trial, block, work)
     finally:
@@ -332,9 +336,12 @@ def _grown(trial: _Trial, block: Any, work: Work) -> Probe | None:
         else:
             before, found = best, replace(found, first_s=first_s)
             best = found
-            if not found.whole or found.wall_s >= PROBE_S or (work.small and work.is_quick(found)) or work.settled(found):
+            if not found.whole or found.wall_s >= PROBE_S or (work.small and work.is_quick(found)):
                 return found
-            if rows == block.num_rows - start:  # again and again: the lock is held for milliseconds at a time
+            if rows == block.num_rows - start:
+                if work.decided(found):
+                    return found
+                # Again and again: the lock is held for milliseconds at a time.
                 again = trial.run(block.slice(start), times=min(PROBE_TIMES, int(PROBE_S / found.wall_s) + 1))
                 return best if again is None else replace(again, first_s=first_s)
         growth = min(max(1 + watched, int(aim_s / max(found.wall_s, 1e-6))), PROBE_GROWTH)
@@ -344,39 +351,48 @@ def _grown(trial: _Trial, block: Any, work: Work) -> Probe | None:
     return best
 
 
-def _first_block(program: Program) -> tuple[Split | None, Any]:
+def _stored_share(split: Split, block: Any, origin: Origin) -> float:
+    """What the inputs that these rows came from are stored in, of what they take in Arrow; 1.0 where it is more, or unknown."""
+    if len(split.fragments) < 2:
+        return 1.0
+    there = {segment.uri for segment in origin.segments}
+    stored = sum(fragment.size_bytes for fragment in split.fragments if fragment.uri in there)
+    return min(1.0, stored / max(1, block.nbytes)) if stored else 1.0
+
+
+def _first_block(program: Program) -> tuple[Split | None, Any, Any]:
     """Of what can be read; where that is nothing, the run will say. What came of a remote split is left to its workers."""
     for split in program.source.splits(per_input=False):
         if program.source.remote:
             return _first_remote_block(program, split)
         blocks = program.source.open(split, program.limits, lambda bad: None)
         try:
-            for block, _ in blocks:
+            for block, origin in blocks:
                 if block.num_rows:
-                    return split, block
+                    return split, block, origin
         finally:
             close = getattr(blocks, "close", None)
             if close is not None:
                 close()
-        return None, None
-    return None, None
+        return None, None, None
+    return None, None, None
 
 
-def _first_remote_block(program: Program, split: Split) -> tuple[Split | None, Any]:
+def _first_remote_block(program: Program, split: Split) -> tuple[Split | None, Any, Any]:
     def read(split: Split) -> Begun:
         return begin_reading(program.source, split, program.limits, fails=program.on_error == "fail")
 
     try:
         found = program.ahead.first(split, program.limits, read)
     except DataError:
-        return None, None
-    return (None, None) if found is None else (split, found[0])
+        return None, None, None
+    return (None, None, None) if found is None else (split, *found[:2])
 
 
 class _Trial:
-    """The CPU operators in a worker body of their own, run over one sample after the other."""
+    """The CPU operators in a worker body of their own, run over one sample after the other. stored: see _stored_share."""
 
-    def __init__(self, program: Program, ops: int, split: Split) -> None:
+    def __init__(self, program: Program, ops: int, split: Split, stored: float = 1.0) -> None:
         from headrace.substrates.inline import LocalStore
         from headrace.worker.body import WorkerBody
 
@@ -398,6 +414,7 @@ class _Trial:
         self._body = WorkerBody(trial, WorkerSpec(0, CPU_POOL, "cpu"), LocalStore(0, itertools.count().__next__))
         self._tried.begin(self._body.close)
         self._split = split
+        self._stored = stored
         self._models = [i for i, op in enumerate(program.ops[:ops]) if isinstance(op, Predict)]
         self._runs = 0
 
@@ -423,8 +440,10 @@ class _Trial:
             self._tried.call(self._drop)
             made = sum(block.rows for answer in done for block in answer.outputs)
             if made > sample.num_rows * times:  # of how many of the rows is not known: one at least was begun
-                return Probe(held, 1, wall_s, max(1, sample.nbytes // sample.num_rows), cpu_s, models_s, whole=False)
-        return Probe(held, sample.num_rows * times, wall_s, sample.nbytes * times, cpu_s, models_s, whole=whole)
+                nbytes = max(1, int(self._stored * sample.nbytes / sample.num_rows))
+                return Probe(held, 1, wall_s, nbytes, cpu_s, models_s, whole=False)
+        nbytes = int(self._stored * sample.nbytes * times)
+        return Probe(held, sample.num_rows * times, wall_s, nbytes, cpu_s, models_s, whole=whole)
 
     def _drop(self) -> None:
         for cursor in range(1, self._runs + 1):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from headrace.connectors.blocks import BLOCKS_PER_SPLIT, LEAST_ROWS_OF_WIDE, Piece, rechunk, rows_per_block, shareable, sized
 from headrace.connectors.packing import even_ranges, pack, whole
+from headrace.connectors.sources.parquet import ParquetSource
 from headrace.connectors.storage import Stored
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin, Segment
@@ -89,12 +92,13 @@ def test_a_split_is_cut_to_be_shared_but_for_the_sake_of_many_columns() -> None:
     ("index", "rows", "row_bytes", "most"),
     [
         (3, 2000, 20.0, 128),  # among few inputs: to be shared
-        (30, 2000, 20.0, 1024),  # after many, of few bytes: in two
-        (30, 20_000, 20.0, 5000),  # in four
-        (30, 2000, 0.0, 128),  # nobody knows of how many
-        (30, 2000, 30_000.0, 128),  # of images
-        (30, 8000, 30_000.0, 500),
-        (30, 100, 20.0, 1024),
+        (30, 2000, 20.0, 256),  # after some others, of few bytes
+        (200, 2000, 20.0, 1024),  # after many: in two
+        (30, 20_000, 20.0, 2500),  # in eight
+        (200, 20_000, 20.0, 5000),  # in four
+        (200, 2000, 0.0, 128),  # nobody knows of how many bytes
+        (200, 2000, 30_000.0, 128),  # of images
+        (200, 8000, 30_000.0, 500),
     ],
 )
 def test_inputs_after_many_others_are_shared_less(index: int, rows: int, row_bytes: float, most: int) -> None:
@@ -115,3 +119,17 @@ def test_even_ranges_cover_everything() -> None:
     assert even_ranges(10, 100) == [(0, -1)]
     ranges = even_ranges(1000, 300)
     assert ranges == [(0, 250), (250, 500), (500, 750), (750, -1)]
+
+
+def test_a_source_cuts_its_inputs_by_how_many_came_before(tmp_path: Path) -> None:
+    for i in range(130):
+        pq.write_table(pa.table({"id": np.arange(2000)}), tmp_path / f"{i:03d}.parquet")
+    source = ParquetSource(tmp_path)
+    splits = list(source.splits(per_input=True))
+
+    def cut(index: int, limits: BlockLimits) -> list[int]:
+        return [batch.num_rows for batch, _ in source.open(splits[index], limits)]
+
+    assert cut(0, BlockLimits(per_input=True)) == [128] * 15 + [80]
+    assert cut(129, BlockLimits(per_input=True)) == [1024, 976]
+    assert cut(129, BlockLimits()) == [125] * 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import signal
 import threading
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from msgspec.structs import replace
+from PIL import Image
 
 import headrace as hr
 from headrace.api.planning import _PoolChoice, choose, lay_out, prepare
@@ -152,8 +154,52 @@ def test_small_splits_are_not_for_several_threads(
     assert (prepared.engine, len(prepared.workers)) == (engine, workers)
 
 
+FOUR_CORES = Machine(cores=4, memory_bytes=1 << 30, devices=())
+
+
+def workers(ds: hr.Dataset, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
+    monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: FOUR_CORES)
+    prepared = prepare(ds._plan, RunOptions())
+    prepared.program.tried.close()
+    return prepared.engine, len(prepared.workers)
+
+
+def spin_1ms(row: dict[str, Any]) -> dict[str, Any]:
+    end = time.perf_counter() + 0.001
+    while time.perf_counter() < end:
+        pass
+    return {"y": row["id"]}
+
+
+def test_first_rows_that_are_filtered_away_do_not_end_the_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.table({"id": np.arange(8000), "text": [f"{i:0>1000}" for i in range(8000)]})
+    pq.write_table(table, tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    ds = hr.read_parquet(tmp_path / "a.parquet").filter(lambda row: row["id"] >= 400).map(spin_1ms)
+    assert workers(ds, monkeypatch) == ("processes", 4)
+
+
+def test_tiny_images_are_decoded_by_all_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.new("L", (8, 8))
+    for i in range(200):
+        image.save(tmp_path / f"{i:03d}.png")
+    ds = hr.read_images(tmp_path).apply(hr.images.decode("bytes", resize=8, output="pixels"))
+    assert workers(ds, monkeypatch) == ("threads", 4)
+
+
+def test_tiny_compressed_inputs_are_as_much_work_as_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(200):
+        lines = "".join(f'{{"id": {i * 2000 + j}}}\n' for j in range(2000))
+        (tmp_path / f"{i:03d}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), 1))
+
+    def waits(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        time.sleep(len(batch["id"]) * 1e-5)
+        return batch
+
+    assert workers(hr.read_json(tmp_path).map_batches(waits), monkeypatch) == ("threads", 4)
+
+
 @pytest.mark.parametrize(
-    ("work", "wall_s", "cpu_s", "settled"),
+    ("work", "wall_s", "cpu_s", "decided"),
     [
         (SMALL_SPLITS, 0.1, 0.1, True),
         (SMALL_SPLITS, 0.3, 0.3, False),  # one worker or several, as the lock is held
@@ -162,9 +208,9 @@ def test_small_splits_are_not_for_several_threads(
         (replace(SMALL_SPLITS, all=False), 0.1, 0.1, False),  # nobody knows how many follow
     ],
 )
-def test_a_sample_that_would_change_nothing_is_enough(work: Work, wall_s: float, cpu_s: float, settled: bool) -> None:
+def test_a_sample_that_would_change_nothing_is_enough(work: Work, wall_s: float, cpu_s: float, decided: bool) -> None:
     tried = Probe(0.5, work.rows, wall_s, work.bytes, cpu_s, models_s=0.9 * wall_s)
-    assert work.settled(tried) is settled
+    assert work.decided(tried) is decided
 
 
 @pytest.mark.parametrize(

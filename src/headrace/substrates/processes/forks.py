@@ -30,8 +30,8 @@ ALWAYS = (
     "headrace.substrates.processes.store",
     "headrace.worker.body",
 )
+_PANDAS = re.compile(r"pyarrow\._?(dataset|acero|substrait)")  # parts of Arrow that import it
 # Read when Python or a library loads: a process that has loaded them can't change its mind.
-_PANDAS = re.compile(r"pyarrow\._?(dataset|acero|substrait)")
 _AT_LOAD = ("ARROW_", "GLIBC_TUNABLES", "JE_", "LD_", "MALLOC_", "MIMALLOC_", "PYTHON")
 
 
