@@ -188,7 +188,7 @@ def test_tiny_images_are_decoded_by_all_workers(tmp_path: Path, monkeypatch: pyt
 
 def test_tiny_compressed_inputs_are_as_much_work_as_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(200):
-        lines = "".join(f'{{"id": {i * 2000 + j}}}\n' for j in range(2000))
+        lines = "".join(f'{{"id": {i * 500 + j}, "text": "{"x" * 400}"}}\n' for j in range(500))
         (tmp_path / f"{i:03d}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), 1))
 
     def waits(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
