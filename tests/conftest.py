@@ -88,7 +88,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     all that need the cluster run in one, and so do those of an adapter, whose library takes seconds to import.
     """
     for item in items:
-        if item.path.parent.name == "models" and item.path.parent.parent.name == "integration":
+        if item.path.parent.match("integration/models"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
         params = getattr(item, "callspec", None)
         if "ray_cluster" in getattr(item, "fixturenames", ()) or (params is not None and params.params.get("engine") == "ray"):

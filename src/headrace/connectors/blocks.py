@@ -49,23 +49,23 @@ LEAST_ROWS_OF_WIDE = 2048
 def shareable(limits: BlockLimits, rows: int, columns: int, row_bytes: float = 0.0) -> BlockLimits:
     """The limits for a split of about `rows` rows. row_bytes: roughly; 0 if unknown."""
     of_wide = min(LEAST_ROWS_A_COLUMN * (columns - WIDE_COLUMNS), LEAST_ROWS_OF_WIDE)
-    most = max(limits.least_rows, _least_rows(limits, rows, row_bytes), of_wide, rows // BLOCKS_PER_SPLIT)
+    most = max(least_rows(limits, rows, row_bytes), of_wide, rows // BLOCKS_PER_SPLIT)
     return limits if most >= limits.max_rows else replace(limits, max_rows=most)
 
 
-def _least_rows(limits: BlockLimits, rows: int = 0, row_bytes: float = 0.0) -> int:
-    """Of a block, by how many inputs there are."""
+def least_rows(limits: BlockLimits, rows: int = 0, row_bytes: float = 0.0) -> int:
+    """Of a block, by the limits and how many inputs there are; 1 where a split is to be shared whatever its size."""
     if limits.inputs >= MANY_INPUTS:
-        return LEAST_ROWS_OF_MANY
+        return max(limits.least_rows, LEAST_ROWS_OF_MANY)
     if not limits.per_input:
-        return 1
-    if limits.index < MANY_INPUTS or not row_bytes:
-        return LEAST_ROWS_OF_INPUT
+        return limits.least_rows
+    least = max(limits.least_rows, LEAST_ROWS_OF_INPUT)
+    if not row_bytes:
+        return least
     step = 1 + limits.index // MANY_INPUTS
-    most = max(
-        min(LEAST_ROWS_OF_INPUT * step, LEAST_ROWS_OF_MANY), rows // max(BLOCKS_PER_SPLIT // step, LEAST_BLOCKS_AFTER_MANY)
-    )
-    return min(max(LEAST_ROWS_OF_INPUT, int(LEAST_BYTES_AFTER_MANY / row_bytes)), most)
+    of_blocks = rows // max(BLOCKS_PER_SPLIT // step, LEAST_BLOCKS_AFTER_MANY)
+    most = max(of_blocks, min(LEAST_ROWS_OF_INPUT * step, LEAST_ROWS_OF_MANY))
+    return max(least, min(int(LEAST_BYTES_AFTER_MANY / row_bytes), most))
 
 
 def rows_per_block(row_bytes: float, limits: BlockLimits) -> int:
@@ -148,7 +148,7 @@ def no_columns(rows: int) -> pa.RecordBatch:
 
 def measured(batch: pa.RecordBatch, origin: Origin, limits: BlockLimits) -> Piece:
     """A piece whose row size is its own Arrow size; a block of its own when its split is to be shared."""
-    most = 1 << 62 if limits.inputs >= MANY_INPUTS else max(limits.least_rows, _least_rows(limits), batch.num_rows)
+    most = 1 << 62 if limits.inputs >= MANY_INPUTS else max(least_rows(limits), batch.num_rows)
     return Piece(batch, origin, batch.nbytes / max(1, batch.num_rows), most)
 
 

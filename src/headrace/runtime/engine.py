@@ -173,22 +173,16 @@ def _by_work(program: Program, ops: int, named: Sequence[str], cores: int) -> Ch
     elif named:
         why = f"{', '.join(named)} could not be tried: there is no row to try, or the first ones fail"
     told = probe is not None or not named
+    alone = work.known and not waits and ops == len(program.ops)  # could one worker do all of it?
     many, what = (work.fragments, "tiny inputs") if tiny else (work.splits, "small splits")
     short = told and plain and work.io_s + functions_s <= SHORT_SPLIT_S * many
     io_s = work.io_s if short else work.overhead_s
     locked_s, total_s = io_s + held * functions_s, io_s + functions_s
     if short and locked_s >= HELD_SHARE * total_s:
         why = f"{many:,} {what}: threads would read and write them in turn"
-        alone = locked_s < WORTH_S and locked_s >= ALONE_SHARE * total_s
-        if alone and work.known and not work.remote and not waits and ops == len(program.ops):
+        if alone and not work.remote and ALONE_SHARE * total_s <= locked_s < WORTH_S:
             return Choice("threads", f"{why}, one worker is enough", small=True)
-    if (
-        probe is not None
-        and work.known
-        and not waits
-        and ops == len(program.ops)
-        and total_s <= min(SOON_S, probe.first_s * SOON_SHARE)
-    ):
+    if alone and probe is not None and total_s <= min(SOON_S, probe.first_s * SOON_SHARE):
         return Choice("threads", f"{why}; one worker ends before another one has loaded what it needs", small=True)
     if locked_s < WORTH_S:
         return Choice("threads", why, waits)
@@ -297,11 +291,15 @@ def _cpu_ops(program: Program) -> int:
     return min(stops, default=len(program.ops))
 
 
+_First = tuple[Split, Any, Origin]  # a split, its first block with rows, and where those came from
+
+
 def _probe(program: Program, ops: int, work: Work) -> Probe | None:
     """What a sample told. None when there is no input, or the functions raise for all that is tried: the run will say."""
-    split, block, origin = _first_block(program)
-    if split is None or block is None:
+    first = _first_block(program)
+    if first is None:
         return None
+    split, block, origin = first
     trial = _Trial(program, ops, split, _stored_share(split, block, origin))
     try:
         return _grown(trial, block, work)
@@ -334,8 +332,8 @@ def _grown(trial: _Trial, block: Any, work: Work) -> Probe | None:
                 watched = True
                 continue
         else:
-            before, found = best, replace(found, first_s=first_s)
-            best = found
+            before, best = best, replace(found, first_s=first_s)
+            found = best
             if not found.whole or found.wall_s >= PROBE_S or (work.small and work.is_quick(found)):
                 return found
             if rows == block.num_rows - start:
@@ -344,7 +342,7 @@ def _grown(trial: _Trial, block: Any, work: Work) -> Probe | None:
                 # Again and again: the lock is held for milliseconds at a time.
                 again = trial.run(block.slice(start), times=min(PROBE_TIMES, int(PROBE_S / found.wall_s) + 1))
                 return best if again is None else replace(again, first_s=first_s)
-        growth = min(max(1 + watched, int(aim_s / max(found.wall_s, 1e-6))), PROBE_GROWTH)
+        growth = min(max(1 + watched, int(aim_s / found.wall_s)), PROBE_GROWTH)
         if before is not None and found.rows >= 2 * before.rows and found.wall_s < FIXED * before.wall_s:
             growth = max(growth, FIXED_GROWTH)
         rows, watched = rows * growth, True
@@ -360,7 +358,7 @@ def _stored_share(split: Split, block: Any, origin: Origin) -> float:
     return min(1.0, stored / max(1, block.nbytes)) if stored else 1.0
 
 
-def _first_block(program: Program) -> tuple[Split | None, Any, Any]:
+def _first_block(program: Program) -> _First | None:
     """Of what can be read; where that is nothing, the run will say. What came of a remote split is left to its workers."""
     for split in program.source.splits(per_input=False):
         if program.source.remote:
@@ -374,25 +372,25 @@ def _first_block(program: Program) -> tuple[Split | None, Any, Any]:
             close = getattr(blocks, "close", None)
             if close is not None:
                 close()
-        return None, None, None
-    return None, None, None
+        return None
+    return None
 
 
-def _first_remote_block(program: Program, split: Split) -> tuple[Split | None, Any, Any]:
+def _first_remote_block(program: Program, split: Split) -> _First | None:
     def read(split: Split) -> Begun:
         return begin_reading(program.source, split, program.limits, fails=program.on_error == "fail")
 
     try:
         found = program.ahead.first(split, program.limits, read)
     except DataError:
-        return None, None, None
-    return (None, None, None) if found is None else (split, *found[:2])
+        return None
+    return None if found is None else (split, *found)
 
 
 class _Trial:
     """The CPU operators in a worker body of their own, run over one sample after the other. stored: see _stored_share."""
 
-    def __init__(self, program: Program, ops: int, split: Split, stored: float = 1.0) -> None:
+    def __init__(self, program: Program, ops: int, split: Split, stored: float) -> None:
         from headrace.substrates.inline import LocalStore
         from headrace.worker.body import WorkerBody
 

@@ -28,6 +28,8 @@ from headrace.plan.nodes import Predict, Write
 from headrace.runtime import engine
 from headrace.runtime.engine import Probe, Work, _watch, _work
 
+FOUR_CORES = Machine(cores=4, memory_bytes=1 << 30, devices=())
+
 
 def probe(*, wall_s: float, cpu_s: float, models_s: float) -> Probe:
     return Probe(held=0.0, rows=10, wall_s=wall_s, bytes=1000, cpu_s=cpu_s, models_s=models_s)
@@ -76,7 +78,7 @@ def held_workers(rows: int, fn: Any, **options: Any) -> tuple[int, int]:
 
 
 def test_little_work_gets_one_worker_and_a_short_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: Machine(cores=4, memory_bytes=1 << 30, devices=()))
+    monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: FOUR_CORES)
     monkeypatch.setattr("headrace.runtime.engine.SMALL_S", 60.0)  # whatever else the machine does
     workers, calls = held_workers(500, add_one)
     assert workers == 1
@@ -86,7 +88,7 @@ def test_little_work_gets_one_worker_and_a_short_probe(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("on_error", ["skip", "quarantine"])
 def test_functions_are_tried_where_bad_rows_are_no_end(monkeypatch: pytest.MonkeyPatch, on_error: OnError) -> None:
-    monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: Machine(cores=4, memory_bytes=1 << 30, devices=()))
+    monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: FOUR_CORES)
     monkeypatch.setattr("headrace.runtime.engine.SMALL_S", 60.0)
 
     def fails_first(x: np.ndarray) -> np.ndarray:
@@ -118,7 +120,7 @@ def test_a_first_input_that_can_not_be_read_is_left_to_the_run(tmp_path: Path, b
 
 
 def test_work_that_takes_long_gets_all_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: Machine(cores=4, memory_bytes=1 << 30, devices=()))
+    monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: FOUR_CORES)
     monkeypatch.setattr("headrace.runtime.engine.SMALL_S", 0.0)
     monkeypatch.setattr("headrace.runtime.engine.SHORT_SPLIT_S", 0.0)
     assert held_workers(500, add_one)[0] == 4
@@ -146,15 +148,12 @@ SMALL_SPLITS = Work(400, 400, 4 * MB, 40_000, all=True, remote=False)
 def test_small_splits_are_not_for_several_threads(
     monkeypatch: pytest.MonkeyPatch, work: Work, functions_s: float, held: float, engine: str, workers: int
 ) -> None:
-    monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: Machine(cores=4, memory_bytes=1 << 30, devices=()))
+    monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: FOUR_CORES)
     monkeypatch.setattr("headrace.runtime.engine._work", lambda program: work)
     tried = Probe(held, work.rows, functions_s, work.bytes, functions_s, 0.0)
     monkeypatch.setattr("headrace.runtime.engine._probe", lambda program, ops, work: tried)
     prepared = prepare(hr.range(10).predict(add_one, input="id", output="y")._plan, RunOptions())
     assert (prepared.engine, len(prepared.workers)) == (engine, workers)
-
-
-FOUR_CORES = Machine(cores=4, memory_bytes=1 << 30, devices=())
 
 
 def workers(ds: hr.Dataset, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 from msgspec.structs import replace
 
 from headrace.connectors import packing, storage
-from headrace.connectors.blocks import BLOCKS_PER_SPLIT, MANY_INPUTS, Piece, measured
+from headrace.connectors.blocks import BLOCKS_PER_SPLIT, Piece, least_rows, measured
 from headrace.connectors.listing import COMPRESSED
 from headrace.connectors.sources.sifting import Guess, Lines, adjacent, line_starts, sifted
 from headrace.connectors.sources.unreadable import Mismatch, reported
@@ -101,7 +101,7 @@ def chunk_bytes(limits: BlockLimits, fragment: Fragment) -> int:
     would make only a few blocks.
     """
     stop = fragment.size_bytes if fragment.stop < 0 else fragment.stop
-    few = limits.inputs < MANY_INPUTS and limits.least_rows == 1 and not limits.per_input
+    few = least_rows(limits) == 1
     share = (stop - fragment.start) // BLOCKS_PER_SPLIT if few else limits.target_bytes
     return max(4 << 10 if few else 64 << 10, min(limits.target_bytes // 4, 8 << 20, share))
 

@@ -264,9 +264,10 @@ class ParquetSource(FileSource):
                 wanted &= self._may_match(reader, columns)
             self._remark_on(columns.there, fragment.uri)
             following = dict(pairwise(sorted(wanted)))
-            starts = [0, *accumulate(file.metadata.row_group(g).num_rows for g in range(stop))]
+            groups = [file.metadata.row_group(g) for g in range(stop)]
+            starts = [0, *accumulate(group.num_rows for group in groups)]
             rows = starts[stop] - starts[fragment.start]
-            row_bytes = sum(file.metadata.row_group(g).total_byte_size for g in range(fragment.start, stop)) / max(1, rows)
+            row_bytes = sum(group.total_byte_size for group in groups[fragment.start :]) / max(1, rows)
             limits = shareable(limits, rows * limits.inputs, len(columns.schema), row_bytes)
             for run in _runs(reader, columns, sorted(wanted)):
                 together = self._together(reader, columns, run, starts[run[0]], schema, limits) if len(run) > 1 else None
