@@ -1,7 +1,8 @@
 """What starts next: the scheduler's queues and pools, and the choice of work for workers that have room.
 
 Stages are looked at from the end of the plan to its start, so the work closest to commit goes first; within a stage the
-oldest split goes first. One pass is enough: starting a stage's work only takes blocks from its own queue, which may let
+oldest split goes first. Splits that one worker does alone go before blocks that any may take: else those are shared, and what
+can't be is left to the end. One pass is enough: starting a stage's work only takes blocks from its own queue, which may let
 earlier stages (looked at later) start, and takes room and workers, which can't let later stages start.
 
 `machine.py` builds on this and says what becomes of the answers. Nothing here handles an event.
@@ -49,6 +50,7 @@ WANTED_BYTES = 256 << 20  # up to this much when its model has said how many row
 APPLY_BLOCKS = 64
 MOST_AHEAD = 16  # blocks for each worker that a reader makes ahead: should whoever takes them stall, no more wait
 LIST_AHEAD = 512  # splits known beforehand: share done and time left are exact where there are no more; about 5 kB each
+RUN_AHEAD_BYTES = 16 << 20  # of blocks, for each worker, that may wait for one before them
 WARM_STEPS = 2  # of each worker at a stage, which end after one block: the sooner the run's model and its consumer begin
 FRONT_BLOCKS = 4  # past the budget, blocks of the oldest split that may wait before its front makes more
 MOST_READING = 256  # open splits that are looked at when the route of the next one is chosen
@@ -66,7 +68,7 @@ class Dispatcher:
         self.limits = limits or Limits()
         self.stages = plan.stages
         self.following = {route.name: self._follow(route) for route in plan.routes}
-        self.downstream_first = tuple(sorted(plan.stages, key=lambda s: -s.id))  # stage ids grow along every route
+        self.downstream_first = _in_turn(plan)
         self.feeders = self._feeders()
         self.workers: dict[int, WorkerState] = {}
         names = dict.fromkeys((CPU_POOL, *plan.pools, *(s.pool for s in plan.stages)))
@@ -342,12 +344,23 @@ class Dispatcher:
             return self._has_spare(stage, following)  # a row that takes long holds back what waits behind it, not the model
         if following == DELIVER_STAGE or self.stages[following].order is Order.GLOBAL:
             return waiting < target or self._wanted_ahead(stage, following)
+        if waiting >= target and self._may_run_ahead(stage, following):
+            return True
         if self.stages[following].pool == stage.pool:
             return waiting < (max(target, self._ahead(stage, following)) if (stage, following) in self.feeders else target)
         pool = self.pools[self.stages[following].pool]
         wanted = producers_wanted(pool.awake, self.measures[stage.id].make_s, self.measures[following].take_s)
         producing = self.producing[stage.id]
         return may_produce(waiting=waiting, target=target, producing=producing, wanted=wanted, starving=pool.starving)
+
+    def _may_run_ahead(self, stage: Stage, following: int) -> bool:
+        """Blocks are taken in each split's sequence: what waits may wait for one that another worker is slow on. As long as it
+        is little, the others go on.
+        """
+        if stage.order is not Order.FREE or self.stages[following].order is not Order.SPLIT:
+            return False
+        waiting_bytes = self.waiting[following] * self.measures[stage.id].made_bytes
+        return waiting_bytes <= RUN_AHEAD_BYTES * self.pools[stage.pool].awake and self._has_spare(stage, following)
 
     def _wanted_ahead(self, stage: Stage, following: int) -> bool:
         """Blocks are taken in the order of splits, and the taker could take more: other splits make theirs meanwhile."""
@@ -765,3 +778,14 @@ def _block(entry: QueueEntry) -> Node:
     node = entry[3]
     assert isinstance(node, Node)
     return node
+
+
+def _in_turn(plan: SchedulerPlan) -> tuple[Stage, ...]:
+    """Whose work is looked at first. Stage ids grow along every route."""
+    turn = sorted(plan.stages, key=lambda s: -s.id)
+    for route in plan.routes[:-1]:
+        alone = next(s for s in turn if s.id == route.stages[0])
+        turn.remove(alone)
+        shares = (i for i, s in enumerate(turn) if s.order is Order.FREE and s.pool == alone.pool and s.first < alone.stop)
+        turn.insert(next(shares, len(turn)), alone)
+    return tuple(turn)
