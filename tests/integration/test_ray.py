@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import headrace as hr
-from headrace.core.errors import BlockLost, PlanError, UserCodeError, WorkerDied
+from headrace.core.errors import BlockLost, DataError, PlanError, UserCodeError, WorkerDied
 
 ray = pytest.importorskip("ray")
 pytestmark = [
@@ -202,20 +202,23 @@ def test_carried_columns_visit_neither_the_device_nor_the_driver(
     assert 0 < substrates[1].fetched_bytes < 240 * 64
 
 
-def killed_once(marker: Path) -> Any:
+def killed_once(marker: Path, by: signal.Signals) -> Any:
     path = str(marker)
 
     def fn(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if 77 in batch["id"] and not os.path.exists(path):
             Path(path).touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), by)
+            time.sleep(1.0)
         return {**batch, "y": batch["x"] * 2}
 
     return fn
 
 
-def test_a_killed_actor_is_replaced(connected: Any, data: Path, tmp_path: Path) -> None:
-    ds = hr.read_parquet(data).map_batches(killed_once(tmp_path / "marker"), batch_size=10)
+@pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_actor_is_replaced(connected: Any, data: Path, tmp_path: Path, by: signal.Signals) -> None:
+    """SIGTERM is what `ray stop` and containers that end send; no row is to blame."""
+    ds = hr.read_parquet(data).map_batches(killed_once(tmp_path / "marker", by), batch_size=10)
     run = ds.evaluate(n=hr.metrics.Count(), m=hr.metrics.Mean("y")).write_parquet(tmp_path / "out", **QUIET)
     assert ids(tmp_path / "out") == list(range(240))
     assert (run.workers_lost, run.metrics["n"], run.metrics["m"]) == (1, 240, 119.5)
@@ -875,18 +878,69 @@ def test_an_autoscaler_brings_the_nodes_and_takes_them_away(tmp_path: Path, requ
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
+class Blocks:
+    """As a Ray Dataset, without the actors that outlive its execution."""
+
+    def __init__(self, *columns: pa.Array) -> None:
+        self._tables = [pa.table({"id": np.arange(len(c)), "a": c}) for c in columns]
+
+    def to_arrow_refs(self) -> list[Any]:
+        return [ray.put(table) for table in self._tables]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data's of its own options
+def test_blocks_of_ray_data_meet_in_one_type(connected: Any) -> None:
+    from ray.data.extensions import ArrowTensorArray
+
+    def column(*parts: pa.Array) -> tuple[pa.DataType, list[Any]]:
+        found = hr.from_ray_dataset(Blocks(*parts)).to_arrow(**QUIET)["a"]
+        return found.type, found.to_pylist()
+
+    numbers = pa.array(range(75))
+    assert column(pa.nulls(25), numbers) == (pa.int64(), [None] * 25 + list(range(75)))
+    assert column(numbers, pa.array([0.5])) == (pa.float64(), [*map(float, range(75)), 0.5])
+    tensors = ArrowTensorArray.from_numpy(np.ones((3, 2, 2)))
+    type, values = column(pa.nulls(2), tensors)
+    assert list(type.shape) == [2, 2]
+    assert values[:2] == [None, None]
+    with pytest.raises(DataError, match=r"'a' .* string in block 1, and int64"):
+        hr.from_ray_dataset(Blocks(numbers, pa.array(["x"])))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data's of its own options
+def test_texts_in_arrays_of_ray_data_are_lists(connected: Any) -> None:
+    from ray.data.extensions import ArrowTensorArray
+
+    texts = np.array([[["a", "bb"], ["c", "d\u00e9"]]] * 3)
+    found = hr.from_ray_dataset(Blocks(ArrowTensorArray.from_numpy(texts))).to_arrow(**QUIET)
+    assert found["a"].to_pylist() == texts.tolist()
+
+
+def test_few_tasks_at_once_look_at_many_blocks(connected: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each task that asks for no CPU has a process of its own, as long as others are at work."""
+    most = 0
+    wait = ray.wait
+
+    def counted(refs: list[Any], **options: Any) -> Any:
+        nonlocal most
+        most = max(most, len(refs))
+        return wait(refs, **options)
+
+    monkeypatch.setattr(ray, "wait", counted)
+    assert hr.from_ray_dataset(Blocks(*[pa.array([1])] * 20)).to_arrow(**QUIET).num_rows == 20
+    assert 2 <= most <= max(2, int(ray.cluster_resources()["CPU"]))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Ray Data's of its own options
+def test_no_rows_of_permuted_tensors_reach_ray_data(connected: Any) -> None:
+    table = pa.table({"x": pa.FixedShapeTensorArray.from_numpy_ndarray(np.ones((4, 2, 3)))})
+    (empty,) = ray.get(hr.from_arrow(table.slice(0, 0)).to_ray_dataset().to_arrow_refs())
+    assert (empty.num_rows, empty.column_names) == (0, ["x"])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray Data's of its own options
 def test_tensors_of_ray_data_keep_their_shape(connected: Any) -> None:
     from ray.data.extensions import ArrowTensorArray
-
-    class Blocks:
-        """As a Ray Dataset, without the actors that outlive its execution."""
-
-        def __init__(self, *columns: pa.Array) -> None:
-            self._tables = [pa.table({"id": np.arange(len(c)), "a": c}) for c in columns]
-
-        def to_arrow_refs(self) -> list[Any]:
-            return [ray.put(table) for table in self._tables]
 
     fixed = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
     for array in (fixed, fixed.astype(np.uint8), fixed % 3 == 0):

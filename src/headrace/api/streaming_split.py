@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from headrace.api.actions import _quiet as quiet
 from headrace.api.actions import _writable as writable
-from headrace.api.actions import rebatch, to_torch
+from headrace.api.actions import check_device, rebatch, to_torch
 from headrace.api.placing import reach
 from headrace.api.planning import parse_options, prepare
 from headrace.api.session import _no_place_for_bad_rows as no_place_for_bad_rows
@@ -93,9 +93,11 @@ class SplitIterator:
     ) -> Iterator[dict[str, Any]]:
         """As `iter_batches`, as {column: torch tensor} on `device`. dtypes: one torch dtype, or {column: dtype}.
 
-        Columns that are no numbers (strings, bytes, ragged) stay NumPy object arrays.
+        Columns that are no numbers (strings, bytes, ragged) stay NumPy object arrays. Raises PlanError for a device that torch
+        does not find here, and, at the first batch, for a column in dtypes that is not there.
         """
         require("torch", "iter_torch_batches")
+        check_device(device)
         batches = self.iter_batches(
             batch_size=batch_size,
             batch_format="torch",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -92,10 +93,19 @@ class _VitalSigns:
         return Vitals(own_bytes, max(room.share for room in self._rooms(own_bytes)))
 
 
+def _end_on_sigterm() -> None:
+    """Ray's handler raises SystemExit in whatever runs, as if the row at work had done it. The process ends instead, and what
+    it was at is done again.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 class RayWorker:
     """One worker. payload: [parcel of (program, body factory)], opened when its modules can be found."""
 
     def __init__(self, spec: WorkerSpec, payload: list[Any], around: Surroundings) -> None:
+        _end_on_sigterm()
         context = ray.get_runtime_context()
         self._node = node_name(ray.util.get_node_ip_address(), context.get_node_id())
         self._actor = context.get_actor_id() or ""

@@ -22,7 +22,8 @@ from headrace.contracts.source import OnBad
 from headrace.core.errors import DataError, PlanError, TransientError
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin, Segment
-from headrace.core.splits import Fragment, Split
+from headrace.core.schemas import Conflict, bring, unify
+from headrace.core.splits import Division, Fragment, Split
 from headrace.core.tensors import is_ragged, is_tensor, ragged_to_array, ragged_to_numpy, ragged_type, tensor_to_numpy
 from headrace.substrates.ray.ingest import RefBlock
 
@@ -37,29 +38,26 @@ class RayTables:
 
     name = "ray_dataset"
     remote = False
+    _split_bytes = SPLIT_BYTES
     on_cluster = True  # only workers of the cluster reach them
 
     def __init__(self, refs: Sequence[Any]) -> None:
-        """refs: references to pa.Table. Looks at each where it lies. Raises DataError when they differ in columns."""
+        """refs: references to pa.Table. Looks at each where it lies. The schema is one that rows of all go into. Raises
+        DataError when they differ in columns, or in types that don't go together.
+        """
         if not refs:
             raise DataError("the Ray Dataset has no block", hint="give one with rows")
-        look = ray.remote(_look).options(num_cpus=0)
         self._refs = list(refs)
         self._sizes: list[tuple[int, int]] = []
         self._digests: list[str] = []
         self._schema: pa.Schema | None = None
-        for i, (rows, size, digest, schema) in enumerate(ray.get([look.remote(ref) for ref in refs])):
+        for i, (rows, size, digest, schema) in enumerate(ray.get(_some_at_once(_look, [(ref,) for ref in refs]))):
             self._sizes.append((rows, size))
             self._digests.append(digest)
-            if rows and self._schema is None:
-                self._schema = schema
-            elif rows and self._schema is not None and schema.names != self._schema.names:
-                raise DataError(
-                    f"block {i} of the Ray Dataset has columns {schema.names}, and others have {self._schema.names}",
-                    hint="bring its blocks to one schema first",
-                )
-            elif self._schema is None and i == len(refs) - 1:
-                self._schema = schema
+            if self._schema is None:
+                self._schema = schema if rows or i == len(refs) - 1 else None
+            elif rows:
+                self._schema = _together(i, self._schema, schema)
         self._columns: tuple[str, ...] | None = None
 
     def meaning(self) -> dict[str, Any]:
@@ -78,8 +76,8 @@ class RayTables:
         for i, (rows, size) in enumerate(self._sizes):
             if not rows:
                 continue
-            parts = 1 if per_input else max(1, min(rows, -(-size // SPLIT_BYTES)))
-            if packed and (per_input or parts > 1 or packed_bytes + size > SPLIT_BYTES):
+            parts = 1 if per_input else max(1, min(rows, -(-size // self._split_bytes)))
+            if packed and (per_input or parts > 1 or packed_bytes + size > self._split_bytes):
                 yield _split(index, packed)
                 index, packed, packed_bytes = index + 1, [], 0
             for part in range(parts):
@@ -93,6 +91,14 @@ class RayTables:
             packed_bytes = packed_bytes + size if packed else 0
         if packed:
             yield _split(index, packed)
+
+    def divided(self, division: Division) -> Self:
+        out = copy.copy(self)
+        out._split_bytes = min(SPLIT_BYTES, division.split_bytes)
+        return out
+
+    def row_bytes(self) -> float:
+        return sum(size for _, size in self._sizes) / max(1, self.count() or 0)
 
     def project(self, columns: tuple[str, ...]) -> Self:
         names = self.schema().names
@@ -119,12 +125,16 @@ class RayTables:
                 raise TransientError(
                     f"{f.uri} is lost ({type(lost).__name__})", hint="its node is gone: make it anew"
                 ) from None
-            table = _ours(table if self._columns is None else table.select(list(self._columns)))
+            table = _ours(table.select(self.schema().names))
             at, row_bytes = f.start, table.nbytes / max(1, table.num_rows)
             if table.num_columns == 0:
                 yield Piece(no_columns(f.stop - at), Origin((Segment(f.uri, at, f.stop - at),)), 1e-9)
                 continue
             for batch in table.slice(f.start, f.stop - f.start).to_batches():
+                try:
+                    batch = bring(batch, self.schema())
+                except pa.ArrowException as error:
+                    raise DataError(f"{f.uri} does not go with the others: {error}", hint="bring them to one schema") from None
                 yield Piece(batch, Origin((Segment(f.uri, at, batch.num_rows),)), row_bytes)
                 at += batch.num_rows
 
@@ -149,6 +159,37 @@ def _split(index: int, fragments: Sequence[Fragment]) -> Split:
     )
 
 
+def _together(block: int, schema: pa.Schema, other: pa.Schema) -> pa.Schema:
+    """Of blocks before this one, and of this one."""
+    hint = "bring its blocks to one schema first"
+    if set(other.names) != set(schema.names):
+        text = f"block {block} of the Ray Dataset has columns {other.names}, and others have {schema.names}"
+        raise DataError(text, hint=hint)
+    try:
+        return unify(schema, other)
+    except Conflict as conflict:
+        text = (
+            f"column {conflict.name!r} of the Ray Dataset is {conflict.then} in block {block}, and {conflict.first} in others"
+        )
+        raise DataError(text, hint=hint) from None
+
+
+def _some_at_once(task: Any, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """References to the answers of calls that ask for no CPU: Ray would start a process for each, so many at once as there are
+    CPUs.
+    """
+    remote = ray.remote(task).options(num_cpus=0)
+    most = max(2, int(ray.cluster_resources().get("CPU", 0)))
+    answers: list[Any] = []
+    under_way: list[Any] = []
+    for arguments in calls:
+        if len(under_way) >= most:
+            _, under_way = ray.wait(under_way, num_returns=1, fetch_local=False)
+        answers.append(remote.remote(*arguments))
+        under_way.append(answers[-1])
+    return answers
+
+
 def _look(table: pa.Table) -> tuple[int, int, str, pa.Schema]:
     """(rows, bytes, digest of the content, schema)"""
     digest = hashlib.blake2b(digest_size=12)
@@ -166,6 +207,9 @@ def _ours(table: pa.Table) -> pa.Table:
         name = getattr(field.type, "extension_name", "")
         if name not in _FIXED + _RAGGED:
             continue
+        if _holds_texts(field.type):
+            table = table.set_column(i, field.name, _lists_of_texts(table.column(i)))
+            continue
         if name in _FIXED:
             value, shape = field.type.storage_type.value_type, tuple(field.type.shape)
             storage, tensor = pa.list_(value, math.prod(shape)), pa.fixed_shape_tensor(value, shape)
@@ -177,6 +221,25 @@ def _ours(table: pa.Table) -> pa.Table:
     return table
 
 
+def _holds_texts(type: Any) -> bool:
+    """Ray keeps NumPy's texts as the bytes of their memory."""
+    stored = type.storage_type
+    value = stored.field("data").type.value_type if pa.types.is_struct(stored) else stored.value_type
+    return pa.types.is_fixed_size_binary(value)
+
+
+def _lists_of_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """As nested lists, a level for each dimension. Raises DataError for tensors of several shapes."""
+    shape = getattr(column.type, "shape", None)
+    if shape is None:
+        raise DataError("texts in arrays of several shapes can't be read from a Ray Dataset", hint="make lists of them first")
+    type: pa.DataType = pa.string()
+    for _ in shape:
+        type = pa.list_(type)
+    chunks = [pa.array(chunk.to_numpy(zero_copy_only=False).tolist(), type) for chunk in column.chunks]
+    return pa.chunked_array(chunks, type)
+
+
 def from_ray_dataset(dataset: Any) -> RayTables:
     """The source of a ray.data.Dataset, which is executed for it."""
     return RayTables(dataset.to_arrow_refs())
@@ -186,9 +249,16 @@ def to_ray_dataset(blocks: Sequence[RefBlock], schema: pa.Schema) -> Any:
     """A ray.data.Dataset of these blocks; of no rows and this schema, where there are none."""
     import ray.data as data
 
-    table = ray.remote(_as_table).options(num_cpus=0)
-    refs: list[Any] = [table.remote(block.ref, block.start, block.num_rows) for block in blocks]
-    return data.from_arrow_refs(refs) if refs else data.from_arrow(_rays(schema.empty_table()))
+    refs = _some_at_once(_as_table, [(block.ref, block.start, block.num_rows) for block in blocks])
+    return data.from_arrow_refs(refs) if refs else data.from_arrow(_rays(_no_rows(schema)))
+
+
+def _no_rows(schema: pa.Schema) -> pa.Table:
+    """`pa.Schema.empty_table` can't make tensors whose dimensions are permuted."""
+    columns = [
+        f.type.wrap_array(_none(f.type)) if isinstance(f.type, pa.BaseExtensionType) else pa.array([], f.type) for f in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _as_table(batch: pa.RecordBatch, start: int, rows: int) -> pa.Table:
