@@ -32,9 +32,9 @@ class LocalStore:
     counted where all of that is.
     """
 
-    crumb: Crumb | None = None  # whoever would read it dies with the worker
-
-    def __init__(self, owner: int, next_id: Callable[[], int]) -> None:
+    def __init__(self, owner: int, next_id: Callable[[], int], crumb: Crumb | None = None) -> None:
+        """crumb: None where there is no need of one; whoever would read it dies with the worker."""
+        self.crumb = crumb
         self._owner = owner
         self._next_id = next_id
 

@@ -5,8 +5,8 @@ Each worker has an inbox; all answer into one outbox, on which `wait` blocks; fi
 sleeps for a moment in which answers gather. Bodies are constructed one at a time, because two threads that import the same
 package for the first time at once can see it half initialised.
 
-A thread cannot be killed: `stop` lets running steps finish, and waits `STOP_WAIT_S` for them. A thread that is still
-busy then is left behind; it is a daemon, answers nobody, and ends after its step or with the process.
+A thread cannot be killed: `stop` waits `STOP_WAIT_S` for calls of user code that are under way, and no other begins. A
+thread that is still busy then is left behind; it is a daemon, answers nobody, and ends after its call or with the process.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from headrace.substrates.bodies import (
 from headrace.substrates.inline import LocalStore, fetch_local
 from headrace.substrates.spill import LocalSpill
 from headrace.worker.tried import Tried
+from headrace.worker.watch import Halt
 
 STOP_WAIT_S = 30.0  # a step is about a second (Advance.credit_s); a model's batch may take many
 
@@ -80,11 +81,12 @@ class ThreadsSubstrate:
         thread = _Worker(
             worker,
             lambda store: self._factory(self._program, worker, store),
-            LocalStore(worker.id, self._next_id),
+            LocalStore(worker.id, self._next_id, halt := Halt()),
             self._outbox,
             self._construction,
             self._limits,
             warms,
+            halt,
         )
         self._threads[worker.id] = thread
         thread.start(getattr(self._program, "tried", None) if worker.pool == CPU_POOL else None)
@@ -174,6 +176,7 @@ class _Worker:
         construction: threading.Lock,
         limits: NativeLimits | None,
         warms: bool,
+        halt: Halt,
     ) -> None:
         self.inbox: queue.SimpleQueue[Step | Discard | _Ready | None] = queue.SimpleQueue()
         self.steps = 0  # submitted, and their answers not taken up
@@ -184,6 +187,7 @@ class _Worker:
         self._construction = construction
         self._limits = limits
         self._warms = warms
+        self._halt = halt
         self._finishing = False
         self.up = False
         self._thread: threading.Thread | None = None
@@ -201,8 +205,8 @@ class _Worker:
             self._thread.join(timeout_s)
 
     def finish(self) -> None:
-        """Let the running step end; what is queued behind it is dropped."""
-        self._finishing = True
+        """Let the call of user code that is under way end; what is behind it is dropped."""
+        self._finishing = self._halt.over = True
         self.inbox.put(None)
 
     def _run(self) -> None:

@@ -515,10 +515,12 @@ class GivenRows(Given):
         if index < 0 or self._batch is None:
             return None
         shown, column = self._shown[index], self._batch.column(index)
-        own = shown if self._rows is None else [shown[i] for i in self._rows]
-        if len(own) != len(values) or not all(map(operator.is_, values, own)):
+        if len(shown if self._rows is None else self._rows) != len(values):
             return None
-        if not (_are_frozen(own, column.type) or (compare and _are_still(shown, column))):
+        own = shown if self._rows is None else map(shown.__getitem__, self._rows)
+        if not all(map(operator.is_, values, own)):
+            return None
+        if not (_are_frozen(values, column.type) or (compare and _are_still(shown, column))):
             return None
         return column if self._rows is None else column.take(pa.array(self._rows, pa.int64()))
 

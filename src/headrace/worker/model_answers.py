@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 from msgspec import Struct, field
 
-from headrace.core.errors import HeadraceError
+from headrace.core.errors import HeadraceError, PlanError
 from headrace.core.extras import is_instance
 from headrace.core.refs import Origin
 from headrace.core.tensors import is_tensor
-from headrace.plan.nodes import Predict
+from headrace.plan.nodes import DEFAULT_OUTPUT, Predict
 from headrace.worker.bad_rows import Lost
 from headrace.worker.batching import Piece
 from headrace.worker.casting import concat
@@ -29,7 +29,6 @@ from headrace.worker.results import columns_of, make_batch, named_column
 from headrace.worker.user_code import explain
 from headrace.worker.watch import NOBODY, Watch
 
-DEFAULT_OUTPUT = "prediction"  # the column of a bare array, when the user gave no name
 _ROWS_HINT = "a model answers every row, in the order given; to drop or add rows use map_batches"
 _SQUEEZE_HINT = "; squeeze() takes the dimension of rows from a batch of one: name the dimension, as in squeeze(-1)"
 
@@ -128,6 +127,9 @@ def _named(op: Predict, result: Any, given: Given, shared: bool) -> dict[str, pa
         return {n: columns[n] for n in names} if names else columns
     if result is None:
         raise Refused("returned None", "return an array with one value a row; is a return statement missing?")
+    if not names and op.keeps_default:
+        text = f"{op.name} answers without a name for its column, and {DEFAULT_OUTPUT!r} is a column already"
+        raise PlanError(text, hint="name it with output=, or drop the column before")
     names = names or (DEFAULT_OUTPUT,)
     values = result if isinstance(result, tuple) and len(result) == len(names) else None
     if len(names) == 1:

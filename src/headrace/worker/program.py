@@ -36,3 +36,8 @@ class Program(Struct, frozen=True):
     carried: Carried | None = None
     ahead: Ahead = field(default_factory=Ahead)
     tried: Tried = field(default_factory=Tried)
+
+    @property
+    def divisible(self) -> bool:
+        """May its splits be of any size? Not where each is an output, or has to be the same in every run."""
+        return self.sink is not None and not self.sink.per_input and not self.deterministic

@@ -11,6 +11,7 @@ they were is the input's. Whatever does not fit raises
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -250,11 +251,9 @@ def _without_nan(series: Any) -> np.ndarray:
 
 def rows_batch(rows: Sequence[Mapping[str, Any]], given: Given, declared: Declared = NOTHING) -> pa.RecordBatch:
     """A batch of rows; a key that some rows lack is null there. Raises Refused."""
-    first = rows[0].keys() if rows else ()
-    if all(row.keys() == first for row in rows):
-        names = list(first)
-        lists = [[row[name] for row in rows] for name in names]
-    else:
+    names = list(rows[0]) if rows else []
+    lists = _uniform(rows, names)
+    if lists is None:
         names = list(dict.fromkeys(name for row in rows for name in row))
         lists = [[row.get(name) for row in rows] for name in names]
     columns: dict[str, pa.Array] = {}
@@ -265,6 +264,16 @@ def rows_batch(rows: Sequence[Mapping[str, Any]], given: Given, declared: Declar
             _encodable(name)
         columns[name] = _rows_column(name, values, given, declared.type_of(name))
     return declared.apply(make_batch(columns, len(rows)))
+
+
+def _uniform(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[list[Any]] | None:
+    """The values by name, of dicts that have just these keys; None of other rows."""
+    if any(kind is not dict for kind in set(map(type, rows))) or any(count != len(names) for count in set(map(len, rows))):
+        return None
+    try:
+        return [list(map(operator.itemgetter(name), rows)) for name in names]
+    except KeyError:
+        return None
 
 
 def _encodable(name: str) -> None:

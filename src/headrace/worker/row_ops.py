@@ -7,7 +7,8 @@ iterable has ended: of a row that fails nothing is passed on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,14 @@ from headrace.worker.results import fitting_rows, rows_batch
 from headrace.worker.user_code import explain
 
 FLAT_ROWS = 8192  # rows of a flat_map that leave together, however small they are
+# Rows are taken from flat_map's iterable in runs, which cost a tenth of one by one: of one row at first and while rows are
+# large, of twice as many after each small run. So few at most, because nobody knows how large the next ones are.
+RUN_ROWS = 32
+RUN_BYTES = 64 << 10
 
 Row = dict[str, Any]
 _NUMBERS = frozenset((int, float, bool, type(None)))
+_DICTS = frozenset((dict,))
 
 
 class RowOperator(Operator):
@@ -79,8 +85,7 @@ class RowOperator(Operator):
     def _watched(self, part: Piece, rows: list[Row], lost: list[Lost]) -> Iterator[Row]:
         """The rows that may be run, announced: all at once, or one by one where a worker has died before."""
         if not self.watch.doubts(self.index, part.origin):
-            self.watch.enter(self.index, self.name, part.origin)
-            return iter(rows)
+            return self.watch.enter_rows(self.index, self.name, part.origin, rows)
         return self._one_by_one(part, rows, lost)
 
     def _one_by_one(self, part: Piece, rows: list[Row], lost: list[Lost]) -> Iterator[Row]:
@@ -164,7 +169,7 @@ class MapRowsOp(RowOperator):
         for part, rows, given in self._chunks(piece):
             lost: list[Lost] = []
             made = self._call_all(part, rows, lost)
-            if any(kind is not dict for kind in set(map(type, made))):
+            if not _DICTS.issuperset(map(type, made)):
                 made = self._checked(made, _row, part, lost)
             if self.bad is None:
                 yield Piece(self._batch(made, part, given), part.origin)
@@ -202,34 +207,35 @@ class FlatMapOp(RowOperator):
         held: list[Mapping[str, Any]] = []
         parents: list[int] = []
         size = 0
-        for i, row in self._each(part, rows):
-            held.append(row)
-            parents.append(i)
-            size += estimated_bytes(row)
-            if size >= TARGET_BYTES or len(held) >= FLAT_ROWS:
+        for i, run, run_bytes in self._runs(part, rows):
+            held += run
+            parents += [i] * len(run)
+            size += run_bytes
+            if size >= TARGET_BYTES or len(held) > FLAT_ROWS - RUN_ROWS:
                 full, held, size = held, [], 0
                 yield self._batch(full, part, given, parents), parents
                 parents = []
         if held:
             yield self._batch(held, part, given, parents), parents
 
-    def _each(self, part: Piece, rows: list[Row]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """(the row's position, what the function makes of it), one by one. Only what the user's code raises is blamed on it."""
+    def _runs(self, part: Piece, rows: list[Row]) -> Iterator[tuple[int, list[Mapping[str, Any]], int]]:
+        """(the row's position, some of what the function makes of it, their bytes). Only what the user's code raises is blamed
+        on it.
+        """
+        count = 1
         for i, row in enumerate(self._watched(part, rows, [])):
             try:
                 source = self._iterator(row)
+                while run := list(islice(source, count)):
+                    _check_rows(run)
+                    size = estimated_bytes(run)
+                    yield i, run, size
+                    ended = len(run) < count
+                    count = min(2 * count, RUN_ROWS) if size < RUN_BYTES else 1
+                    if ended:
+                        break
             except RowError as exc:
                 raise self._blame(exc, part, i) from None
-            while True:
-                try:
-                    item = next(source)
-                except StopIteration:
-                    break
-                except RowError as exc:
-                    raise self._blame(exc, part, i) from None
-                if not isinstance(item, Mapping):
-                    raise self._blame(_no_row(item), part, i)
-                yield i, item
 
     def _flat_whole(
         self, part: Piece, rows: list[Row], given: Given, lost: list[Lost]
@@ -244,13 +250,14 @@ class FlatMapOp(RowOperator):
             i = done + len(condemned)
             done += 1
             try:
-                made = [_row(item) for item in self._iterator(row)]
+                made = list(self._iterator(row))
+                _check_rows(made)
             except RowError as exc:
                 self._fail(exc, part, i, lost)
                 continue
             held += made
             parents += [i] * len(made)
-            size += sum(map(estimated_bytes, made))
+            size += estimated_bytes(made)
             if size >= TARGET_BYTES or len(held) >= FLAT_ROWS:
                 batch, of = self._fitting(held, parents, given, lost)
                 held, parents, size = [], [], 0
@@ -263,14 +270,24 @@ class FlatMapOp(RowOperator):
 
     def _iterator(self, row: Row) -> Iterator[Any]:
         made = self._fn(row, *self._args, **self._kwargs)
+        if type(made) is list:  # the usual, and much quicker to tell than what is no Mapping
+            return iter(made)
         if made is None or isinstance(made, (Mapping, str, bytes)):
             raise Refused(f"returned {_named(made)}", "return a list, or yield one dict a row")
         return iter(made)
 
 
-def estimated_bytes(row: Mapping[str, Any]) -> int:
-    """About how much memory a row will take as columns."""
-    return sum(_value_bytes(value) for value in row.values())
+def estimated_bytes(rows: Iterable[Mapping[str, Any]]) -> int:
+    """About how much memory rows will take as columns."""
+    size = 0
+    for row in rows:
+        for value in row.values():
+            kind = type(value)
+            if kind is str:
+                size += len(value) + 4
+            else:
+                size += 8 if kind in _NUMBERS else _value_bytes(value)
+    return size
 
 
 def _value_bytes(value: Any) -> int:
@@ -281,9 +298,16 @@ def _value_bytes(value: Any) -> int:
     if isinstance(value, (list, tuple)):
         return sum(map(_value_bytes, value)) + 4
     if isinstance(value, Mapping):
-        return estimated_bytes(value)
+        return estimated_bytes((value,))
     size = getattr(value, "nbytes", None)  # arrays, tensors
     return size if isinstance(size, int) else 8
+
+
+def _check_rows(values: Sequence[Any]) -> None:
+    """Raises Refused of the first that is no row."""
+    if not _DICTS.issuperset(map(type, values)):
+        for value in values:
+            _row(value)
 
 
 def _truth(value: Any) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from headrace.core.errors import HeadraceError
+from headrace.core.errors import HeadraceError, WorkerDied
 from headrace.core.origins import join_origins
 from headrace.core.refs import Origin
 from headrace.plan.nodes import Predict
@@ -468,7 +468,8 @@ class _Engine:
             for key in range(ticket.first, ticket.first + len(ticket.rows)):
                 given.answered.pop(key, None)
         self._at_work.pop(ticket, None)
-        self._leave_crumb(ticket.watch)
+        with contextlib.suppress(WorkerDied):  # the run has stopped: nothing more begins, but this is to be told
+            self._leave_crumb(ticket.watch)
         ticket.ready()
 
     # --- breadcrumbs -------------------------------------------------------------------------------------------------

@@ -240,7 +240,9 @@ def explain(
         return UserCodeError(f"{op} {exc}", where=where, hint=exc.hint, frames="")
     text = exception_text(exc)
     message = f"{op} raised {type(exc).__name__}" + (f" while {doing}" if doing else "") + (f": {text}" if text else "")
-    return UserCodeError(message, where=where, hint=_hint(exc, text), frames=user_frames(exc))
+    frames = user_frames(exc)
+    hint = CALLED_WITH if isinstance(exc, TypeError) and not frames and "positional argument" in text else _hint(exc, text)
+    return UserCodeError(message, where=where, hint=hint, frames=frames)
 
 
 def internal_error(exc: BaseException, what: str) -> InternalError:
@@ -282,6 +284,9 @@ def exception_text(exc: BaseException) -> str:
     except Exception:  # an exception whose own __str__ fails
         text = "(its message can't be shown)"
     return redact(text if len(text) <= MESSAGE_CHARS else text[:MESSAGE_CHARS] + " ...")
+
+
+CALLED_WITH = "it is called with one argument: a dict of columns, or the one column that input= names, by itself"
 
 
 def _hint(exc: BaseException, text: str) -> str:

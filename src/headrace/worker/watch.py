@@ -8,7 +8,8 @@ the row. A row whose digest is condemned is never run again.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import pyarrow as pa
 
@@ -20,6 +21,30 @@ from headrace.worker.bad_rows import Failure
 from headrace.worker.batching import Piece
 
 SAMPLE_BYTES = 16 << 20
+T = TypeVar("T")
+
+
+class Halt:
+    """The crumb of a worker that nobody can kill, nor will find dead: once the run has stopped, no more user code begins.
+
+    over: set by another thread. `write` raises WorkerDied then.
+    """
+
+    def __init__(self) -> None:
+        self.over = False
+
+    def write(self, doing: Doing) -> None:
+        if self.over:
+            raise WorkerDied(f"the run was stopped before {doing.name}")
+
+    def clear(self) -> None: ...
+
+    def each(self, doing: Doing, rows: Iterable[T]) -> Iterator[T]:
+        """The rows, as long as the run goes on."""
+        for row in rows:
+            if self.over:
+                self.write(doing)
+            yield row
 
 
 class Watch:
@@ -34,6 +59,11 @@ class Watch:
         """Operator `op` is about to be given a batch of these rows."""
         if self._crumb is not None:
             self._crumb.write(Doing(op, name, origin.segments))
+
+    def enter_rows(self, op: int, name: str, origin: Origin, rows: Sequence[T]) -> Iterator[T]:
+        """As `enter`; the rows, to be given one after the other."""
+        self.enter(op, name, origin)
+        return self._crumb.each(Doing(op, name), rows) if isinstance(self._crumb, Halt) else iter(rows)
 
     def doubts(self, op: int, origin: Origin) -> bool:
         """Must these rows be run one at a time?"""

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import lzma
 import os
 import random
 import time
+import tracemalloc
+import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -381,6 +385,14 @@ def test_csv_that_is_not_utf8_names_the_file(tmp_path: Path, encoding: str, newl
         CsvSource(path, column_names=["a", "b"], newlines_in_values=newlines).schema()
 
 
+def test_a_csv_number_that_is_not_whole_is_told_the_type_that_fits(tmp_path: Path) -> None:
+    for text, kind in (("1.5", "float64"), ("x", "string")):
+        (tmp_path / "a.csv").write_text("x\n1\n")
+        (tmp_path / "b.csv").write_text(f"x\n{text}\n")
+        with pytest.raises(DataError, match=rf"pa\.{kind}\(\)"):
+            read_all(CsvSource(tmp_path))
+
+
 def test_csv_options(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("1\t\n2\t\n")
     source = CsvSource(tmp_path, column_names=["a", "b"], column_types={"a": pa.string()})
@@ -428,6 +440,107 @@ def test_empty_and_wrong_text_inputs(tmp_path: Path) -> None:
             source.schema()
     with pytest.raises(DataError, match="UTF-8"):
         read_all(TextSource(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("rows", [100, 50_000])
+def test_rows_before_the_fault_of_a_compressed_file_are_kept(tmp_path: Path, suffix: str, rows: int) -> None:
+    rng = random.Random(0)
+    plain = "".join(f'{{"id":{i},"r":"{rng.randbytes(6).hex()}"}}\n' for i in range(rows)).encode()
+    path = tmp_path / f"a.jsonl{suffix}"
+    with pa.CompressedOutputStream(str(path), {".gz": "gzip", ".zst": "zstd"}[suffix]) as file:
+        for at in range(0, len(plain), 1000):
+            file.write(plain[at : at + 1000])
+            if suffix == ".zst":
+                file.flush()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 9 // 10])
+    given = bytearray()
+    with pa.CompressedInputStream(str(path), {".gz": "gzip", ".zst": "zstd"}[suffix]) as stream, suppress(OSError):
+        while data := stream.read(1):
+            given += data
+    bad: list[BadRange] = []
+    source = JsonSource(path)
+    (split,) = source.splits(per_input=False)
+    ids = [i for b, _ in source.open(split, BlockLimits(), bad.append) for i in b["id"].to_pylist()]
+    assert ids == list(range(given.count(b"\n")))
+    assert [b.row for b in bad] == [len(ids)]
+    assert len(ids) > rows // 2
+    with pytest.raises(DataError, match="can't read on"):
+        read_all(source)
+
+
+@pytest.mark.parametrize(
+    ("kind", "hint"), [("gzip", r"\.gz"), ("bz2", r"\.bz2"), ("zstd", r"\.zst"), ("xz", "unpack"), ("zip", "unpack")]
+)
+@pytest.mark.parametrize("source", [CsvSource, JsonSource, TextSource])
+def test_compressed_data_is_called_by_its_name(tmp_path: Path, source: Any, kind: str, hint: str) -> None:
+    plain = b'{"a":1}\n'
+    path = tmp_path / f"a{source.extensions[0]}"
+    if kind == "xz":
+        path.write_bytes(lzma.compress(plain))
+    elif kind == "zip":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("a", plain)
+    else:
+        with pa.CompressedOutputStream(str(path), kind) as file:
+            file.write(plain)
+    with pytest.raises(DataError, match=f"this is {kind} data(?s:.*){hint}"):
+        read_all(source(path))
+    packed = tmp_path / f"b{source.extensions[0]}.gz"
+    packed.write_bytes(plain)
+    with pytest.raises(DataError, match="no gzip data"):
+        read_all(source(packed))
+
+
+def test_a_long_line_takes_few_times_its_size(tmp_path: Path) -> None:
+    size = 8 << 20
+    (tmp_path / "a.txt").write_bytes(b"a" * size + b"\r\nb\n")
+    tracemalloc.start()
+    try:
+        rows = read_all(TextSource(tmp_path))["text"].to_pylist()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert [len(row) for row in rows] == [size, 1]
+    assert peak < 6 * size
+
+
+def test_a_line_is_joined_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size, step = 1 << 20, 4 << 10
+    (tmp_path / "a.txt").write_bytes(b"a" * size + b"\nb\n")
+    searched = 0
+
+    class Read(bytes):
+        def rfind(self, *args: Any) -> int:
+            nonlocal searched
+            searched += len(self)
+            return super().rfind(*args)
+
+        def __radd__(self, other: bytes) -> Read:
+            return Read(other + bytes(self))
+
+    real = lines._read
+    monkeypatch.setattr(lines, "_read", lambda *args: Read(real(*args)))
+    (split,) = TextSource(tmp_path).splits(per_input=False)
+    chunks = list(lines.line_chunks(split.fragments[0], step))
+    assert b"".join(chunk for _, chunk in chunks) == b"a" * size + b"\nb\n"
+    assert 0 < searched <= 2 * size
+
+
+def test_a_line_that_arrow_has_no_room_for_is_bad_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lines, "MOST_BYTES", 1000)
+    bad: list[BadRange] = []
+    for source, text in ((TextSource, "{}"), (CsvSource, "{}"), (JsonSource, '{{"x":"{}"}}')):
+        path = tmp_path / f"a{source.extensions[0]}"
+        rows = [text.format(value) for value in ("x", "y", "z" * 2000, "v")]
+        path.write_text("\n".join(rows) + "\n")
+        read = TextSource(path) if source is TextSource else source(path)
+        with pytest.raises(DataError, match="2 GiB"):
+            read_all(read)
+        bad.clear()
+        blocks = [b for s in read.splits(per_input=False) for b, _ in read.open(s, BlockLimits(), bad.append)]
+        assert sum(b.num_rows for b in blocks) == (2 if source is CsvSource else 3)
+        assert [b.rows for b in bad] == [1]
 
 
 def test_long_lines_and_small_chunks(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from headrace.connectors.sinks.csv import CsvSink
 from headrace.connectors.sinks.files import FileSink
 from headrace.connectors.sinks.json import JsonSink
 from headrace.connectors.sinks.parquet import ParquetSink
+from headrace.connectors.sources.csv import CsvSource
 from headrace.connectors.sources.json import JsonSource
 from headrace.core.errors import DataError, DestinationError, PlanError
 from headrace.core.splits import Fragment, Split
@@ -130,6 +131,38 @@ def test_json_floats_read_back_as_floats(tmp_path: Path, kind: pa.DataType) -> N
     large = pa.record_batch({"x": [1e20, -1e300, -0.0, 123456789.0, float("inf")]})
     texts = ["1e+20", "-1e+300", "-0.0", "123456789.0", "null"]
     assert written(JsonSink(tmp_path / "large"), large).read_text().split() == [f'{{"x":{text}}}' for text in texts]
+
+
+@pytest.mark.parametrize("kind", [pa.float16(), pa.float32(), pa.float64()])
+@pytest.mark.parametrize("others", [0, 1])
+def test_csv_floats_read_back_as_floats(tmp_path: Path, kind: pa.DataType, others: int) -> None:
+    values = [0.0, 1.0, -3.0, None, 2.0**15, 0.25, 0.0]
+    columns = {"x": pa.array(values, pa.float64()).cast(kind), "s": pa.array(["a", None, '"', "", ",", "\n", "b"])}
+    batch = pa.record_batch(dict(list(columns.items())[: 1 + others]))
+    for i, whole in enumerate((batch.slice(0, 3), batch, batch.slice(4, 1), batch.slice(6))):
+        path = written(CsvSink(tmp_path / str(i)), whole)
+        table = read_all(CsvSource(path, newlines_in_values=True))
+        assert table.schema.field("x").type == pa.float64()
+        assert table["x"].to_pylist() == whole["x"].to_pylist()
+    large = pa.record_batch({"x": [1e20, -1e300, -0.0, 12345.0, float("inf"), float("nan"), None]})
+    texts = ['"x"', "1e+20", "-1e+300", "-0.0", "12345.0", "inf", "nan", '""']
+    assert written(CsvSink(tmp_path / "large"), large).read_text().split("\n")[:-2] == texts[:-1]
+
+
+def test_csv_is_the_same_text_with_and_without_whole_floats(tmp_path: Path) -> None:
+    others = pa.record_batch(
+        {
+            "s": ['a,"b"', None, ""],
+            "t": pa.array([datetime.datetime(2026, 1, 2)] * 3, pa.timestamp("us", "UTC")),
+            "b": [True, None, False],
+            "n": pa.nulls(3),
+            "d": pa.array([1, None, 2]).cast(pa.decimal128(20, 1)),
+            "h": [0.5, None, float("inf")],
+        }
+    )
+    plain = written(CsvSink(tmp_path / "a"), others.append_column("x", pa.array([0.5, None, 0.25])))
+    joined = written(CsvSink(tmp_path / "b"), others.append_column("x", pa.array([5.0, None, 0.25])))
+    assert joined.read_text() == plain.read_text().replace("0.5\n", "5.0\n")
 
 
 def test_json_of_a_slice(tmp_path: Path) -> None:

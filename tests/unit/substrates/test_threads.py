@@ -6,13 +6,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
+from headrace.core.errors import WorkerDied
 from headrace.core.resources import WorkerSpec
+from headrace.core.steps import Doing, Step, StepDone, StepFailed
 from headrace.substrates.threads import NativeLimits, ThreadsSubstrate
 from headrace.testing.check_substrate import Act, ScriptedBody, advance, running
+from headrace.worker.watch import Halt
 
 
 def test_blocks_are_handed_on_as_they_are() -> None:
@@ -35,6 +39,32 @@ def test_bodies_are_made_one_at_a_time() -> None:
 
     with running(lambda: ThreadsSubstrate(body_factory=make), 8) as s:
         assert s.up == set(range(8))
+
+
+def test_no_user_code_begins_once_the_substrate_stops() -> None:
+    begun = threading.Event()
+    refused: list[WorkerDied] = []
+
+    class Body(ScriptedBody):
+        def run(self, step: Step) -> StepDone | StepFailed:
+            crumb = self._store.crumb
+            assert isinstance(crumb, Halt)
+            crumb.write(Doing(0, "first"))
+            begun.set()
+            while not crumb.over:
+                time.sleep(0.001)
+            try:
+                crumb.write(Doing(0, "second"))
+            except WorkerDied as error:
+                refused.append(error)
+            return StepDone(step.id, step.worker)
+
+    substrate = ThreadsSubstrate(body_factory=Body)
+    with running(lambda: substrate, 1) as s:
+        substrate.submit(advance(1, 0, Act.MAKE, nbytes=80))
+        assert begun.wait(60)
+        s.substrate.stop()
+    assert "stopped before second" in str(refused[0])
 
 
 @pytest.mark.parametrize("error", [SystemExit(4), ValueError("no")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from tests.unit.worker.fakes import BatchSource, Bench, column, fn, numbers
 from headrace.core.errors import DataError, UserCodeError
 from headrace.core.tensors import numpy_to_array, tensor_to_numpy
 from headrace.plan import nodes
+from headrace.worker.row_ops import RUN_ROWS
 
 
 def run(op: nodes.Op, *batches: pa.RecordBatch) -> list[pa.RecordBatch]:
@@ -153,6 +155,47 @@ def test_flat_map_never_holds_all_that_it_makes():
     assert max(b.nbytes for b in out) <= 20 << 20
     assert most <= 40
     assert bench.tally.expanded == 59
+
+
+def test_flat_map_takes_few_rows_ahead_when_small_ones_become_large():
+    def texts(row):
+        for k in range(1100):
+            yield {"k": k, "text": "a" * (1 << 20 if k >= 1000 else 1)}
+
+    bench = Bench([nodes.FlatMap(fn(texts))], source=BatchSource([numbers(1)]))
+    out = bench.run(credit_bytes=1)
+    assert column(out, "k") == list(range(1100))
+    assert max(b.nbytes for b in out) <= (RUN_ROWS + 20) << 20
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+@pytest.mark.parametrize("kind", [list, iter])
+def test_flat_map_calls_no_function_of_ours_for_each_small_row(kind, on_error):
+    bench = Bench(
+        [nodes.FlatMap(fn(lambda row: kind([{"x": row["x"], "s": "text"}] * 100)))],
+        source=BatchSource([numbers(100)]),
+        on_error=on_error,
+    )
+    calls = 0
+
+    def count(frame: Any, event: str, arg: Any) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        out = bench.run()
+    finally:
+        sys.setprofile(None)
+    assert sum(b.num_rows for b in out) == 10_000
+    assert calls < 5_000
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+def test_a_flat_map_of_lists_longer_than_a_run_is_whole(on_error):
+    made = [{"x": k} if k % 3 else {"x": k, "more": "text"} for k in range(1000)]
+    out = Bench([nodes.FlatMap(fn(lambda row: made))], source=BatchSource([numbers(3)]), on_error=on_error).run()
+    assert column(out, "x") == [k for _ in range(3) for k in range(1000)]
 
 
 @pytest.mark.parametrize("made", [None, {"x": 1}, "text", [1]])

@@ -16,7 +16,7 @@ from headrace.core.refs import Segment
 from headrace.core.stages import Order
 from headrace.core.steps import StepDone, StepFailed, Suspect
 from headrace.plan import nodes
-from headrace.worker.watch import SAMPLE_BYTES, row_bytes, row_digest
+from headrace.worker.watch import SAMPLE_BYTES, Halt, row_bytes, row_digest
 
 USER_OPS = ["map", "filter", "flat", "batches", "generator", "apply", "predict", "evaluate"]
 
@@ -172,3 +172,31 @@ def test_a_row_too_large_for_the_crumb_is_named_without_its_sample():
     bench.run(suspects=(suspect(0, 0),))
     (doing,) = crumb.written
     assert (len(doing.digest), doing.sample) == (32, b"")
+
+
+# --- a run that has stopped --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+@pytest.mark.parametrize("kind", ["filter", "map", "flat_map", "map_batches"])
+def test_once_a_run_has_stopped_no_call_of_user_code_begins(kind, on_error):
+    halt, calls = Halt(), 0
+
+    def f(given):
+        nonlocal calls
+        calls += 1
+        halt.over = calls == 2
+        return [given] if kind == "flat_map" else given
+
+    ops = {
+        "filter": nodes.FilterRows(fn(f)),
+        "map": nodes.MapRows(fn(f)),
+        "flat_map": nodes.FlatMap(fn(f)),
+        "map_batches": nodes.MapBatches(fn(f), batch_rows=2),
+    }
+    store = DictStore()
+    store.crumb = halt
+    bench = Bench([ops[kind]], source=BatchSource([numbers(20)]), on_error=on_error, store=store)
+    with pytest.raises(WorkerDied, match="the run was stopped"):
+        bench.run()
+    assert calls == 2

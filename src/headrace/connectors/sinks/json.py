@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
+from headrace.connectors.sinks.decimals import decimals
 from headrace.connectors.sinks.files import SMALL_BYTES, Encoder, FileSink, Written, written
 
 
@@ -94,8 +95,7 @@ def _values(column: pa.Array) -> pa.Array:
         return column.cast(pa.large_string())
     if kinds.is_floating(t):
         column = column.cast(pa.float32()) if kinds.is_float16(t) else column
-        finite = pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type))
-        return _decimal(finite)
+        return decimals(pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type)))
     if kinds.is_string(t) or kinds.is_large_string(t) or kinds.is_string_view(t):
         text = column.cast(pa.large_string())
         if pc.any(pc.match_substring_regex(text, r'["\\\x00-\x1f]')).as_py():
@@ -110,19 +110,6 @@ def _values(column: pa.Array) -> pa.Array:
     values = _python_values(column)
     text = [None if v is None else json.dumps(v, ensure_ascii=False, default=_other, allow_nan=False) for v in values]
     return pa.array(text, pa.large_string())
-
-
-def _decimal(column: pa.Array) -> pa.Array:
-    """Finite floats as text that reads back as one: Arrow writes 1.0 as "1"."""
-    pc = _compute()
-
-    text = column.cast(pa.large_string())
-    whole = pc.equal(pc.trunc(column), column)
-    if not pc.any(whole).as_py():
-        return text
-    bare = pc.and_(whole, pc.invert(pc.match_substring(text, "e")))
-    point = pc.binary_join_element_wise(text, pa.scalar(".0", pa.large_string()), pa.scalar("", pa.large_string()))
-    return pc.if_else(bare, point, text)
 
 
 def _compute() -> Any:

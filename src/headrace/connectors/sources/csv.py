@@ -28,6 +28,8 @@ from headrace.core.options import BlockLimits
 from headrace.core.splits import Fragment
 
 _HINT = "give its type: read_csv(..., column_types={name: pa.string()})"
+_FLOAT_HINT = "give its type: read_csv(..., column_types={name: pa.float64()})"
+_NO_WHOLE_NUMBER = re.compile(r"conversion error to u?int\d+: invalid value '(.*)'")
 _UTF8_HINT = "convert the file to UTF-8"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _ROW = re.compile(r"Row #\d+: ")  # counted from the beginning of what was parsed, which nobody knows
@@ -97,7 +99,10 @@ class CsvSource(FileSource):
         return pa.schema([f.with_type(pa.string()) if pa.types.is_null(f.type) else f for f in given])
 
     def divide(self, o: Stored) -> list[Fragment]:
-        return [packing.whole(o)] if self._newlines else lines.divide_lines(o)
+        return [packing.whole(o)] if self._newlines else lines.divide_lines(o, self.divide_bytes)
+
+    def row_bytes(self) -> float:
+        return lines.row_bytes(self._listing.spread(lines.LOOKED_AT)[0])
 
     def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
         names, line_end = self._names, self._line_end(fragment.uri)
@@ -342,4 +347,7 @@ class _explained:
 def _hint(text: str) -> str:
     if "invalid UTF8" in text:
         return _UTF8_HINT
+    value = _NO_WHOLE_NUMBER.search(text)
+    if value and _is_number(value[1].encode()):
+        return _FLOAT_HINT
     return "mend that line, or leave the file out" if "Expected" in text and "columns, got" in text else _HINT

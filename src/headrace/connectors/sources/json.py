@@ -59,7 +59,10 @@ class JsonSource(FileSource):
         return _inferred(data, (("file", first.uri),))
 
     def divide(self, o: Stored) -> list[Fragment]:
-        return lines.divide_lines(o)
+        return lines.divide_lines(o, self.divide_bytes)
+
+    def row_bytes(self) -> float:
+        return lines.row_bytes(self._listing.spread(lines.LOOKED_AT)[0])
 
     def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
         schema, full = self.schema(), self._full_schema()

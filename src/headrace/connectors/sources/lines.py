@@ -8,7 +8,7 @@ object agree on what a newline is (LineEnd).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from operator import itemgetter
 from typing import Any
@@ -21,7 +21,7 @@ from headrace.connectors import packing, storage
 from headrace.connectors.blocks import BLOCKS_PER_SPLIT, Piece, least_rows, measured
 from headrace.connectors.listing import COMPRESSED
 from headrace.connectors.sources.sifting import Guess, Lines, adjacent, line_starts, sifted
-from headrace.connectors.sources.unreadable import Mismatch, reported
+from headrace.connectors.sources.unreadable import Mismatch, is_bad, reported
 from headrace.connectors.storage import Stored
 from headrace.contracts.source import OnBad
 from headrace.core.errors import DataError, HeadraceError
@@ -30,11 +30,22 @@ from headrace.core.origins import chosen
 from headrace.core.refs import Origin, Segment
 from headrace.core.splits import Fragment
 
+LOOKED_AT, ROW_LOOK_BYTES = 4, 64 << 10  # lines are measured in so many objects, and as much of each
 INFER_BYTES = 4 << 20  # types are inferred from this much of the first object
 COUNT_BYTES = 256 << 20  # for an error's line number no more than this is read again
+MOST_BYTES = (1 << 31) - 2  # of lines that are parsed together: Arrow counts them, and one more, in 32 bits
 _TELLING_BYTES = 64 << 10  # of an object, in which its line end is looked for
 _STEP_BYTES = 1 << 20  # read size when looking for the end of a line
+_SALVAGE_BYTES = 16 << 10  # as many single bytes are read in some milliseconds
 _CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+# What they begin with; no text does.
+_MAGIC = {
+    "gzip": re.compile(rb"\x1f\x8b"),
+    "bz2": re.compile(rb"BZh[1-9]1AY&SY"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
+    "xz": re.compile(rb"\xfd7zXZ"),
+    "zip": re.compile(rb"PK\x03\x04"),
+}
 
 Parse = Callable[[bytes, int], pa.Table | None]
 
@@ -89,11 +100,23 @@ def is_compressed(uri: str) -> bool:
     return uri.lower().endswith(COMPRESSED)
 
 
-def divide_lines(o: Stored) -> list[Fragment]:
-    """Even byte ranges; a compressed object stays whole."""
+def row_bytes(objects: Iterable[Stored]) -> float:
+    """Of a line at their beginnings; 0.0 where all are compressed, whose lines take less than they tell, or broken."""
+    size = rows = 0
+    for o in objects:
+        if is_compressed(o.uri):
+            continue
+        with suppress(DataError):
+            data = beginning(packing.whole(o), ROW_LOOK_BYTES)
+            size, rows = size + len(data), rows + data.count(b"\n")
+    return size / rows if rows else 0.0
+
+
+def divide_lines(o: Stored, target: int) -> list[Fragment]:
+    """Even byte ranges of about `target`; a compressed object stays whole."""
     if is_compressed(o.uri):
         return [packing.whole(o)]
-    return [replace(packing.whole(o), start=a, stop=b) for a, b in packing.even_ranges(o.size, packing.DIVIDE_BYTES)]
+    return [replace(packing.whole(o), start=a, stop=b) for a, b in packing.even_ranges(o.size, target)]
 
 
 def chunk_bytes(limits: BlockLimits, fragment: Fragment) -> int:
@@ -122,6 +145,7 @@ def opened(fragment: Fragment) -> Iterator[tuple[storage.Reader, pa.NativeFile]]
 
 def line_chunks(fragment: Fragment, size: int, line_end: LineEnd = NEWLINE) -> Generator[tuple[int, bytes], None, None]:
     """(byte offset, whole lines) of about `size` bytes each; a longer line comes alone. Offsets are of the plain bytes.
+    Of a damaged object the whole lines before the fault come first.
 
     line_end: looks at the beginning here where that is in the range, and has done so before where it is not.
     """
@@ -131,29 +155,65 @@ def line_chunks(fragment: Fragment, size: int, line_end: LineEnd = NEWLINE) -> G
         end = fragment.stop
         if 0 <= end < at:
             return  # one line spans the range: it belongs to the range where it began
+        begun: list[bytes] = []  # pieces of a line whose end was not seen; it begins at `at`
+        behind = at  # where they end
         while True:
-            data = _read(stream, size, fragment.uri, at)
-            joined = carry + data
-            if not told:
-                told = line_end.seen(joined, all_of_it=not data)
+            try:
+                read = _read(stream, size, fragment.uri, at)
+            except DataError as error:
+                if not is_bad(error) or not is_compressed(fragment.uri):
+                    raise
+                data = carry + _up_to_fault(fragment, behind + len(carry))
                 if not told:
-                    carry = joined
+                    line_end.seen(data, all_of_it=True)
+                cut = data.rfind(line_end.byte) + 1
+                if cut:
+                    yield at, b"".join((*begun, data[:cut]))
+                raise
+            if behind + len(carry) == 0:
+                _check_plain(read, fragment.uri)
+            data = carry + read
+            if not told:
+                told = line_end.seen(data, all_of_it=not read)
+                if not told:
+                    carry = data
                     continue
-            if 0 <= end <= at + len(joined) - 1:
+            carry = b""
+            cut = -1
+            if 0 <= end <= behind + len(data) - 1:
                 # The last line of the range ends at the first newline at or beyond `end`.
-                cut = joined.find(line_end.byte, max(0, end - at))
-                if cut >= 0:
-                    yield at, joined[: cut + 1]
-                    break
-            if not data:
-                if joined:
-                    yield at, joined
+                cut = data.find(line_end.byte, max(0, end - behind))
+            last = cut >= 0 or not read
+            if cut < 0:
+                cut = data.rfind(line_end.byte) if read else len(data) - 1
+            behind += len(data)
+            begun.append(data[: cut + 1])
+            if cut >= 0 or last:
+                chunk = b"".join(begun)
+                begun.clear()
+                if chunk:
+                    yield at, chunk
+                at += len(chunk)
+                del chunk
+            if last:
                 break
-            cut = joined.rfind(line_end.byte) + 1
-            if cut:
-                yield at, joined[:cut]
-            at, carry = at + cut, joined[cut:]
+            begun.append(data[cut + 1 :])
         reader.check()
+
+
+def _up_to_fault(fragment: Fragment, start: int) -> bytes:
+    """The plain bytes of a compressed object from `start` up to where it is damaged. A read that fails gives nothing of what
+    came before the fault, so the last ones are single bytes.
+    """
+    out = bytearray()
+    for step in (_SALVAGE_BYTES, 1):
+        with suppress(pa.ArrowException, OSError), opened(fragment) as (_, stream):
+            left = start + len(out)
+            while left and (passed := stream.read(min(left, _STEP_BYTES))):
+                left -= len(passed)
+            while data := stream.read(step):
+                out += data
+    return bytes(out)
 
 
 def beginning(fragment: Fragment, size: int, line_end: LineEnd = NEWLINE) -> bytes:
@@ -190,7 +250,21 @@ def _read(stream: pa.NativeFile, size: int, uri: str, at: int) -> bytes:
         if isinstance(e, DataError):
             raise
         where = (("file", uri), ("offset", str(at)))
-        raise DataError(f"can't read on: {e}", where=where, hint="the file is damaged or cut short") from e
+        hint = "the file is damaged or cut short" + (f", or no {_codec(uri)} data" if at == 0 and is_compressed(uri) else "")
+        raise DataError(f"can't read on: {e}", where=where, hint=hint) from e
+
+
+def _codec(uri: str) -> str:
+    return next(codec for suffix, codec in _CODECS.items() if uri.lower().endswith(suffix))
+
+
+def _check_plain(beginning: bytes, uri: str) -> None:
+    """Raise DataError where the text of an object begins as no text does, but compressed data."""
+    for codec, magic in _MAGIC.items():
+        if magic.match(beginning):
+            suffix = next((suffix for suffix, known in _CODECS.items() if known == codec and not is_compressed(uri)), "")
+            hint = f"let its name end with {suffix}" if suffix else "unpack it"
+            raise DataError(f"this is {codec} data, not text", where=(("file", uri),), hint=hint)
 
 
 def first_line(fragment: Fragment, line_end: LineEnd = NEWLINE) -> bytes:
@@ -198,6 +272,8 @@ def first_line(fragment: Fragment, line_end: LineEnd = NEWLINE) -> bytes:
     with opened(replace(fragment, start=0, stop=-1)) as (_, stream):
         out = b""
         while data := _read(stream, 64 << 10, fragment.uri, len(out)):
+            if not out:
+                _check_plain(data, fragment.uri)
             out += data
             if not line_end.seen(out, all_of_it=False):
                 continue
@@ -234,6 +310,7 @@ def tables(
     parse: (lines, the offset of the first) -> their rows, None for lines that hold none. When a chunk can't be parsed, its bad
     lines are told to on_bad, a row each, and the others are given as one piece. guess: see sifting.
     """
+    parse = _bounded(parse, fragment.uri)
     row = bad = 0
     chunks = line_chunks(fragment, size, line_end)
     while True:
@@ -260,6 +337,18 @@ def tables(
             origin = origin_of(fragment, row, total)
             yield from _measured(table, origin if index is None else chosen(origin, index), limits)
         row += total
+
+
+def _bounded(parse: Parse, uri: str) -> Parse:
+    """Arrow's parsers and its text have no room for more."""
+
+    def bounded(chunk: bytes, at: int) -> pa.Table | None:
+        if len(chunk) > MOST_BYTES:
+            where = (("file", uri), ("offset", str(at)))
+            raise DataError("a line takes more than 2 GiB", where=where, hint="cut it, or leave the file out")
+        return parse(chunk, at)
+
+    return bounded
 
 
 def _first_bad(

@@ -35,7 +35,10 @@ class TextSource(FileSource):
         return super().schema()
 
     def divide(self, o: Stored) -> list[Fragment]:
-        return lines.divide_lines(o)
+        return lines.divide_lines(o, self.divide_bytes)
+
+    def row_bytes(self) -> float:
+        return lines.row_bytes(self._listing.spread(lines.LOOKED_AT)[0])
 
     def _pieces(self, fragment: Fragment, limits: BlockLimits, on_bad: OnBad | None) -> Iterator[Piece]:
         bare = self._columns == ()
@@ -58,14 +61,11 @@ def split_lines(data: bytes) -> pa.StringArray:
     """The lines of `data`, without "\\n" or "\\r\\n"; a last line may lack its end. Not validated."""
     raw = np.frombuffer(data, dtype=np.uint8)
     ends = np.flatnonzero(raw == 10)
-    drop = ends
+    stops = ends if data.endswith(b"\n") else np.append(ends, len(raw))
+    lengths = np.diff(stops, prepend=-1) - 1
     if b"\r\n" in data:
-        returns = ends[(ends > 0)]
-        returns = returns[raw[returns - 1] == 13] - 1
-        drop = np.concatenate([ends, returns])
-    kept = np.ones(len(raw), dtype=bool)
-    kept[drop] = False
-    stops = ends if len(raw) and raw[-1] == 10 else np.append(ends, len(raw))
-    before = np.concatenate([[0], np.cumsum(kept)])
-    offsets = np.concatenate([[0], before[stops]]).astype(np.int32)
-    return pa.StringArray.from_buffers(len(stops), pa.py_buffer(offsets), pa.py_buffer(raw[kept]))
+        lengths[: len(ends)] -= (ends > 0) & (raw[ends - 1] == 13)
+        data = data.replace(b"\r\n", b"\n")
+    offsets = np.zeros(len(stops) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return pa.StringArray.from_buffers(len(stops), pa.py_buffer(offsets), pa.py_buffer(data.replace(b"\n", b"")))
