@@ -137,3 +137,13 @@ def test_a_filter_that_names_no_column_of_the_input(data: Path) -> None:
 def test_a_filter_in_words() -> None:
     with pytest.raises(hr.PlanError, match="'x > 0' is no filter"):
         hr.range(3).filter("x > 0")
+
+
+def test_a_function_of_several_parameters_is_told_what_it_is_called_with() -> None:
+    def both(a: object, b: object) -> object:
+        return a, b
+
+    for ds in (hr.range(3).map(both), hr.range(3).predict(both, input=["id"], output="y")):  # type: ignore[arg-type]
+        with pytest.raises(hr.UserCodeError, match="missing 1 required positional argument") as caught:
+            ds.to_arrow(progress="quiet")
+        assert "one argument: a dict of columns" in str(caught.value)

@@ -219,6 +219,34 @@ def test_leaving_the_loop_ends_the_run(data: Path, quiet: Options) -> None:
         break
 
 
+def test_a_bare_answer_does_not_replace_a_column_that_nobody_named(quiet: Options) -> None:
+    rows = hr.from_arrow(pa.table({"x": [1, 2], "prediction": ["kept", "too"]}))
+    with pytest.raises(hr.PlanError, match="'prediction' is a column already") as refused:
+        rows.predict(lambda x: x * 2, input="x").to_arrow(**quiet)
+    assert "output=" in refused.value.hint
+    named = rows.predict(lambda x: {"double": x * 2}, input="x").to_arrow(**quiet)
+    assert named.select(["prediction", "double"]).to_pydict() == {"prediction": ["kept", "too"], "double": [2, 4]}
+    asked = rows.predict(lambda x: x * 2, input="x", output="prediction").to_arrow(**quiet)
+    assert asked["prediction"].to_pylist() == [2, 4]
+
+
+def test_iter_torch_batches_refuses_dtypes_of_no_column(data: Path, quiet: Options) -> None:
+    torch = pytest.importorskip("torch")
+    batches = hr.read_parquet(data).select("id").iter_torch_batches(dtypes={"no_such_column": torch.float32}, **quiet)
+    with pytest.raises(hr.PlanError, match="'no_such_column', which is not there"):
+        next(batches)
+
+
+def test_iter_torch_batches_refuses_devices_that_are_not_there(
+    data: Path, quiet: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device, why in {"cuda": "no CUDA device", "cuda:1": "no CUDA device", "gpu": "gpu"}.items():
+        with pytest.raises(hr.PlanError, match=why):
+            hr.read_parquet(data).iter_torch_batches(device=device, **quiet)
+
+
 def test_iter_torch_batches(data: Path, quiet: Options) -> None:
     torch = pytest.importorskip("torch")
     (batch,) = hr.read_parquet(data).select("id", "x", "name").iter_torch_batches(batch_size=200, dtypes=torch.float32, **quiet)

@@ -166,8 +166,27 @@ def to_pandas(plan: Plan, options: ActionOptions) -> pd.DataFrame:
     return frame(batches[0]) if batches else table.to_pandas(ignore_metadata=True)
 
 
+def check_device(device: str | None) -> None:
+    """Raises PlanError for a device of a name that torch does not know, or of CUDA where torch has none."""
+    if device is None:
+        return
+    import torch
+
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise PlanError(f"device is {device!r}: {error}", hint='for example "cpu" or "cuda:0"') from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        hint = "leave device out, or install a torch with CUDA on a machine with a GPU"
+        raise PlanError(f"device is {device!r}, but torch {torch.__version__} finds no CUDA device here", hint=hint)
+
+
 def to_torch(batch: dict[str, Any], device: str | None, dtypes: Any) -> dict[str, Any]:
-    """Move and cast the tensors of a batch."""
+    """Move and cast the tensors of a batch. Raises PlanError for dtypes of columns that it lacks."""
+    for name in dtypes if isinstance(dtypes, Mapping) else ():
+        if name not in batch:
+            where = (("columns there", ", ".join(batch)),)
+            raise PlanError(f"dtypes names column {name!r}, which is not there", where=where, hint="check the spelling")
     out: dict[str, Any] = {}
     for name, value in batch.items():
         if hasattr(value, "to"):

@@ -372,9 +372,11 @@ class Dataset:
     ) -> Iterator[dict[str, Any]]:
         """As `iter_batches`, as {column: torch tensor} on `device`. dtypes: one torch dtype, or {column: dtype}.
 
-        Columns that are no numbers (strings, bytes, ragged) stay NumPy object arrays.
+        Columns that are no numbers (strings, bytes, ragged) stay NumPy object arrays. Raises PlanError for a device that torch
+        does not find here, and, at the first batch, for a column in dtypes that is not there.
         """
         require("torch", "iter_torch_batches")
+        actions.check_device(device)
         batches = self.iter_batches(batch_size=batch_size, batch_format="torch", drop_last=drop_last, **options)
         return (actions.to_torch(batch, device, dtypes) for batch in batches)
 

@@ -17,13 +17,16 @@ from msgspec.structs import replace
 
 from headrace.api.placing import cluster_machine, gpus_may_come, place_on_cluster
 from headrace.contracts.model import ModelAdapter
-from headrace.contracts.source import CheckedSource, ListedSource
+from headrace.contracts.source import CheckedSource, DividingSource, ListedSource
 from headrace.core.errors import PlanError
 from headrace.core.extras import is_instance, require
 from headrace.core.options import ActionOptions, RunOptions
 from headrace.core.resources import CPU_POOL, WAITING_POOL, Machine, WorkerSpec
+from headrace.core.splits import Division
+from headrace.observe.words import size
 from headrace.plan.columns import ALL, Columns, check_columns
 from headrace.plan.nodes import (
+    DEFAULT_OUTPUT,
     FilterExpr,
     MapBatches,
     Op,
@@ -35,7 +38,7 @@ from headrace.plan.nodes import (
 from headrace.plan.physical import PhysicalPlan, is_stream, make_physical
 from headrace.plan.rules import optimise
 from headrace.plan.schemas import rowless_schema, static_schema
-from headrace.runtime.engine import Choice, asked_engine, choose_engine
+from headrace.runtime.engine import Choice, Sampled, asked_engine, choose_engine
 from headrace.runtime.machine import block_budget_bytes, detect_machine
 from headrace.worker.program import Program
 
@@ -59,6 +62,19 @@ class Prepared(Struct, frozen=True):
     machine: Machine
     at_end: Columns
     cluster: Any = None  # engine "ray": {pool: substrates.ray.placement.Shape}
+    sampled: Sampled | None = None
+    division: Division | None = None
+
+
+def with_division(ready: Prepared, division: Division | None) -> Prepared:
+    """Whose splits are divided to that; None: as its source does."""
+    source = ready.program.source
+    if division is None or not isinstance(source, DividingSource):
+        return ready
+    ready.program.ahead.close()  # what was read to choose an engine is of other splits
+    program = replace(ready.program, source=source.divided(division))
+    note = f"rows are much work: splits of about {size(division.split_bytes)}, of which little is lost when a worker dies"
+    return replace(ready, program=program, division=division, notes=(*ready.notes, note))
 
 
 def parse_options(options: ActionOptions) -> RunOptions:
@@ -182,7 +198,7 @@ def _with_engine(ready: Prepared, choice: Choice, pool_of: _PoolChoice) -> Prepa
         physical = make_physical(plan, delivers=ready.written.write is None, pool_of=pool_of, at_end=ready.at_end)
         program = replace(program, stages=physical.stages)
         notes = (*notes, "the model mostly waits: it has workers of its own beside the CPU workers")
-    ready = replace(ready, physical=physical, program=program, engine=choice.engine, notes=notes)
+    ready = replace(ready, physical=physical, program=program, engine=choice.engine, notes=notes, sampled=choice.sampled)
     if choice.engine == "ray":
         placed = place_on_cluster(plan, physical, pool_of, options)
         budget = options.memory_bytes or placed.budget_bytes
@@ -227,6 +243,8 @@ def resolve(plan: Plan) -> Plan:
             op = op.resolve(known)
         elif known is not None and isinstance(op, FilterExpr) and not op.columns:
             op = replace(op, columns=_expression_columns(op.expression, static_schema(schema, ops)))
+        elif known is not None and isinstance(op, Predict) and not op.output and DEFAULT_OUTPUT in known:
+            op = replace(op, keeps_default=True)
         ops.append(op)
         known = check_columns(ops, schema.names)[-1]
     return replace(plan, ops=tuple(ops))

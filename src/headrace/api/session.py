@@ -22,6 +22,7 @@ from headrace.api.planning import (
     parse_options,
     prepare,
     schema_without_rows,
+    with_division,
 )
 from headrace.api.reproduce import reproduce
 from headrace.commit.records import DamagedLog
@@ -34,11 +35,13 @@ from headrace.core.errors import HeadraceError, InputChanged, InternalError, Pla
 from headrace.core.events import RunStarted
 from headrace.core.guards import guard_name
 from headrace.core.options import ActionOptions, RunOptions
+from headrace.core.splits import Division
 from headrace.plan.columns import ALL, Columns
 from headrace.plan.fingerprint import fingerprint
 from headrace.plan.fingerprint.compare import differences
 from headrace.plan.nodes import Evaluate, Op, Plan, Predict, Write
 from headrace.runtime.committer import Committer, beating
+from headrace.runtime.division import choose_division
 from headrace.runtime.driver import Driver
 from headrace.runtime.engine import may_want_processes
 from headrace.runtime.ledger import (
@@ -258,12 +261,21 @@ def _run_opened(laid_out: Prepared, sink: Sink, opened: OpenedRun, schema: pa.Sc
         return _finished_before(laid_out, bound, opened, schema)
     try:
         ready = _chosen(laid_out, opened) if laid_out.engine == "auto" else laid_out
+        ready = with_division(ready, _division(ready, opened))
         if server is not None and ready.engine != "processes":
             server.close()
         return _run_logged(replace(ready, program=replace(ready.program, sink=bound)), bound, opened, schema, server)
     finally:
         laid_out.program.ahead.close()
         laid_out.program.tried.close()
+
+
+def _division(ready: Prepared, opened: OpenedRun) -> Division | None:
+    """The run's, where a session before has listed something or divided it; else what suits the plan."""
+    state = opened.state
+    if state.division is not None or state.listed or state.listing_done:
+        return state.division
+    return choose_division(ready.program, ready.sampled)
 
 
 def _chosen(laid_out: Prepared, opened: OpenedRun) -> Prepared:
@@ -316,6 +328,7 @@ def _run_logged(
     from headrace.observe.run import RunRecorder
 
     committer = Committer(accumulators_of(ready), opened)
+    committer.divide(ready.division)
     recorder = RunRecorder()
     driver = make_driver(ready, [recorder, *make_observers(ready.options.progress)], committer, opened=opened, server=server)
     done = False
@@ -359,7 +372,8 @@ def _finished_before(ready: Prepared, sink: Sink, opened: OpenedRun, schema: pa.
     """The run is finished: there is nothing to do, unless the last session died before all was shown."""
     from headrace.observe.run import finished_before
 
-    compare_listing(opened, ready.program.source.splits(per_input=sink.per_input))
+    source = with_division(ready, opened.state.division).program.source
+    compare_listing(opened, source.splits(per_input=sink.per_input))
     committer = Committer(accumulators_of(ready), opened)
     assert opened.state.finished is not None
     summary = opened.state.finished

@@ -18,15 +18,18 @@ from msgspec import Struct
 
 from headrace.commit.records import DamagedLog
 from headrace.core.errors import InputChanged
-from headrace.core.splits import Split
+from headrace.core.splits import Fragment, Split
 
 _GZIP = 31  # zlib's code for the gzip format; its header then has no time in it
 _LARGEST = 1 << 30  # bytes of a chunk, unpacked
 _LOOK_AHEAD = 100_000  # splits on either side that are looked at to say what differs
 _NAMED = 5  # how many files of a kind a message names
 
-Entry = tuple[tuple[str, str, int, int, int], ...]
-"""A split: (uri, version, size in bytes, start, stop) of each of its fragments."""
+Part = tuple[str, str, int, int, int] | tuple[str, str, int, int, int, int]
+"""A fragment: (uri, version, size in bytes, start, stop), and a 1 where its range is one of rows."""
+
+Entry = tuple[Part, ...]
+"""A split: its fragments."""
 
 
 def without_secrets(uri: str) -> str:
@@ -38,7 +41,12 @@ def without_secrets(uri: str) -> str:
 
 
 def entry_of(split: Split) -> Entry:
-    return tuple((without_secrets(f.uri), f.version, f.size_bytes, f.start, f.stop) for f in split.fragments)
+    return tuple(_part_of(f) for f in split.fragments)
+
+
+def _part_of(f: Fragment) -> Part:
+    part = (without_secrets(f.uri), f.version, f.size_bytes, f.start, f.stop)
+    return (*part, 1) if f.by_rows else part
 
 
 def encode_chunk(entries: Sequence[Entry]) -> tuple[bytes, str]:
@@ -68,11 +76,13 @@ def decode_chunk(name: str, data: bytes | None, digest: str, count: int) -> list
         raise DamagedLog(f"a listing of the run can't be read: {problem}", where=where) from None
 
 
-def _fragment(prefix: str, f: Any) -> tuple[str, str, int, int, int]:
-    uri, version, size, start, stop = cast("list[Any]", f)
+def _fragment(prefix: str, f: Any) -> Part:
+    uri, version, size, start, stop, *by_rows = cast("list[Any]", f)
     if not (isinstance(uri, str) and isinstance(version, str) and all(type(n) is int for n in (size, start, stop))):
         raise ValueError("a fragment of the wrong types")
-    return prefix + uri, version, size, start, stop
+    if by_rows not in ([], [1]):
+        raise ValueError("a fragment of an unknown unit")
+    return (prefix + uri, version, size, start, stop, 1) if by_rows else (prefix + uri, version, size, start, stop)
 
 
 def _common_prefix(uris: Sequence[str]) -> str:

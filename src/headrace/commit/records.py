@@ -18,8 +18,9 @@ from msgspec import Struct, field
 from headrace.commit.names import check_file, log_name
 from headrace.core.errors import DestinationError
 from headrace.core.receipts import COUNTS, LineageRun, OutputFile, Tally
+from headrace.core.splits import Division
 
-VERSION = 2  # 1: without chunks in it, as segments that have none are still written
+VERSION = 3  # a segment says the least that can read it: 2 knows chunks in it, 3 what splits are divided to
 _KINDS = ("output", "quarantine", "lineage")
 _DIGEST = re.compile(r"([0-9a-f]{64})?")
 
@@ -49,6 +50,12 @@ class Listed(Struct, frozen=True):
     digest: str
     done: bool
     chunk: bytes = b""
+
+
+class Divided(Struct, frozen=True):
+    """What splits are divided to, in this session and in all later ones: they are what the log counts. Before any Listed."""
+
+    division: Division
 
 
 class Settled(Struct, frozen=True):
@@ -83,7 +90,7 @@ class Finished(Struct, frozen=True):
     summary: Mapping[str, Any]
 
 
-Record = Claim | Listed | Settled | Released | Replaced | Finished
+Record = Claim | Divided | Listed | Settled | Released | Replaced | Finished
 
 
 class Segment(Struct, frozen=True):
@@ -101,7 +108,7 @@ class Segment(Struct, frozen=True):
 
 def encode(segment: Segment) -> bytes:
     body: dict[str, Any] = {
-        "version": VERSION if any(isinstance(r, Listed) and r.chunk for r in segment.records) else 1,
+        "version": max(map(_version, segment.records), default=1),
         "index": segment.index,
         "epoch": segment.epoch,
         "nonce": segment.nonce,
@@ -112,6 +119,12 @@ def encode(segment: Segment) -> bytes:
     return json.dumps(body, separators=(",", ":")).encode()
 
 
+def _version(record: Record) -> int:
+    if isinstance(record, Divided):
+        return 3
+    return 2 if isinstance(record, Listed) and record.chunk else 1
+
+
 def _record_to_json(record: Record) -> dict[str, Any]:
     match record:
         case Settled():
@@ -119,6 +132,8 @@ def _record_to_json(record: Record) -> dict[str, Any]:
         case Claim(epoch, nonce, host, pid, started, at, died):
             body = {"kind": "claim", "epoch": epoch, "nonce": nonce, "host": host, "pid": pid, "started": started, "at": at}
             return {**body, "died": True} if died else body
+        case Divided(division):
+            return {"kind": "divided", "bytes": division.split_bytes, "by_rows": division.by_rows}
         case Listed(first, count, digest, done, chunk):
             body = {"kind": "listed", "first": first, "count": count, "digest": digest, "done": done}
             return {**body, "chunk": base64.b64encode(chunk).decode()} if chunk else body
@@ -188,6 +203,10 @@ def _record(run: str, r: dict[str, Any]) -> Record:
             numbers = (_number(r, "started"), _number(r, "at"))
             died = "died" in r and _bool(r, "died")
             return Claim(_int(r, "epoch"), _text(r, "nonce"), _text(r, "host"), _int(r, "pid"), *numbers, died)
+        case "divided":
+            if not (split_bytes := _int(r, "bytes")):
+                raise _Bad("splits of no bytes")
+            return Divided(Division(split_bytes, _bool(r, "by_rows")))
         case "listed":
             chunk = base64.b64decode(_text(r, "chunk"), validate=True) if "chunk" in r else b""
             return Listed(_int(r, "first"), _int(r, "count"), _text(r, "digest"), _bool(r, "done"), chunk)

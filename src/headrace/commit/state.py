@@ -10,15 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from headrace.commit.records import Claim, Finished, Listed, Released, Replaced, Segment, Settled, corrupt
+from headrace.commit.records import Claim, Divided, Finished, Listed, Released, Replaced, Segment, Settled, corrupt
 from headrace.commit.table import SplitTable, Spool
 from headrace.core.receipts import Tally
+from headrace.core.splits import Division
 
 
 class LogState:
     """next: index of the segment that comes next. owner: who claimed last; released: and left. deserted: an owner before it may
     have died at work. deltas: metrics of segments, for whoever knows how to merge them; taken from here.
-    listing: in order; listed: splits in it. spool: where settled splits lie; None: in memory.
+    division: of splits; None: the source's own. listing: in order; listed: splits in it. spool: where settled splits lie; None:
+    in memory.
     """
 
     def __init__(self, run: str, spool: Spool | None = None) -> None:
@@ -33,6 +35,7 @@ class LogState:
         self.tally = Tally()
         self.rows = 0
         self.settled = SplitTable(spool)
+        self.division: Division | None = None
         self.listing: list[Listed] = []
         self.listed = 0
         self.listing_done = False
@@ -50,6 +53,10 @@ class LogState:
                     if record.split >= self.listed:
                         raise corrupt(self.run, segment.index, f"it settles split {record.split}, which was never listed")
                     repeated |= not self._settle(record)
+                case Divided(division):
+                    if self.listed or self.listing_done:
+                        raise corrupt(self.run, segment.index, "it divides splits that are listed")
+                    self.division = division
                 case Listed():
                     self._list(segment, record)
                 case Claim():

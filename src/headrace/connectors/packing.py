@@ -1,7 +1,8 @@
 """Packing: a stream of objects becomes a stream of splits.
 
 Rules: small objects are packed in listing order by their stored size, without opening them; large ones are divided where their
-format allows it; nothing depends on the number of workers. Memory is one split.
+format allows it; nothing depends on the number of workers. Where a row is so much work that splits of the usual size would take
+long, a run has smaller ones (`Division`). Memory is one split.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from itertools import islice, pairwise
 from typing import TYPE_CHECKING
 
 from headrace.connectors.storage import Stored
-from headrace.core.splits import Fragment, Split
+from headrace.core.splits import Division, Fragment, Split
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,16 +46,24 @@ def one_each(objects: Iterable[Stored]) -> Iterator[Split]:
 
 
 def pack(
-    objects: Iterable[Stored], divide: Divide, *, file_cost: int = FILE_COST_BYTES, max_files: int = 65_536
+    objects: Iterable[Stored],
+    divide: Divide,
+    division: Division | None = None,
+    *,
+    file_cost: int = FILE_COST_BYTES,
+    max_files: int = 65_536,
 ) -> Iterator[Split]:
     """Pack small objects; a large one becomes one split for each fragment that `divide` returns."""
+    most, over = (PACK_BYTES, DIVIDE_OVER_BYTES) if division is None else (division.split_bytes, division.split_bytes)
+    if division is not None:
+        file_cost = 0  # opening it is nothing beside the work that its rows are
     index = 0
     held: list[Fragment] = []
     held_bytes = 0
     cost = 0
     for o in objects:
-        large = o.size > DIVIDE_OVER_BYTES
-        if held and (large or cost + o.size + file_cost > PACK_BYTES or len(held) >= max_files):
+        large = o.size > over
+        if held and (large or cost + o.size + file_cost > most or len(held) >= max_files):
             yield Split(index, tuple(held), held_bytes)
             index, held, held_bytes, cost = index + 1, [], 0, 0
         if large:
@@ -72,8 +81,11 @@ def pack(
         yield Split(index, tuple(held), held_bytes)
 
 
-def pack_remote(objects: Iterable[Stored], divide: Divide, *, file_cost: int = FILE_COST_BYTES) -> Iterator[Split]:
+def pack_remote(
+    objects: Iterable[Stored], divide: Divide, division: Division | None = None, *, file_cost: int = FILE_COST_BYTES
+) -> Iterator[Split]:
     """As `pack`; while an object is packed, the next large ones are being divided."""
+    over = DIVIDE_OVER_BYTES if division is None else division.split_bytes
     divided: deque[tuple[Stored, Future[list[Fragment]]]] = deque()
 
     def taken(o: Stored) -> list[Fragment]:
@@ -88,7 +100,7 @@ def pack_remote(objects: Iterable[Stored], divide: Divide, *, file_cost: int = F
         while True:
             for o in islice(rest, DIVIDED_AHEAD - len(ahead)):
                 ahead.append(o)
-                if o.size > DIVIDE_OVER_BYTES:
+                if o.size > over:
                     if pool is None:
                         from concurrent.futures import ThreadPoolExecutor
 
@@ -100,7 +112,7 @@ def pack_remote(objects: Iterable[Stored], divide: Divide, *, file_cost: int = F
 
     with ExitStack() as threads:
         threads.callback(lambda: [parts.cancel() for _, parts in divided])
-        yield from pack(looked_at(threads), taken, file_cost=file_cost)
+        yield from pack(looked_at(threads), taken, division, file_cost=file_cost)
 
 
 def even_ranges(size: int, target: int) -> list[tuple[int, int]]:

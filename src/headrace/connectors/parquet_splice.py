@@ -40,8 +40,9 @@ FOOTER_GUESS_BYTES = 64 << 10
 
 
 def worth_copying(split: Split) -> bool:
-    """Are the split's inputs large enough on the average? Who reads a split and who writes it must agree."""
-    return split.bytes >= LEAST_GROUP_BYTES * max(1, len(split.fragments))
+    """Are the split's inputs whole row groups, and large enough on the average? Who reads it and who writes it must agree."""
+    large = split.bytes >= LEAST_GROUP_BYTES * max(1, len(split.fragments))
+    return large and not any(fragment.by_rows for fragment in split.fragments)
 
 
 class Bytes(Protocol):

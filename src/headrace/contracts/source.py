@@ -10,7 +10,7 @@ from msgspec import Struct
 from headrace.core.errors import DataError
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin
-from headrace.core.splits import Split
+from headrace.core.splits import Division, Split
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -112,6 +112,19 @@ class CheckedSource(Source, Protocol):
         """Asked before an action begins, of the source as it will be read. Raises PlanError for a column in its schema, or that
         its predicate reads, that can't be read.
         """
+        ...
+
+
+@runtime_checkable
+class DividingSource(Source, Protocol):
+    def divided(self, division: Division) -> Source:
+        """The same source, whose splits (not those of `per_input`) hold at most about so many bytes each, where its format
+        allows it.
+        """
+        ...
+
+    def row_bytes(self) -> float:
+        """Of a row as it is stored, by a look at the first inputs; 0.0 where they don't tell."""
         ...
 
 

@@ -1,7 +1,7 @@
 """Splits: the unit of planning, retry, order and commit.
 
-A split is fixed from input metadata alone, never from the number of workers or a rank, so that the same
-input gives the same splits on any machine.
+A split is fixed from input metadata, and the division that its run began with, never from the number of workers or a rank, so
+that a run's sessions have the same splits on any machine.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ class Fragment(Struct, frozen=True):
     version: etag, or "size-mtime_ns" on a file system; changes when the object does.
     start, stop: the range, in the source's own unit (row groups for Parquet, bytes for line formats, rows for
         in-memory data). stop == -1 means to the end.
+    by_rows: the range is one of rows, though the source's own unit is a larger one.
     rows: number of rows when the metadata tells, else None.
     name: the object's path relative to the dataset's root, with forward slashes; names `per_input` outputs.
     """
@@ -30,6 +31,17 @@ class Fragment(Struct, frozen=True):
     stop: int = -1
     rows: int | None = None
     name: str = ""
+    by_rows: bool = False
+
+
+class Division(Struct, frozen=True):
+    """What splits are to hold at most, where the sizes that a source has by itself would be too much work.
+
+    split_bytes: as stored. by_rows: also where it is a part of what the format divides an object into.
+    """
+
+    split_bytes: int
+    by_rows: bool = False
 
 
 class Split(Struct, frozen=True):
@@ -48,7 +60,8 @@ class Split(Struct, frozen=True):
         """A digest of what the split reads: same content, same id, on every machine."""
         digest = hashlib.blake2b(digest_size=12)
         for f in self.fragments:
-            digest.update(f"{f.uri}\0{f.version}\0{f.start}\0{f.stop}\n".encode())
+            unit = "\0rows" if f.by_rows else ""
+            digest.update(f"{f.uri}\0{f.version}\0{f.start}\0{f.stop}{unit}\n".encode())
         return digest.hexdigest()
 
     @property

@@ -162,6 +162,9 @@ class Limit(Struct, frozen=True):
     name: str = "limit"
 
 
+DEFAULT_OUTPUT = "prediction"  # the column of a model's bare array, when the user gave no name
+
+
 class Predict(Struct, frozen=True):
     """A row-wise model.
 
@@ -170,7 +173,8 @@ class Predict(Struct, frozen=True):
     batch_rows: None for "auto". device: "auto", "cpu", "cuda", "cuda:1", "sim", "sim:0". replicas: None for "auto".
     resources: what a worker with this model holds of its node, in Ray's words ("GPU", "CPU", custom ones).
     group: models that were given together share a number: none sees the others' outputs, and where bad rows are set aside, a
-    row that fails in one of them keeps what the others say of it. label: the model's name in its group.
+    row that fails in one of them keeps what the others say of it. label: the model's name in its group. keeps_default: rows
+    have a column DEFAULT_OUTPUT already, which a bare array must not replace; planning tells, where columns are known.
     """
 
     model: UserFunction
@@ -185,6 +189,7 @@ class Predict(Struct, frozen=True):
     group: int | None = None
     label: str = ""
     types: Types = ()
+    keeps_default: bool = False
 
     @property
     def name(self) -> str:

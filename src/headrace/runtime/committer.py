@@ -43,12 +43,12 @@ from headrace.commit.protocol import (
     Tick,
     merge_into,
 )
-from headrace.commit.records import Finished, Record, Released, Settled
+from headrace.commit.records import Divided, Finished, Record, Released, Settled
 from headrace.contracts.accumulator import Accumulator
 from headrace.contracts.run_store import WatchingStore
 from headrace.core.errors import DestinationError, HeadraceError, InternalError, UserCodeError
 from headrace.core.receipts import LineageRun, OutputFile, Tally
-from headrace.core.splits import Split
+from headrace.core.splits import Division, Split
 from headrace.runtime.ledger import Listing, OpenedRun, read_log, write_heartbeat
 from headrace.scheduler.messages import Settle, SplitsListed
 
@@ -343,6 +343,11 @@ class Committer:
     def files(self) -> Sequence[OutputFile]:
         """Of all splits that the log holds, in split order."""
         return self._opened.state.settled.files if self._opened is not None else ()
+
+    def divide(self, division: Division | None) -> None:
+        """Log what splits are divided to, unless the log says so already. Before anything is listed."""
+        if division is not None and self._opened is not None and self._opened.state.division != division:
+            self._note(Divided(division))
 
     # ---------------------------------------------------------------- the lister's thread
 

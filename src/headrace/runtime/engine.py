@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import sys
 import threading
 import time
@@ -39,6 +40,7 @@ PROBE_AIM_S = 0.04  # what the next sample may take if it takes as long for each
 PROBE_SMALL_AIM_S = 0.12  # the same where there is little input: it tells sooner that there is little to do
 PROBE_GROWTH = 64  # the next sample has so many times the rows at most
 FIXED, FIXED_GROWTH = 1.5, 8  # twice the rows took not even so many times as long: a call costs more than its rows
+MORE_ROWS, MORE_LEAST_S, LONG_S = 8, 0.25, 20.0  # tried once more, where it took no longer, and all would take as long
 PROBE_TIMES = 32  # that a whole block is run at most
 PROBE_FAILURES = 4  # samples with bad rows, until it is given up
 # A generator may make any number of rows of one: no more of them are made than so many bytes, or in so much time.
@@ -74,7 +76,7 @@ class Probe(Struct, frozen=True):
     the sample that was run; without the time in which other programs had its core, as far as the system tells.
 
     cpu_s: CPU time of its thread. models_s: time inside models. first_s: of the first row, with what it
-    imports and loads. whole: the sample was run to its end.
+    imports and loads. whole: the sample was run to its end. row_s: of a row among many, as far as samples tell.
     """
 
     held: float
@@ -85,6 +87,7 @@ class Probe(Struct, frozen=True):
     models_s: float
     first_s: float = 0.0
     whole: bool = True
+    row_s: float = 0.0
 
     @property
     def models_wait(self) -> bool:
@@ -93,13 +96,27 @@ class Probe(Struct, frozen=True):
         return self.models_s >= WAITS_LEAST * self.wall_s and waited_s >= WAITS_SHARE * self.models_s
 
 
+class Sampled(Struct, frozen=True):
+    """What a row takes in the first `ops` operators. row_bytes: of the sample, in Arrow, or as stored where that is less.
+    all_s: what all rows take, inf where it is not known how many there are.
+    """
+
+    ops: int
+    row_s: float
+    row_bytes: float
+    all_s: float
+
+
 class Choice(Struct, frozen=True):
-    """engine, and why in words. models_wait: see Probe; False where no probe was needed. small: one CPU worker is enough."""
+    """engine, and why in words. models_wait: see Probe; False where no probe was needed. small: one CPU worker is enough.
+    sampled: None where nothing was tried.
+    """
 
     engine: str
     why: str
     models_wait: bool = False
     small: bool = False
+    sampled: Sampled | None = None
 
 
 def asked_engine(asked: Engine, program: Program, timeout: float | None = None) -> Choice | None:
@@ -158,9 +175,19 @@ def _by_work(program: Program, ops: int, named: Sequence[str], cores: int) -> Ch
     tiny = work.fragments > 1 and work.bytes < TINY_BYTES * work.fragments
     if tiny and work.overhead_s >= WORTH_S and sys.platform == "linux" and cores > 1 and _ships(program):
         return Choice("processes", f"{work.fragments} tiny inputs: reading and writing them holds the interpreter lock")
+    probe = _probe(program, ops, work) if named else None
+    choice = _suited(program, ops, named, cores, work, probe, tiny=tiny)
+    if probe is None:
+        return choice
+    all_s = work.functions_s(probe) if work.known else math.inf
+    return replace(choice, sampled=Sampled(ops, probe.row_s, probe.bytes / probe.rows, all_s))
+
+
+def _suited(
+    program: Program, ops: int, named: Sequence[str], cores: int, work: Work, probe: Probe | None, *, tiny: bool
+) -> Choice:
     # Steps of ours that compute are not tried: images may take as long as a function, outside of the lock.
     plain = not any(isinstance(op, Apply) for op in program.ops[:ops])
-    probe = _probe(program, ops, work) if named else None
     why, waits, functions_s, held = "no function of yours runs on the CPUs", False, 0.0, 0.0
     if work.small and (not named or (probe is not None and work.is_quick(probe))):
         return Choice("threads", f"{work.amount}: one worker is enough", small=True)
@@ -302,7 +329,10 @@ def _probe(program: Program, ops: int, work: Work) -> Probe | None:
     split, block, origin = first
     trial = _Trial(program, ops, split, _stored_share(split, block, origin))
     try:
-        return _grown(trial, block, work)
+        found = _grown(trial, block, work)
+        if found is None:
+            return None
+        return replace(found, row_s=_row_s(trial, block, work, found) if program.divisible else found.wall_s / found.rows)
     finally:
         trial.close()  # what it has constructed waits in `program.tried`
 
@@ -347,6 +377,17 @@ def _grown(trial: _Trial, block: Any, work: Work) -> Probe | None:
             growth = max(growth, FIXED_GROWTH)
         rows, watched = rows * growth, True
     return best
+
+
+def _row_s(trial: _Trial, block: Any, work: Work, found: Probe) -> float:
+    """Of a row. Where a few rows take long, which may be the call's share and not theirs, some more are tried."""
+    more = min(block.num_rows, found.rows * MORE_ROWS)
+    slow = work.functions_s(found) >= LONG_S or not work.known
+    if slow and found.whole and found.rows < AUTO_BATCH_ROWS and found.rows < more and found.wall_s <= MORE_LEAST_S:
+        again = trial.run(block.slice(0, more), watched=False)
+        if again is not None and again.whole:
+            return min(again.wall_s / again.rows, found.wall_s / found.rows)
+    return found.wall_s / found.rows
 
 
 def _stored_share(split: Split, block: Any, origin: Origin) -> float:

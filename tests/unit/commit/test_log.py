@@ -100,7 +100,7 @@ def test_damaged_segments_are_refused(data: bytes) -> None:
 def test_a_newer_version_is_refused_as_such() -> None:
     body = json.loads(encode(segment(0, CLAIM)))
     with pytest.raises(DestinationError, match="newer version"):
-        decode(RUN, 0, json.dumps({**body, "version": 3}).encode())
+        decode(RUN, 0, json.dumps({**body, "version": 4}).encode())
 
 
 def test_a_segment_in_another_place_is_refused() -> None:

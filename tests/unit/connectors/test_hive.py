@@ -72,9 +72,9 @@ def test_a_filter_leaves_files_unread(table: Path, monkeypatch: pytest.MonkeyPat
     read: list[str] = []
     group_pieces = parquet.ParquetSource._group_pieces
 
-    def counted(self: Any, reader: Any, *args: Any) -> Any:
+    def counted(self: Any, reader: Any, *args: Any, **more: Any) -> Any:
         read.append(reader.uri)
-        return group_pieces(self, reader, *args)
+        return group_pieces(self, reader, *args, **more)
 
     monkeypatch.setattr(parquet.ParquetSource, "_group_pieces", counted)
     monkeypatch.setattr(parquet.ParquetSource, "_together", lambda *_: None)

@@ -25,7 +25,7 @@ from headrace.contracts.source import OnBad
 from headrace.core.errors import DataError, PlanError
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin
-from headrace.core.splits import Fragment, Split
+from headrace.core.splits import Division, Fragment, Split
 
 SCHEMA_OBJECTS = 32  # looked at for one that can be understood
 
@@ -41,6 +41,7 @@ class FileSource(ABC):
 
     def __init__(self, paths: Paths) -> None:
         self._listing = Listing.of(paths, self.extensions, compressed=self.compressed)
+        self._division: Division | None = None
         self._full: pa.Schema | None = None
         self._columns: tuple[str, ...] | None = None
         self._projected: pa.Schema | None = None  # of those
@@ -83,7 +84,20 @@ class FileSource(ABC):
         if per_input:
             return packing.one_each(objects)
         pack = packing.pack_remote if self.reads_to_divide and self.remote and self._listing.paged else packing.pack
-        return pack(objects, self.divide, file_cost=self.file_cost_bytes)
+        return pack(objects, self.divide, self._division, file_cost=self.file_cost_bytes)
+
+    def divided(self, division: Division) -> Self:
+        out = copy.copy(self)
+        out._division = division
+        return out
+
+    @property
+    def divide_bytes(self) -> int:
+        """What a large object is divided to."""
+        return packing.DIVIDE_BYTES if self._division is None else self._division.split_bytes
+
+    def row_bytes(self) -> float:
+        return 0.0
 
     @property
     def fetches(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from itertools import islice
 from typing import ClassVar
 
 import pyarrow as pa
@@ -22,6 +23,9 @@ from headrace.core.refs import Origin, Segment
 from headrace.core.splits import Fragment, Split
 
 _SCHEMA = pa.schema([("bytes", pa.binary()), ("path", pa.string())])
+
+
+LOOKED_AT = 64  # files whose sizes tell how large a row is
 
 
 class BinarySource(FileSource):
@@ -45,6 +49,10 @@ class BinarySource(FileSource):
     @property
     def fetches(self) -> bool:
         return super().fetches and "bytes" in self.schema().names
+
+    def row_bytes(self) -> float:
+        sizes = [o.size for o in islice(self._listing.objects(), LOOKED_AT)]
+        return sum(sizes) / len(sizes)
 
     def _split_pieces(self, split: Split, limits: BlockLimits, on_bad: OnBad | None) -> Generator[Piece, None, None]:
         most = max(limits.least_rows, len(split.fragments) // BLOCKS_PER_SPLIT)

@@ -15,11 +15,12 @@ from headrace.core.errors import PlanError
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin, Segment
 from headrace.core.schemas import decode, is_encoded
-from headrace.core.splits import Fragment, Split
+from headrace.core.splits import Division, Fragment, Split
 from headrace.core.tensors import numpy_to_array
 
 ARROW_SPLIT_BYTES = 16 << 20  # memory needs no reading: small splits balance better, and cost microseconds
 RANGE_SPLIT_ROWS = 1 << 20
+RANGE_ROW_BYTES = 8
 
 
 class ArrowSource:
@@ -27,6 +28,7 @@ class ArrowSource:
 
     name = "arrow"
     remote = False
+    _split_bytes = ARROW_SPLIT_BYTES
 
     def __init__(self, table: pa.Table, name: str = "arrow") -> None:
         self.name = name
@@ -42,11 +44,19 @@ class ArrowSource:
 
     def splits(self, *, per_input: bool) -> Iterator[Split]:
         rows, size = self._table.num_rows, self._table.nbytes
-        parts = 1 if per_input else max(1, min(rows, -(-size // ARROW_SPLIT_BYTES)), -(-rows // packing.SPLIT_MAX_ROWS))
+        parts = 1 if per_input else max(1, min(rows, -(-size // self._split_bytes)), -(-rows // packing.SPLIT_MAX_ROWS))
         for index in range(parts if rows else 0):
             start, stop = rows * index // parts, rows * (index + 1) // parts
             part = Fragment("table in memory", size, self._version, start, stop, stop - start, "table")
             yield Split(index, (part,), size // parts, stop - start)
+
+    def divided(self, division: Division) -> Self:
+        out = copy.copy(self)
+        out._split_bytes = min(ARROW_SPLIT_BYTES, division.split_bytes)
+        return out
+
+    def row_bytes(self) -> float:
+        return self._table.nbytes / max(1, self._table.num_rows)
 
     def project(self, columns: tuple[str, ...]) -> Self:
         for c in columns:
@@ -86,6 +96,7 @@ class RangeSource:
 
     name = "range"
     remote = False
+    _split_rows = RANGE_SPLIT_ROWS
 
     def __init__(self, n: int) -> None:
         if n < 0:
@@ -97,11 +108,19 @@ class RangeSource:
         return pa.schema([] if self._empty else [("id", pa.int64())])
 
     def splits(self, *, per_input: bool) -> Iterator[Split]:
-        parts = 1 if per_input else max(1, -(-self._n // RANGE_SPLIT_ROWS))
+        parts = 1 if per_input else max(1, -(-self._n // self._split_rows))
         for index in range(parts if self._n else 0):
             start, stop = self._n * index // parts, self._n * (index + 1) // parts
             part = Fragment(f"range({self._n})", 8 * self._n, str(self._n), start, stop, stop - start, "range")
-            yield Split(index, (part,), 8 * (stop - start), stop - start)
+            yield Split(index, (part,), RANGE_ROW_BYTES * (stop - start), stop - start)
+
+    def divided(self, division: Division) -> Self:
+        out = copy.copy(self)
+        out._split_rows = max(1, min(RANGE_SPLIT_ROWS, division.split_bytes // RANGE_ROW_BYTES))
+        return out
+
+    def row_bytes(self) -> float:
+        return RANGE_ROW_BYTES
 
     def project(self, columns: tuple[str, ...]) -> Self:
         unknown = [c for c in columns if c != "id"]

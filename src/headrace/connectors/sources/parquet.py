@@ -7,14 +7,16 @@ in origins are those of the file.
 
 from __future__ import annotations
 
+import bisect
 import copy
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from itertools import accumulate, islice, pairwise
 from typing import Any, Self
 
 import pyarrow as pa
+from msgspec import Struct
 from msgspec.structs import replace
 
 from headrace.connectors import footers, hive, packing, storage
@@ -58,6 +60,10 @@ TOGETHER_DECODED_BYTES = 16 << 20
 OFFSET_BYTES = 4  # that a list or a string takes beside its values
 WIDE_VALUE_BYTES = 1 << 10  # stored values of this size are no references into a dictionary; images are not decoded twice
 
+
+# A range within a row group is read from the group's beginning: so many bytes in all, for one group, at most.
+REREAD_BYTES = 4 << 30
+BEFORE_ROWS = 64 << 10  # of a batch there: those before the range are decoded for nothing, and few at a time take long
 
 # Footers that types are taken from: a tenth of a millisecond each; from a store they come at once, beside the first one.
 LOOKED_AT = 16
@@ -213,31 +219,31 @@ class ParquetSource(FileSource):
         with _opened(first.uri, first.size, first.version, parts=True) as (_, file):
             return decoded_schema(file.schema_arrow.remove_metadata())
 
+    def row_bytes(self) -> float:
+        size = rows = 0
+        for o in self._listing.spread(LOOKED_AT_REMOTE if self.remote else LOOKED_AT)[0]:
+            try:
+                size, rows = size + o.size, rows + _rows_of(o)
+            except DataError:  # whoever reads it will say so, or set it aside
+                continue
+        return size / rows if rows else 0.0
+
     def divide(self, o: Stored) -> list[Fragment]:
         try:
             with _opened(o.uri, o.size, o.version) as (_, file):
-                metadata = file.metadata
-                groups = [(metadata.row_group(g).num_rows, _stored(metadata.row_group(g))) for g in range(file.num_row_groups)]
+                groups = [_measured(file.metadata.row_group(g)) for g in range(file.num_row_groups)]
         except (InputChanged, StorageRefused):
             raise
         except DataError:  # whoever reads it will say so, or set it aside
             return [packing.whole(o)]
-        if len(groups) < 2:
-            return [packing.whole(o, sum(rows for rows, _ in groups))]
-        total = sum(size for _, size in groups)
-        target = total / max(1, -(-total // packing.DIVIDE_BYTES))
-        out: list[Fragment] = []
-        start, rows, size, part = 0, 0, 0, 0
-        for g, (group_rows, group_size) in enumerate(groups):
-            # A group goes to the even part of the file in which its middle lies: no small one is left at the end.
-            before, part = part, int((size + group_size / 2) / max(target, 1.0))
-            if g > start and (part > before or rows + group_rows > packing.SPLIT_MAX_ROWS):
-                out.append(replace(packing.whole(o, rows), start=start, stop=g))
-                start, rows = g, 0
-            rows += group_rows
-            size += group_size
-        out.append(replace(packing.whole(o, rows), start=start, stop=len(groups)))
-        return out
+        total = sum(group.stored for group in groups)
+        target = total / max(1, -(-total // self.divide_bytes))
+        by_rows = self._division is not None and self._division.by_rows
+        whole = packing.whole(o, sum(group.rows for group in groups))
+        parts = [replace(whole, start=a, stop=b, rows=rows) for a, b, rows in _even_runs(groups, target)]
+        if by_rows:
+            parts = list(_cut_by_rows(parts, groups, target))
+        return [whole] if len(groups) < 2 and len(parts) < 2 else parts
 
     def _split_pieces(self, split: Split, limits: BlockLimits, on_bad: OnBad | None) -> Generator[Piece, None, None]:
         self.check_columns()
@@ -257,25 +263,31 @@ class ParquetSource(FileSource):
             except DataError as error:
                 reported(on_bad, fragment.uri, -1, 0, error)
                 return
-            stop = file.num_row_groups if fragment.stop < 0 else fragment.stop
-            wanted = set(range(fragment.start, stop))
+            starts = [0, *accumulate(file.metadata.row_group(g).num_rows for g in range(file.num_row_groups))]
+            start, stop = fragment.start, file.num_row_groups if fragment.stop < 0 else fragment.stop
+            kept: range | None = None
+            if fragment.by_rows:
+                kept = range(start, stop)
+                start, stop = bisect.bisect_right(starts, start) - 1, bisect.bisect_left(starts, stop)
+            wanted = set(range(start, stop))
             columns = _Columns(file, self._read_columns(schema), self._told(fragment.uri))
             if self._predicate is not None:
                 wanted &= self._may_match(reader, columns)
             self._remark_on(columns.there, fragment.uri)
             following = dict(pairwise(sorted(wanted)))
-            groups = [file.metadata.row_group(g) for g in range(stop)]
-            starts = [0, *accumulate(group.num_rows for group in groups)]
-            rows = starts[stop] - starts[fragment.start]
-            row_bytes = sum(group.total_byte_size for group in groups[fragment.start :]) / max(1, rows)
-            limits = shareable(limits, rows * limits.inputs, len(columns.schema), row_bytes)
-            for run in _runs(reader, columns, sorted(wanted)):
+            rows = starts[stop] - starts[start]
+            row_bytes = sum(file.metadata.row_group(g).total_byte_size for g in range(start, stop)) / max(1, rows)
+            limits = shareable(limits, (rows if kept is None else len(kept)) * limits.inputs, len(columns.schema), row_bytes)
+            for run in _runs(reader, columns, sorted(wanted)) if kept is None else ([g] for g in sorted(wanted)):
                 together = self._together(reader, columns, run, starts[run[0]], schema, limits) if len(run) > 1 else None
                 if together is not None:
                     yield from together
                     continue
                 for g in run:
-                    yield from self._group_pieces(reader, columns, g, starts[g], schema, limits, on_bad, following.get(g))
+                    pieces = self._group_pieces(
+                        reader, columns, g, starts[g], schema, limits, on_bad, following.get(g), kept=kept
+                    )
+                    yield from pieces
             reader.check()
 
     def _together(
@@ -324,27 +336,42 @@ class ParquetSource(FileSource):
         limits: BlockLimits,
         on_bad: OnBad | None,
         following: int | None = None,
+        *,
+        kept: range | None = None,
     ) -> Iterator[Piece]:
-        """The rows of row group `g`, whose first is number `row` of the file. following: the row group to be read after it."""
+        """The rows of row group `g`, whose first is number `row` of the file. following: the row group to be read after it.
+        kept: rows of the file; those before them are decoded for nothing.
+        """
         where = (("file", reader.uri), ("row group", str(g)))
         metadata = columns.file.metadata.row_group(g)
+        rows = range(row, row + metadata.num_rows)
+        wanted = rows if kept is None else range(max(row, kept.start), min(rows.stop, kept.stop))
         if not len(columns.schema):
-            yield from _counted(reader.uri, row, metadata.num_rows, limits)
+            yield from _counted(reader.uri, wanted.start, len(wanted), limits)
             return
+        read = limits if kept is None else replace(limits, max_rows=max(limits.max_rows, BEFORE_ROWS))
         batches, row_bytes, done = None, 0.0, 0
-        while done < metadata.num_rows:
+        while row + done < wanted.stop:
             try:
                 if batches is None:
-                    batches, row_bytes = self._group_batches(reader, columns, g, limits, where)
+                    batches, row_bytes = self._group_batches(reader, columns, g, read, where)
                 with _explained(where):
                     batch = next(batches, None)
                 if batch is None:
                     raise DataError(f"the row group ends after {done} of {metadata.num_rows} rows", where=where)
             except DataError as error:  # what was given stays good; the rest of the group can't be reached
-                reported(on_bad, reader.uri, row + done, metadata.num_rows - done, error)
+                bad = max(row + done, wanted.start)
+                reported(on_bad, reader.uri, bad, wanted.stop - bad, error)
                 return
-            origin = Origin((Segment(reader.uri, row + done, batch.num_rows),))
+            at = row + done
             done += batch.num_rows
+            if kept is not None:
+                first = max(at, wanted.start)
+                batch = batch.slice(min(first - at, batch.num_rows), max(0, wanted.stop - first))
+                at = first
+            if not batch.num_rows:
+                continue
+            origin = Origin((Segment(reader.uri, at, batch.num_rows),))
             if following is not None and 2 * done >= metadata.num_rows:
                 _announce(reader, columns, g, following)
                 following = None
@@ -517,8 +544,45 @@ def _explained(where: tuple[tuple[str, str], ...], text: str = "broken Parquet d
         raise DataError(f"{text}: {e}", where=where, hint=hint) from e
 
 
-def _stored(group: Any) -> int:
-    return sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+class _Group(Struct, frozen=True):
+    """What a footer says of a row group. stored: compressed; bytes: encoded."""
+
+    rows: int
+    stored: int
+    bytes: int
+
+
+def _measured(group: Any) -> _Group:
+    stored = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+    return _Group(group.num_rows, stored, group.total_byte_size)
+
+
+def _even_runs(groups: Sequence[_Group], target: float) -> Iterator[tuple[int, int, int]]:
+    """(first row group, the one after the last, rows) of parts of about `target` bytes."""
+    start, rows, size, part = 0, 0, 0, 0
+    for g, group in enumerate(groups):
+        # A group goes to the even part of the file in which its middle lies: no small one is left at the end.
+        before, part = part, int((size + group.stored / 2) / max(target, 1.0))
+        if g > start and (part > before or rows + group.rows > packing.SPLIT_MAX_ROWS):
+            yield start, g, rows
+            start, rows = g, 0
+        rows += group.rows
+        size += group.stored
+    yield start, len(groups), rows
+
+
+def _cut_by_rows(parts: Sequence[Fragment], groups: Sequence[_Group], target: float) -> Iterator[Fragment]:
+    """Parts that are one row group, and several times as large as they should be, in ranges of rows; the others as they are."""
+    starts = [0, *accumulate(group.rows for group in groups)]
+    for part in parts:
+        group = groups[part.start] if part.stop == part.start + 1 else None
+        shares = 1 if group is None else min(round(group.stored / target), group.rows, REREAD_BYTES // max(1, group.bytes))
+        if shares < 2:
+            yield part
+            continue
+        first, rows = starts[part.start], starts[part.stop] - starts[part.start]
+        for a, b in pairwise(first + rows * i // shares for i in range(shares + 1)):
+            yield replace(part, start=a, stop=b, rows=b - a, by_rows=True)
 
 
 class _Columns:
