@@ -224,18 +224,21 @@ class FlatMapOp(RowOperator):
         """
         count = 1
         for i, row in enumerate(self._watched(part, rows, [])):
-            try:
-                source = self._iterator(row)
-                while run := list(islice(source, count)):
+            source: Iterator[Any] | None = None
+            while True:
+                try:
+                    source = self._iterator(row) if source is None else source
+                    run = list(islice(source, count))
                     _check_rows(run)
                     size = estimated_bytes(run)
+                except RowError as exc:
+                    raise self._blame(exc, part, i) from None
+                ended = len(run) < count
+                if run:
                     yield i, run, size
-                    ended = len(run) < count
                     count = min(2 * count, RUN_ROWS) if size < RUN_BYTES else 1
-                    if ended:
-                        break
-            except RowError as exc:
-                raise self._blame(exc, part, i) from None
+                if ended:
+                    break
 
     def _flat_whole(
         self, part: Piece, rows: list[Row], given: Given, lost: list[Lost]

@@ -30,9 +30,7 @@ def files(tmp_path: Path) -> str:
 
 
 class Patient:
-    """Each eighth row is answered once `later` rows came after it, to the same replica: a caller that waits for whole steps never
-    gets on.
-    """
+    """Each eighth row is answered once `later` rows came after it: a caller that waits for whole steps never gets on."""
 
     def __init__(self, later: int, concurrency: int = 64) -> None:
         self.later = later
@@ -75,7 +73,7 @@ def doubled(table: pa.Table) -> bool:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_row_that_takes_long_holds_nobody_back(files: str, tmp_path: Path, engine: Any) -> None:
-    ds = hr.read_parquet(files).predict(Patient(150), input=["x"], output="y", replicas=1)
+    ds = hr.read_parquet(files).predict(Patient(150), input=["x"], output="y")
     assert doubled(written(ds, tmp_path / "out", engine))
 
 
@@ -196,7 +194,7 @@ class Two:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_one_stream_after_another(files: str, tmp_path: Path, engine: Any) -> None:
-    ds = hr.read_parquet(files).predict(Patient(100), input=["x"], output="y", replicas=1).predict(Two, input=["y"], output="z")
+    ds = hr.read_parquet(files).predict(Patient(100), input=["x"], output="y").predict(Two, input=["y"], output="z")
     found = written(ds, tmp_path / "out", engine)
     assert doubled(found)
     assert found["z"].to_pylist() == [2 * x + 1 for x in range(ROWS)]
