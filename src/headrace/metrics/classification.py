@@ -137,6 +137,7 @@ class _Confusion(Metric):
 
     def _update(self, state: State, batch: pa.RecordBatch) -> State:
         prediction, label = self._pair()
+        self._check_kinds(batch)
         predicted, predicted_classes = encoded(batch, prediction)
         true, true_classes = encoded(batch, label)
         width = len(predicted_classes)
@@ -147,6 +148,17 @@ class _Confusion(Metric):
             cells[key] = sums.plus(cells.get(key, 0), total)
         self._check(cells)
         return state
+
+    def _check_kinds(self, batch: pa.RecordBatch) -> None:
+        """Raises DataError where the columns' classes can't be equal."""
+        prediction, label = self._pair()
+        given, true = (values(batch, name).type for name in (prediction, label))
+        if _is_number(given) != _is_number(true):
+            raise DataError(
+                f"{self._name} can't compare {prediction!r} ({given}) with {label!r} ({true})",
+                where=(("column", prediction),),
+                hint="give both columns the same type",
+            )
 
     def _merge(self, a: State, b: State) -> State:
         cells = a["cells"]
@@ -220,6 +232,16 @@ class _PerClass(_Confusion):
     def _pair(self) -> tuple[str, str]:
         return self.prediction, self.label
 
+    def _check_kinds(self, batch: pa.RecordBatch) -> None:
+        _Confusion._check_kinds(self, batch)
+        kind = values(batch, self.label).type
+        if self.average == "binary" and _is_number(kind) != isinstance(self.positive, int):
+            raise DataError(
+                f"{self._name}: positive is {self.positive!r}, and {self.label!r} is {kind}",
+                where=(("column", self.label),),
+                hint="name the positive class with positive=, or use average='macro', 'weighted', 'micro' or None",
+            )
+
     def _result(self, state: State) -> Any:
         names = _classes(state["cells"])
         hits: dict[Any, sums.Total] = dict.fromkeys(names, 0)
@@ -290,6 +312,11 @@ def _all(totals: dict[Any, sums.Total]) -> sums.Total:
 def _classes(cells: State) -> list[Any]:
     """Whole numbers first, then texts, each in order."""
     return sorted({name for key in cells for name in json.loads(key)}, key=lambda name: (isinstance(name, str), name))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    """Are the classes of such a column whole numbers? See `_class`."""
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
 
 
 def _class(value: Any) -> int | str:

@@ -7,11 +7,13 @@ least at which the bins fit. Level, bins, what they count and whether they are m
 only which key stands for a mixed bin is not, and nothing depends on it.
 
 A curve's state is {"level", "size", "held", "runs"}: the first `size` bins are merged; later runs, with `held` bins, wait until
-it is worth merging them. Adding a batch is thus sorting it, whatever the state holds.
+it is worth merging them. Adding a batch is thus sorting it, whatever the state holds; a few rows (those of one of many groups)
+are not even sorted before.
 """
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +27,7 @@ Curve = dict[str, Any]
 
 _HELD_BINS = 1 << 16
 _HELD_RUNS = 128
+_FEW_ROWS = 256  # as many are written as they came in a third of the time
 _LOWEST = np.int64(np.iinfo(np.int64).min)
 # A weight is a whole multiple of this, so that sums are exact.
 WEIGHT_BITS = 30
@@ -54,6 +57,10 @@ def zero() -> Curve:
 def add(curve: Curve, scores: np.ndarray, positive: np.ndarray, weights: np.ndarray | None, limit: int | None) -> None:
     """Count a batch. scores: (rows,) finite. positive: (rows,) bool. limit: how many bins there may be; None for any number."""
     keys = _keys(scores)
+    if weights is None and len(keys) <= _FEW_ROWS and not _is_full(curve, len(keys), 1):
+        curve["runs"].append(_write_few(keys, positive))
+        curve["held"] += len(keys)
+        return
     runs: list[Run] = []
     for wanted in (False, True):
         chosen = positive == wanted
@@ -223,8 +230,18 @@ def _write(run: Run, *, deflate: bool) -> dict[str, Any]:
     }
 
 
+def _write_few(keys: np.ndarray, positive: np.ndarray) -> dict[str, Any]:
+    """Rows as they are: an entry for each."""
+    texts = (base64.b64encode(data.tobytes()).decode("ascii") for data in (keys.astype("<i8"), np.packbits(positive)))
+    return {"bins": len(keys), **dict(zip(("keys", "right"), texts, strict=True))}
+
+
 def _read(written: dict[str, Any]) -> Run:
     bins = written["bins"]
+    if "keys" in written:
+        few = np.frombuffer(base64.b64decode(written["keys"]), "<i8").astype(np.int64)
+        right = np.unpackbits(np.frombuffer(base64.b64decode(written["right"]), np.uint8), count=bins).astype(np.int64)
+        return Run(few, np.zeros(bins, bool), 1 - right, right)
     keys = np.empty(bins, np.uint64)
     keys[:1] = np.array([written["start"]], np.int64).view(np.uint64)
     keys[1:] = unpack(written["steps"], bins - 1)

@@ -16,13 +16,17 @@ from headrace.metrics.columns import values
 def split_by_group(batch: pa.RecordBatch, by: tuple[str, ...]) -> Iterator[tuple[str, pa.RecordBatch]]:
     """(key, its rows in their order). A key is the JSON text of a list with a text for each column of `by`."""
     codes = np.zeros(batch.num_rows, np.int64)
+    columns: list[tuple[np.ndarray, list[str]]] = []
     for column in by:
         found, each = encoded(batch, column)
+        floating = pa.types.is_floating(values(batch, column).type)
+        columns.append((found, [_text(float(value) if floating else value) for value in each]))
         codes = codes * len(each) + found
         # Codes stay below rows * values: renumbering keeps products of many columns in range.
         _, codes = np.unique(codes, return_inverse=True)
     groups, first, sizes = np.unique(codes, return_index=True, return_counts=True)
-    keys = _keys(batch, by, first)
+    texts = ([each[code] for code in found[first].tolist()] for found, each in columns)
+    keys = [json.dumps(row, ensure_ascii=False) for row in zip(*texts, strict=True)]
     if len(groups) == 1:
         yield keys[0], batch
         return
@@ -31,13 +35,6 @@ def split_by_group(batch: pa.RecordBatch, by: tuple[str, ...]) -> Iterator[tuple
     for key, size in zip(keys, sizes.tolist(), strict=True):
         yield key, ordered.slice(start, size)
         start += size
-
-
-def _keys(batch: pa.RecordBatch, by: tuple[str, ...], rows: np.ndarray) -> list[str]:
-    """The keys of these rows."""
-    at = pa.array(rows)
-    columns = [[_text(v) for v in values(batch, name).take(at).to_pylist()] for name in by]
-    return [json.dumps(row, ensure_ascii=False) for row in zip(*columns, strict=True)]
 
 
 def encoded(batch: pa.RecordBatch, column: str) -> tuple[np.ndarray, list[Any]]:

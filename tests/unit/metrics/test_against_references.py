@@ -406,6 +406,39 @@ def test_groups_by_several_columns_are_nested() -> None:
     assert scores.interval(scores.update(scores.zero(), batch))["x"] == (0.0, 0.0)
 
 
+@pytest.mark.parametrize("kind", [pa.float64(), pa.float32(), pa.float16()])
+def test_a_group_of_floats_has_one_name_however_blocks_are_cut(kind: pa.DataType) -> None:
+    batch = pa.RecordBatch.from_pydict(
+        {"g": pa.array(np.array([0.0, -0.0, 2.0, -0.0, 0.0, -3.0]).astype(kind.to_pandas_dtype()))}
+    )
+    metric = metrics.Count(by="g")
+    for cut in range(1, 6):
+        state = metric.update(metric.update(metric.zero(), batch.slice(0, cut)), batch.slice(cut))
+        assert metric.result(state) == {"-3.0": 1, "0.0": 4, "2.0": 1}
+
+
+@pytest.mark.parametrize("kind", [metrics.ConfusionMatrix, metrics.F1, metrics.Precision, metrics.Recall])
+def test_classes_of_two_kinds_are_refused(kind: Any) -> None:
+    batch = pa.RecordBatch.from_pydict({"text": ["1", "0"], "number": [1, 0], "float": [1.0, 0.0], "flag": [True, False]})
+    for name in ("number", "float", "flag"):
+        with pytest.raises(DataError, match=r"can't compare 'text' \(string\) with"):
+            value(kind("text", name), batch)
+        with pytest.raises(DataError, match="can't compare"):
+            value(kind(name, "text"), batch)
+    value(kind("float", "flag"), batch)
+
+
+def test_a_positive_class_of_another_kind_is_refused() -> None:
+    batch = pa.RecordBatch.from_pydict({"text": ["1", "0"], "number": [1, 0]})
+    with pytest.raises(DataError, match="positive is 1, and 'text' is string"):
+        value(metrics.F1("text", "text"), batch)
+    with pytest.raises(DataError, match="positive is '1', and 'number' is int64"):
+        value(metrics.F1("number", "number", positive="1"), batch)
+    assert value(metrics.F1("text", "text", positive="1"), batch) == 1.0
+    assert value(metrics.F1("text", "text", average="macro"), batch) == 1.0
+    assert value(metrics.F1("number", "number", positive=True), batch) == 1.0
+
+
 def test_too_many_groups_are_refused() -> None:
     metric = metrics.Count(by="id", max_groups=3)
     batch = pa.RecordBatch.from_pydict({"id": [0, 1, 2, 3]})
