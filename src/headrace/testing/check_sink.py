@@ -42,7 +42,7 @@ class Session:
         assert store is not None, "a sink without a store has nothing to check"
         self.store: RunStore = store
         self.run = run_name(number)
-        self.sink = sink.bind(self.run, epoch, schema)
+        self.sink = self.bound = sink.bind(self.run, epoch, schema)  # a driver keeps it, whatever workers have copies of
         self.schema = schema
         self.holds = holds
         self.files: list[OutputFile] = []
