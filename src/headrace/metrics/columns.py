@@ -27,11 +27,13 @@ def values(batch: pa.RecordBatch, column: str) -> pa.Array:
 
 
 def numbers(batch: pa.RecordBatch, column: str) -> np.ndarray:
-    """A column of numbers: int64, uint64, or the column's own float type. Booleans are 0 and 1."""
+    """A column of numbers: int64, uint64, or the column's own float type. Booleans are 0 and 1, decimals floats (float64)."""
     array = values(batch, column)
     kind = array.type
     if pa.types.is_boolean(kind):
         array = array.cast(pa.int8())
+    elif pa.types.is_decimal(kind):
+        array = array.cast(pa.float64())
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         raise _wrong_type(column, kind, "numbers")
     made = array.to_numpy(zero_copy_only=False)

@@ -43,7 +43,7 @@ class Count(Metric):
 
 @dataclass(frozen=True, slots=True)
 class Mean(MeanMetric):
-    """The mean of a numeric or boolean column, correctly rounded; NaN of no rows.
+    """The mean of a numeric or boolean column, correctly rounded; NaN of no rows. Decimals are read as floats.
 
     Raises DataError for nulls, NaN and infinite values. skip_nulls: rows that are null or NaN are left out.
     """
@@ -70,9 +70,9 @@ class Sum(Mean):
 
     def _update(self, state: State, batch: pa.RecordBatch) -> State:
         state = Mean._update(self, state, batch)
-        state["whole"] = (
-            state["whole"] and self.weight is None and not pa.types.is_floating(batch.schema.field(self.column).type)
-        )
+        kind = batch.schema.field(self.column).type
+        whole = not (pa.types.is_floating(kind) or pa.types.is_decimal(kind))
+        state["whole"] = state["whole"] and self.weight is None and whole
         return state
 
     def _merge(self, a: State, b: State) -> State:

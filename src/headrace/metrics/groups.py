@@ -46,6 +46,8 @@ def encoded(batch: pa.RecordBatch, column: str) -> tuple[np.ndarray, list[Any]]:
     kind = array.type
     if pa.types.is_floating(kind):
         array = _whole(array, column)
+    elif pa.types.is_decimal(kind) and kind.bit_width < 128:  # of which Arrow makes no dictionaries
+        array = array.cast(pa.decimal128(kind.precision, kind.scale))
     elif pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType) or pa.types.is_binary(kind):
         raise DataError(
             f"column {column!r} is {kind}: it can't name classes or groups",

@@ -10,6 +10,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -437,6 +438,23 @@ def test_a_positive_class_of_another_kind_is_refused() -> None:
     assert value(metrics.F1("text", "text", positive="1"), batch) == 1.0
     assert value(metrics.F1("text", "text", average="macro"), batch) == 1.0
     assert value(metrics.F1("number", "number", positive=True), batch) == 1.0
+
+
+@pytest.mark.parametrize("kind", [pa.decimal32(6, 2), pa.decimal64(9, 2), pa.decimal128(9, 2), pa.decimal256(40, 2)])
+def test_decimals_are_read_as_floats(kind: pa.DataType) -> None:
+    amounts = [Decimal("1.25"), Decimal("-3.50"), Decimal("1.25"), Decimal("0.10")]
+    batch = pa.RecordBatch.from_pydict({"v": pa.array(amounts, kind), "y": [1, 0, 1, 0]})
+    floats = batch.set_column(0, "v", pa.array([float(x) for x in amounts]))
+    for metric in (
+        metrics.Sum("v"),
+        metrics.Mean("v"),
+        metrics.Min("v"),
+        metrics.Max("v"),
+        metrics.Std("v"),
+        metrics.AUCROC("v", "y"),
+    ):
+        assert value(metric, batch) == value(metric, floats)
+    assert value(metrics.Count(by="v"), batch) == {"-3.50": 1, "0.10": 1, "1.25": 2}
 
 
 def test_too_many_groups_are_refused() -> None:
