@@ -1,10 +1,9 @@
-"""How well few splits are shared among workers: the wall of work that waits, beside what the workers could do at best.
+"""How well few splits are shared among workers: the wall of work that waits, beside a pool of threads that takes row by row.
 
     python benchmarks/sharing.py [--runs 3]
 
 Each row waits for some milliseconds in a function that is called a row at a time, so that two cores can stand for eight, and
 nothing is measured but who works when. `table`: one file in one row group. `files`: three files of unequal size.
-`pipeline`: the table, then a second function.
 """
 
 from __future__ import annotations
@@ -22,19 +21,23 @@ from common import median, record
 ROWS, ROW_S = 24_000, 0.002
 PROGRAM = """
 import sys, time
+from concurrent.futures import ThreadPoolExecutor
+import pyarrow.parquet as pq
 import headrace as hr
 
-ROW_S = float(sys.argv[5])
+ROW_S = float(sys.argv[4])
 
 def wait(row):
     time.sleep(ROW_S)
     return row
 
 if __name__ == "__main__":
-    ds = hr.read_parquet(sys.argv[1]).map(wait)
-    if sys.argv[4] == "pipeline":
-        ds = ds.filter("id >= 0").map(wait)
-    ds.write_parquet(sys.argv[2], cpus=int(sys.argv[3]), progress="quiet")
+    if sys.argv[2] == "pool":
+        rows = pq.read_table(sys.argv[1]).to_pylist()
+        with ThreadPoolExecutor(int(sys.argv[3])) as pool:
+            list(pool.map(wait, rows, chunksize=1))
+        sys.exit()
+    hr.read_parquet(sys.argv[1]).map(wait).write_parquet(sys.argv[2], cpus=int(sys.argv[3]), progress="quiet")
 """
 
 
@@ -57,26 +60,23 @@ def main() -> None:
             for i, (start, stop) in enumerate(itertools.pairwise(cuts)):
                 part = rows.slice(round(start * ROWS), round((stop - start) * ROWS))
                 pq.write_table(part, data / f"{i}.parquet", row_group_size=ROWS)
-        for shape in ("table", "files", "pipeline"):
+        for shape in ("table", "files"):
             for cpus in (2, 8):
-                row_s = ROW_S / 2 if shape == "pipeline" else ROW_S
-                data = Path(folder, "table" if shape == "pipeline" else shape)
-                walls = [
-                    _wall_s(program, data, Path(folder, f"out-{shape}-{cpus}-{i}"), cpus, shape, row_s) for i in range(runs)
-                ]
-                ideal = ROWS * ROW_S / cpus
+                outs = [Path(folder, f"out-{shape}-{cpus}-{i}") for i in range(runs)]
+                walls = [_wall_s(program, Path(folder, shape), out, cpus) for out in outs]
+                pools = [_wall_s(program, Path(folder, shape), Path("pool"), cpus) for _ in outs]
                 figures[f"{shape}, {cpus} workers"] = {
                     "wall_s": round(median(walls), 2),
-                    "ideal_s": ideal,
-                    "ratio": round(median(walls) / ideal, 3),
-                    "all": [round(w, 2) for w in walls],
+                    "pool_s": round(median(pools), 2),
+                    "ratio": round(median(walls) / median(pools), 3),
+                    "all": [round(w, 2) for w in (*walls, *pools)],
                 }
     record("sharing", figures)
 
 
-def _wall_s(program: Path, data: Path, out: Path, cpus: int, shape: str, row_s: float) -> float:
+def _wall_s(program: Path, data: Path, out: Path, cpus: int) -> float:
     began = time.perf_counter()
-    subprocess.run([sys.executable, program, data, out, str(cpus), shape, str(row_s)], check=True)
+    subprocess.run([sys.executable, program, data, out, str(cpus), str(ROW_S)], check=True)
     return time.perf_counter() - began
 
 
