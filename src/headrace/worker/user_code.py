@@ -14,7 +14,9 @@ import sysconfig
 import threading
 import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 from headrace.contracts.model import ModelAdapter, Place
@@ -30,6 +32,7 @@ from headrace.worker.loads import Loads
 from headrace.worker.refused import Refused
 
 MESSAGE_CHARS = 2000  # an exception's text may hold a whole batch
+SHOWN_PLACES = 256  # whose frames are known as text
 
 _CONSTRUCTION = threading.RLock()
 
@@ -43,6 +46,20 @@ def abandon_construction() -> None:
 _WORKER = str(Path(__file__).resolve().parent) + os.sep
 _OURS = str(Path(__file__).resolve().parent.parent) + os.sep
 _LIBRARIES = tuple({p + os.sep for k, p in sysconfig.get_paths().items() if k in ("stdlib", "purelib", "platlib")})
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """The frames of exceptions that came from one place, as text. theirs: there is a frame that is not Headrace's. codes: keeps
+    the identities of the place from being anybody else's.
+    """
+
+    text: str
+    theirs: bool
+    codes: list[CodeType]
+
+
+_shown: dict[tuple[int, ...], _Shown] = {}
 
 
 class Functions:
@@ -311,11 +328,32 @@ def is_library(file: str) -> bool:
 
 def user_frames(exc: BaseException) -> str:
     """The traceback from the user's own function downwards; long tails inside libraries are cut."""
+    codes: list[CodeType] = []
+    place: list[int] = []
+    tb = exc.__traceback__
+    while tb is not None:
+        codes.append(tb.tb_frame.f_code)
+        place += (id(codes[-1]), tb.tb_lasti)
+        tb = tb.tb_next
+    key = tuple(place)
+    if (shown := _shown.get(key)) is None:  # many rows may fail at one place, and this takes more than all else about them
+        if len(_shown) >= SHOWN_PLACES:
+            _shown.clear()
+        lines, theirs = _frame_lines(exc)
+        shown = _shown[key] = _Shown(redact("".join(lines)), theirs, codes)
+    cause = exc.__cause__
+    if cause is None or not shown.theirs:
+        return shown.text
+    return shown.text + redact(f"  caused by {type(cause).__name__}: {exception_text(cause)}\n")
+
+
+def _frame_lines(exc: BaseException) -> tuple[list[str], bool]:
+    """(the lines, is there a frame that is not Headrace's?)"""
     frames = list(traceback.extract_tb(exc.__traceback__))
     start = next((i for i, f in enumerate(frames) if not f.filename.startswith(_OURS)), None)
     if start is None:  # a model or transform of Headrace itself: its innermost frames tell most
         called = bool(frames) and not frames[-1].filename.startswith(_WORKER)  # else the call itself failed: no frame helps
-        return "".join(traceback.format_list(frames[-2:])) if called else ""
+        return (traceback.format_list(frames[-2:]) if called else []), False
     frames = frames[start:]
     last = max((i for i, f in enumerate(frames) if not f.filename.startswith(_LIBRARIES)), default=0)
     tail = frames[last + 1 :]
@@ -323,8 +361,4 @@ def user_frames(exc: BaseException) -> str:
     if len(tail) > 2:
         lines += [*traceback.format_list(tail[:1]), f"  ... {len(tail) - 2} more frames inside libraries\n"]
         tail = tail[-1:]
-    lines += traceback.format_list(tail)
-    cause = exc.__cause__
-    if cause is not None:
-        lines.append(f"  caused by {type(cause).__name__}: {exception_text(cause)}\n")
-    return redact("".join(lines))
+    return lines + traceback.format_list(tail), True

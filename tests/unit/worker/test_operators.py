@@ -7,6 +7,7 @@ import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,6 +20,7 @@ from headrace.core.errors import DataError, UserCodeError
 from headrace.core.tensors import numpy_to_array, tensor_to_numpy
 from headrace.plan import nodes
 from headrace.worker.row_ops import RUN_ROWS
+from headrace.worker.user_code import user_frames
 
 
 def run(op: nodes.Op, *batches: pa.RecordBatch) -> list[pa.RecordBatch]:
@@ -285,6 +287,26 @@ def test_the_read_only_trap_is_explained():
     text = str(error(nodes.MapBatches(fn(f))))
     assert "assignment destination is read-only" in text
     assert "x = x.copy()" in text
+
+
+def test_frames_are_those_of_each_exception(tmp_path: Path) -> None:
+    """What they are as text is remembered by place: two lines of a function are two places, and so are twins in two files."""
+    source = "def fail(low):\n    if low:\n        raise ValueError\n    raise ValueError from KeyError('why')\n"
+    functions = []
+    for name in ("one", "two"):
+        file = tmp_path / f"{name}.py"
+        file.write_text(source)
+        space: dict[str, Any] = {}
+        exec(compile(source, file, "exec"), space)
+        functions.append(space["fail"])
+    for _ in range(2):
+        for name, fail in zip(("one", "two"), functions, strict=True):
+            for low, line in ((True, 3), (False, 4)):
+                with pytest.raises(ValueError) as caught:
+                    fail(low)
+                text = user_frames(caught.value)
+                assert f'{name}.py", line {line}, in fail' in text
+                assert ("caused by KeyError: 'why'" in text) == (not low)
 
 
 def test_frames_are_the_users_own_and_shown_once():
