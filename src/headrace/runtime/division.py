@@ -41,17 +41,19 @@ def choose_division(program: Program, sampled: Sampled | None) -> Division | Non
     row_s = assumed_s + (0.0 if sampled is None else sampled.row_s)
     if not row_s or (sampled is not None and not assumed_s and sampled.all_s <= USUAL_S):
         return None
-    size, whole = _listed(source)
+    size = _least_bytes(source)
     row_bytes = source.row_bytes() or (sampled.row_bytes if sampled is not None else 0.0)
     if not row_bytes:
         return None
     byte_s = row_s / row_bytes
     if min(size, PACK_BYTES) * byte_s <= USUAL_S:
         return None
-    target_s = min(MOST_S, max(LEAST_S, size * byte_s / MOST_SPLITS)) if whole else LEAST_S
+    target_s = min(MOST_S, max(LEAST_S, size * byte_s / MOST_SPLITS))
     wanted = max(target_s / byte_s, LEAST_ROWS * row_bytes)
-    # By powers of two: samples that differ a little make the same splits.
-    return Division(1 << max(0, round(math.log2(wanted))), by_rows=streams or assumed_s < row_s / 2)
+    split_bytes = 1 << max(0, round(math.log2(wanted)))  # by powers of two: samples that differ a little make the same splits
+    if split_bytes >= PACK_BYTES:  # there is so much work that usual splits are not too many outputs
+        return None
+    return Division(split_bytes, by_rows=streams or assumed_s < row_s / 2)
 
 
 def _assumed(program: Program, tried: int) -> tuple[float, bool]:
@@ -71,8 +73,8 @@ def _pool(program: Program, op: int) -> str:
     return next((s.pool for s in program.stages if s.first <= op < s.stop), CPU_POOL)
 
 
-def _listed(source: Source) -> tuple[int, bool]:
-    """(bytes of the input, is that all of it?)"""
+def _least_bytes(source: Source) -> int:
+    """Bytes of the input, or of the first of very many inputs."""
     inputs = source.splits(per_input=True)
     size = sum(split.bytes for split in islice(inputs, LOOK_AHEAD))
-    return (size, True) if next(inputs, None) is None else (max(size, PACK_BYTES), False)
+    return size if next(inputs, None) is None else max(size, PACK_BYTES)

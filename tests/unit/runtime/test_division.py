@@ -117,3 +117,25 @@ def test_of_a_listing_without_end_splits_are_small(data: hr.Dataset, tmp_path: P
     found = choose_division(p, Sampled(1, row_s, 8.0, math.inf))
     assert found is not None
     assert LEAST_S / 2 <= found.split_bytes / row_bytes * row_s <= 2 * LEAST_S
+
+
+def test_splits_are_never_larger_than_usual(data: hr.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With so much work that a share of it is more than a split of the usual size, that one stays."""
+    p = program(data.predict(add_one, input="x"), tmp_path)
+    row_bytes = p.source.row_bytes()  # type: ignore[attr-defined]
+    for size, much in ((400 * PACK_BYTES, True), (4 * PACK_BYTES, False)):
+        monkeypatch.setattr("headrace.runtime.division._least_bytes", lambda _, size=size: size)
+        found = choose_division(p, Sampled(1, 1.5 * USUAL_S / (PACK_BYTES / row_bytes), 8.0, math.inf))
+        assert (found is None) == much
+
+
+def test_of_very_many_inputs_splits_are_not_the_smallest(
+    data: hr.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many more there are, what was seen is enough work for larger ones."""
+    p = program(data.predict(add_one, input="x"), tmp_path)
+    monkeypatch.setattr("headrace.runtime.division.LOOK_AHEAD", 0)
+    row_s = 100 * LEAST_S * MOST_SPLITS / (PACK_BYTES / p.source.row_bytes())  # type: ignore[attr-defined]
+    found = choose_division(p, Sampled(1, row_s, 8.0, math.inf))
+    assert found is not None
+    assert found.split_bytes / p.source.row_bytes() * row_s > 10 * LEAST_S  # type: ignore[attr-defined]
