@@ -14,6 +14,7 @@ import pytest
 
 import headrace as hr
 from headrace.api import session
+from headrace.commit.records import Released, decode
 from headrace.core.errors import UserCodeError
 from headrace.core.splits import Division
 from headrace.runtime import division
@@ -107,3 +108,23 @@ def test_a_row_of_a_divided_file_is_found_again(one_file: Path, tmp_path: Path, 
     for at in (0, 20, len(rows) - 1):
         told = str(hr.why(tmp_path / "out", row=at))
         assert f"row {rows[at]} " in told or f"rows {rows[at]}" in told or f"row {rows[at]}\n" in told, told
+
+
+def test_a_session_that_ends_while_it_divides_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next one need not wait to see whether it lives."""
+    pq.write_table(pa.table({"x": [1, 2, 3]}), tmp_path / "a.parquet")
+    ds = hr.read_parquet(str(tmp_path / "a.parquet"))
+    out = tmp_path / "out"
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("headrace.api.session.choose_division", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ds.write_parquet(str(out), engine="threads", progress="quiet")
+    logged = sorted((out / "_headrace").glob("run-*/log/*"))
+    last = decode(logged[-1].parents[1].name, len(logged) - 1, logged[-1].read_bytes())
+    assert last.records == (Released(),)
+    ds.write_parquet(str(out), engine="threads", progress="quiet")
+    assert pq.read_table(out)["x"].to_pylist() == [1, 2, 3]

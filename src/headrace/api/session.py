@@ -260,8 +260,7 @@ def _run_opened(laid_out: Prepared, sink: Sink, opened: OpenedRun, schema: pa.Sc
     if opened.finished:
         return _finished_before(laid_out, bound, opened, schema)
     try:
-        ready = _chosen(laid_out, opened) if laid_out.engine == "auto" else laid_out
-        ready = with_division(ready, _division(ready, opened))
+        ready = _ready(laid_out, opened)
         if server is not None and ready.engine != "processes":
             server.close()
         return _run_logged(replace(ready, program=replace(ready.program, sink=bound)), bound, opened, schema, server)
@@ -278,16 +277,21 @@ def _division(ready: Prepared, opened: OpenedRun) -> Division | None:
     return choose_division(ready.program, ready.sampled)
 
 
-def _chosen(laid_out: Prepared, opened: OpenedRun) -> Prepared:
-    """With an engine. Only now, with this session in the log: trying the functions may end the process, and the next session
-    must know.
+def _ready(laid_out: Prepared, opened: OpenedRun) -> Prepared:
+    """With an engine, and splits that suit. Only now, with this session in the log: trying the functions may end the process,
+    and the next session must know.
     """
     try:
         with beating(opened):
-            ready = choose(laid_out, after_crash=opened.after_crash)
+            ready = _chosen(laid_out, opened) if laid_out.engine == "auto" else laid_out
+            return with_division(ready, _division(ready, opened))
     except BaseException:
         leave(opened)
         raise
+
+
+def _chosen(laid_out: Prepared, opened: OpenedRun) -> Prepared:
+    ready = choose(laid_out, after_crash=opened.after_crash)
     if opened.epoch > 1:  # what was read to choose may be of a split that is settled, which nobody opens
         ready.program.ahead.close()
     if opened.after_crash and laid_out.options.progress != "quiet":

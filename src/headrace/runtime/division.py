@@ -30,6 +30,7 @@ LEAST_ROWS = 16
 STREAM_ROW_S = 0.05  # an LLM, an endpoint
 DEVICE_ROW_S = 0.001
 UNTRIED_ROW_S = 0.0001
+GUESSED_BYTES = 1 << 20  # of a split at least, where the guess is most of what is known: rows may be quick, and few bytes
 
 
 def choose_division(program: Program, sampled: Sampled | None) -> Division | None:
@@ -50,10 +51,15 @@ def choose_division(program: Program, sampled: Sampled | None) -> Division | Non
         return None
     target_s = min(MOST_S, max(LEAST_S, size * byte_s / MOST_SPLITS))
     wanted = max(target_s / byte_s, LEAST_ROWS * row_bytes)
+    slow = streams or assumed_s < row_s / 2
+    if not slow:
+        wanted = max(wanted, GUESSED_BYTES)
     split_bytes = 1 << max(0, round(math.log2(wanted)))  # by powers of two: samples that differ a little make the same splits
-    if split_bytes >= PACK_BYTES:  # there is so much work that usual splits are not too many outputs
+    if split_bytes >= min(
+        size, PACK_BYTES
+    ):  # it would divide nothing, or there is so much work that usual splits are not too many
         return None
-    return Division(split_bytes, by_rows=streams or assumed_s < row_s / 2)
+    return Division(split_bytes, by_rows=slow)
 
 
 def _assumed(program: Program, tried: int) -> tuple[float, bool]:

@@ -7,8 +7,8 @@ iterable has ended: of a row that fails nothing is passed on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,7 @@ from headrace.worker.results import fitting_rows, rows_batch
 from headrace.worker.user_code import explain
 
 FLAT_ROWS = 8192  # rows of a flat_map that leave together, however small they are
-# Rows are taken from flat_map's iterable in runs, which cost a tenth of one by one: of one row at first and while rows are
-# large, of twice as many after each small run. So few at most, because nobody knows how large the next ones are.
+# Rows are taken from flat_map's iterable in runs of so many rows or bytes: what follows costs less than for each by itself.
 RUN_ROWS = 32
 RUN_BYTES = 64 << 10
 
@@ -222,23 +221,17 @@ class FlatMapOp(RowOperator):
         """(the row's position, some of what the function makes of it, their bytes). Only what the user's code raises is blamed
         on it.
         """
-        count = 1
         for i, row in enumerate(self._watched(part, rows, [])):
             source: Iterator[Any] | None = None
-            while True:
+            ended = False
+            while not ended:
                 try:
                     source = self._iterator(row) if source is None else source
-                    run = list(islice(source, count))
-                    _check_rows(run)
-                    size = estimated_bytes(run)
+                    run, size, ended = _taken(source, RUN_ROWS, RUN_BYTES)
                 except RowError as exc:
                     raise self._blame(exc, part, i) from None
-                ended = len(run) < count
                 if run:
                     yield i, run, size
-                    count = min(2 * count, RUN_ROWS) if size < RUN_BYTES else 1
-                if ended:
-                    break
 
     def _flat_whole(
         self, part: Piece, rows: list[Row], given: Given, lost: list[Lost]
@@ -253,14 +246,13 @@ class FlatMapOp(RowOperator):
             i = done + len(condemned)
             done += 1
             try:
-                made = list(self._iterator(row))
-                _check_rows(made)
+                made, made_bytes, _ = _taken(self._iterator(row))
             except RowError as exc:
                 self._fail(exc, part, i, lost)
                 continue
             held += made
             parents += [i] * len(made)
-            size += estimated_bytes(made)
+            size += made_bytes
             if size >= TARGET_BYTES or len(held) >= FLAT_ROWS:
                 batch, of = self._fitting(held, parents, given, lost)
                 held, parents, size = [], [], 0
@@ -280,17 +272,25 @@ class FlatMapOp(RowOperator):
         return iter(made)
 
 
-def estimated_bytes(rows: Iterable[Mapping[str, Any]]) -> int:
-    """About how much memory rows will take as columns."""
-    size = 0
-    for row in rows:
+def _taken(
+    source: Iterator[Any], rows: int = sys.maxsize, size: int = sys.maxsize
+) -> tuple[list[Mapping[str, Any]], int, bool]:
+    """(rows taken: so many, or until they have so many bytes; about how much memory they take as columns; has it ended?).
+    Raises Refused for what is no row.
+    """
+    made: list[Mapping[str, Any]] = []
+    taken = 0
+    for row in source:
+        made.append(row if type(row) is dict else _row(row))
         for value in row.values():
             kind = type(value)
             if kind is str:
-                size += len(value) + 4
+                taken += len(value) + 4
             else:
-                size += 8 if kind in _NUMBERS else _value_bytes(value)
-    return size
+                taken += 8 if kind in _NUMBERS else _value_bytes(value)
+        if taken >= size or len(made) == rows:
+            return made, taken, False
+    return made, taken, True
 
 
 def _value_bytes(value: Any) -> int:
@@ -301,16 +301,9 @@ def _value_bytes(value: Any) -> int:
     if isinstance(value, (list, tuple)):
         return sum(map(_value_bytes, value)) + 4
     if isinstance(value, Mapping):
-        return estimated_bytes((value,))
+        return sum(map(_value_bytes, value.values()))
     size = getattr(value, "nbytes", None)  # arrays, tensors
     return size if isinstance(size, int) else 8
-
-
-def _check_rows(values: Sequence[Any]) -> None:
-    """Raises Refused of the first that is no row."""
-    if not _DICTS.issuperset(map(type, values)):
-        for value in values:
-            _row(value)
 
 
 def _truth(value: Any) -> bool:

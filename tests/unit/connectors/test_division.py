@@ -92,6 +92,51 @@ def test_rows_of_a_broken_row_group_are_told_once(tmp_path: Path) -> None:
     assert told == list(range(750, ROWS))
 
 
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_fault_takes_no_more_rows_than_in_the_row_group_as_a_whole(tmp_path: Path, first: int) -> None:
+    """What lies before the fault is given, whichever range it is in; nothing behind it can be reached."""
+    rows = 20_000
+    path = tmp_path / "a.parquet"
+    whole = pa.table({"id": np.arange(rows), "s": [f"word {i}" for i in range(rows)]})
+    pq.write_table(whole, path, compression="none", use_dictionary=False, data_page_size=4 << 10)
+    chunk = pq.read_metadata(path).row_group(0).column(1)
+    with path.open("r+b") as file:
+        file.seek(chunk.data_page_offset + chunk.total_compressed_size * (first + 5) // 10)
+        file.write(b"\xff" * 400)
+    found: list[tuple[list[int], list[int]]] = []
+    plain = ParquetSource(path, schema=whole.schema)
+    for source in (plain, plain.divided(Division(8 << 10, by_rows=True))):
+        bad: list[BadRange] = []
+        good: list[int] = []
+        for split in source.splits(per_input=False):
+            for batch, _ in source.open(split, BlockLimits(max_rows=500), bad.append):
+                good += batch["id"].to_pylist()
+        found.append((good, [row for r in bad for row in range(r.row, r.row + r.rows)]))
+    assert len(list(source.splits(per_input=False))) > 10
+    assert len(found[0][0]) > rows // 4
+    assert found[1][0][: len(found[0][0])] == found[0][0], "as many, or more, as blocks are smaller"
+    for good, told in found:
+        assert good + told == list(range(rows))
+
+
+def test_empty_row_groups(tmp_path: Path) -> None:
+    columns = {f"c{i}": pa.array([], pa.int64()) for i in range(60)}
+    pq.write_table(pa.table(columns), tmp_path / "0.parquet", use_dictionary=False)
+    pq.write_table(pa.table({name: np.arange(5) for name in columns}), tmp_path / "1.parquet", use_dictionary=False)
+    source = ParquetSource(tmp_path).divided(Division(64, by_rows=True))
+    assert read_all(source)["c0"].to_pylist() == list(range(5))
+
+
+def test_rows_of_text_are_measured_by_few_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"x" * (1 << 20) + b"\n" + b"word\n" * 10)
+    assert TextSource(tmp_path / "a.txt").row_bytes() == 0.0, "one line takes all that is looked at"
+    for i in range(2):
+        (tmp_path / f"{i}.json").write_text('{"x": 1}')
+    assert JsonSource([tmp_path / "0.json", tmp_path / "1.json"]).row_bytes() == 8.0
+    (tmp_path / "b.txt").write_bytes(b"word\r" * 100)
+    assert TextSource(tmp_path / "b.txt").row_bytes() == 5.0
+
+
 @pytest.mark.parametrize("split_bytes", [1, 100, 5_000])
 def test_lines(tmp_path: Path, split_bytes: int) -> None:
     rows = 300

@@ -19,7 +19,7 @@ from headrace.connectors.sinks.parquet import ParquetSink
 from headrace.core.options import RunOptions
 from headrace.plan.columns import ALL
 from headrace.plan.nodes import Write
-from headrace.runtime.division import DEVICE_ROW_S, LEAST_S, MOST_SPLITS, STREAM_ROW_S, USUAL_S, choose_division
+from headrace.runtime.division import DEVICE_ROW_S, GUESSED_BYTES, LEAST_S, MOST_SPLITS, STREAM_ROW_S, USUAL_S, choose_division
 from headrace.runtime.engine import Sampled
 from headrace.worker.program import Program
 
@@ -102,11 +102,13 @@ def test_models_that_answer_row_by_row_are_taken_for_slow(data: hr.Dataset, tmp_
 def test_devices_are_taken_for_quicker(data: hr.Dataset, tmp_path: Path) -> None:
     p = program(data.predict(add_one, input="x", device="sim"), tmp_path)
     assert choose_division(p, Sampled(0, 0.0, 0.0, 0.0)) is None
-    rows = int(4 * USUAL_S / DEVICE_ROW_S)
-    many = program(hr.range(rows).predict(add_one, input="id", device="sim"), tmp_path)
-    found = choose_division(many, Sampled(0, 0.0, 0.0, 0.0))
-    assert found is not None
-    assert not found.by_rows
+    for rows, much in ((int(4 * USUAL_S / DEVICE_ROW_S), False), (2_000_000, True)):
+        many = program(hr.range(rows).predict(add_one, input="id", device="sim"), tmp_path)
+        found = choose_division(many, Sampled(0, 0.0, 0.0, 0.0))
+        assert (found is not None) == much, "few bytes stay together, where a guess is all that is known"
+        if found is not None:
+            assert not found.by_rows
+            assert found.split_bytes >= GUESSED_BYTES
 
 
 def test_of_a_listing_without_end_splits_are_small(data: hr.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,6 @@ from tests.unit.worker.fakes import BatchSource, Bench, column, fn, numbers
 from headrace.core.errors import DataError, UserCodeError
 from headrace.core.tensors import numpy_to_array, tensor_to_numpy
 from headrace.plan import nodes
-from headrace.worker.row_ops import RUN_ROWS
 from headrace.worker.user_code import user_frames
 
 
@@ -167,7 +166,7 @@ def test_flat_map_takes_few_rows_ahead_when_small_ones_become_large():
     bench = Bench([nodes.FlatMap(fn(texts))], source=BatchSource([numbers(1)]))
     out = bench.run(credit_bytes=1)
     assert column(out, "k") == list(range(1100))
-    assert max(b.nbytes for b in out) <= (RUN_ROWS + 20) << 20
+    assert max(b.nbytes for b in out) <= 20 << 20
 
 
 @pytest.mark.parametrize("on_error", ["fail", "skip"])

@@ -52,7 +52,7 @@ class BinarySource(FileSource):
 
     def row_bytes(self) -> float:
         sizes = [o.size for o in islice(self._listing.objects(), LOOKED_AT)]
-        return sum(sizes) / len(sizes)
+        return sum(sizes) / max(1, len(sizes))
 
     def _split_pieces(self, split: Split, limits: BlockLimits, on_bad: OnBad | None) -> Generator[Piece, None, None]:
         most = max(limits.least_rows, len(split.fragments) // BLOCKS_PER_SPLIT)

@@ -106,9 +106,10 @@ def row_bytes(objects: Iterable[Stored]) -> float:
     for o in objects:
         if is_compressed(o.uri):
             continue
-        with suppress(DataError):
-            data = beginning(packing.whole(o), ROW_LOOK_BYTES)
-            size, rows = size + len(data), rows + data.count(b"\n")
+        with suppress(DataError), opened(packing.whole(o)) as (_, stream):
+            data = _read(stream, ROW_LOOK_BYTES, o.uri, 0)
+            open_end = len(data) == o.size and not data.endswith((b"\n", b"\r"))
+            size, rows = size + len(data), rows + max(data.count(b"\n"), data.count(b"\r")) + open_end
     return size / rows if rows else 0.0
 
 

@@ -349,7 +349,9 @@ class ParquetSource(FileSource):
         if not len(columns.schema):
             yield from _counted(reader.uri, wanted.start, len(wanted), limits)
             return
-        read = limits if kept is None else replace(limits, max_rows=max(limits.max_rows, BEFORE_ROWS))
+        read = limits
+        if kept is not None:
+            read = replace(limits, max_rows=max(limits.max_rows, min(BEFORE_ROWS, wanted.stop - row)))
         batches, row_bytes, done = None, 0.0, 0
         while row + done < wanted.stop:
             try:
@@ -360,6 +362,10 @@ class ParquetSource(FileSource):
                 if batch is None:
                     raise DataError(f"the row group ends after {done} of {metadata.num_rows} rows", where=where)
             except DataError as error:  # what was given stays good; the rest of the group can't be reached
+                if read is not limits:  # but what lies before the fault in so large a batch may be
+                    wanted = range(max(row + done, wanted.start), wanted.stop)
+                    batches, read, done = None, limits, 0
+                    continue
                 bad = max(row + done, wanted.start)
                 reported(on_bad, reader.uri, bad, wanted.stop - bad, error)
                 return
@@ -576,7 +582,9 @@ def _cut_by_rows(parts: Sequence[Fragment], groups: Sequence[_Group], target: fl
     starts = [0, *accumulate(group.rows for group in groups)]
     for part in parts:
         group = groups[part.start] if part.stop == part.start + 1 else None
-        shares = 1 if group is None else min(round(group.stored / target), group.rows, REREAD_BYTES // max(1, group.bytes))
+        shares = 1
+        if group is not None:
+            shares = min(round(group.stored / max(target, 1.0)), group.rows, REREAD_BYTES // max(1, group.bytes))
         if shares < 2:
             yield part
             continue
