@@ -55,9 +55,7 @@ def choose_division(program: Program, sampled: Sampled | None) -> Division | Non
     if not slow:
         wanted = max(wanted, GUESSED_BYTES)
     split_bytes = 1 << max(0, round(math.log2(wanted)))  # by powers of two: samples that differ a little make the same splits
-    if split_bytes >= min(
-        size, PACK_BYTES
-    ):  # it would divide nothing, or there is so much work that usual splits are not too many
+    if split_bytes >= min(size, PACK_BYTES):  # nothing to divide, or so much work that usual splits are little of it
         return None
     return Division(split_bytes, by_rows=slow)
 
