@@ -85,7 +85,12 @@ def test_what_was_tried_is_not_loaded_again(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["auto", "threads"])
 def test_every_worker_has_its_own_in_its_own_thread(data: Path, tmp_path: Path, engine: Any) -> None:
-    ds = hr.read_parquet(data).predict(Busy, input="x", output="y", batch_size=100, device="cpu")
+    class Here(Busy):
+        """Can't be sent to processes, so that only threads are left, whatever a trial tells."""
+
+        lock = threading.Lock()
+
+    ds = hr.read_parquet(data).predict(Here, input="x", output="y", batch_size=100, device="cpu")
     run = ds.write_parquet(tmp_path / "out", cpus=3, engine=engine, progress="quiet")
     check(tmp_path / "out", 64_000)
     assert run.engine == "threads"

@@ -159,7 +159,6 @@ def test_small_splits_are_not_for_several_threads(
 def workers(ds: hr.Dataset, monkeypatch: pytest.MonkeyPatch) -> tuple[str, int]:
     monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: FOUR_CORES)
     prepared = prepare(ds._plan, RunOptions())
-    prepared.program.tried.close()
     return prepared.engine, len(prepared.workers)
 
 
@@ -334,6 +333,25 @@ def test_a_lock_that_is_held_for_less_than_a_millisecond_at_a_time_is_held() -> 
     _, idle, _ = _watch(lambda: time.sleep(0.02), watched=True)
     assert busy > 2 * idle
     assert busy > 0.1
+
+
+@pytest.mark.parametrize(("told", "expected"), [([0.9, 0.3, 0.0], "threads"), ([0.9, 0.9, 0.9], "processes")])
+def test_a_function_that_waits_is_looked_at_again(monkeypatch: pytest.MonkeyPatch, told: list[float], expected: str) -> None:
+    """It seemed to hold the lock, as its watcher had to wait for something else. One that always does, does hold it."""
+    shares, watch = itertools.cycle(told), engine._watch
+
+    def watched(call: Any, watched: bool) -> tuple[Any, float, float]:
+        answer, held, wall_s = watch(call, watched)
+        return answer, next(shares) if watched else held, wall_s
+
+    def waits(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        time.sleep(0.0001 * len(batch["id"]))
+        return batch
+
+    monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: FOUR_CORES)
+    monkeypatch.setattr(engine, "_watch", watched)
+    prepared = prepare(hr.range(1_000_000).map_batches(waits)._plan, RunOptions())
+    assert prepared.engine == expected
 
 
 def test_a_sample_takes_time_whatever_the_clocks_say(monkeypatch: pytest.MonkeyPatch) -> None:
