@@ -12,6 +12,8 @@ numeric paths because its first call imports pandas.
 # pyright: basic
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +37,7 @@ _ARROW_OF: dict[Any, pa.DataType] = {
 }
 _NUMPY_OF: dict[int, Any] = {arrow.id: dtype for dtype, arrow in _ARROW_OF.items()}  # hashing a DataType formats it: slow
 _BOOL = pa.bool_().id
+_MOST_TEXT = (1 << 31) - 1  # bytes in a column of strings, whose offsets are int32
 
 
 class RaggedTensorType(pa.ExtensionType):
@@ -113,10 +116,26 @@ def numpy_to_array(values: np.ndarray[Any, Any]) -> pa.Array:
 
 
 def texts_to_array(values: Sequence[str]) -> pa.Array:
-    """A column of strings. (`pa.array` imports pandas wherever it is installed, which takes 0.2 s.)"""
-    data = [value.encode() for value in values]
-    ends = np.cumsum([0, *map(len, data)], dtype=np.int32)
-    return pa.Array.from_buffers(pa.string(), len(data), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(data))])
+    """A column of strings. (`pa.array` imports pandas wherever it is installed, which takes 0.2 s.)
+
+    Raises UnicodeEncodeError for half a surrogate pair, OverflowError for more than a column of strings holds (2 GiB).
+    """
+    joined = "".join(values)
+    if joined.isascii():
+        data, sizes = joined.encode(), np.fromiter(map(len, values), np.int64, len(values))
+    else:
+        encoded = [value.encode() for value in values]
+        data, sizes = b"".join(encoded), np.fromiter(map(len, encoded), np.int64, len(values))
+    if len(data) > _MOST_TEXT:
+        raise OverflowError(f"{len(data)} bytes of text are more than a column of strings holds")
+    ends = np.zeros(len(values) + 1, np.int32)
+    np.cumsum(sizes, out=ends[1:])
+    return pa.Array.from_buffers(pa.string(), len(values), [None, pa.py_buffer(ends), pa.py_buffer(data)])
+
+
+def text_scalar(value: str) -> pa.Scalar:
+    """A large_string. (As `pa.scalar`, which imports pandas, too.)"""
+    return texts_to_array([value]).cast(pa.large_string())[0]
 
 
 def _vector(values: np.ndarray[Any, Any]) -> pa.Array:
@@ -135,6 +154,9 @@ def _vector(values: np.ndarray[Any, Any]) -> pa.Array:
         return pa.array(values.astype(object), type=pa.string())
     if dtype.kind in "fcV" or dtype.hasobject:
         raise TypeError(f"arrays of {dtype} have no column type")
+    if dtype.kind == "U" and "pandas" not in sys.modules:
+        with contextlib.suppress(OverflowError, UnicodeEncodeError):
+            return texts_to_array(values.tolist())
     try:
         values = np.ascontiguousarray(values)
         return pa.array(values.tolist() if dtype.kind in "SU" and _has_inner_nul(values) else values)
@@ -222,7 +244,7 @@ def ragged_to_numpy(column: pa.Array) -> np.ndarray[Any, Any]:
     starts = np.frombuffer(data.buffers()[1], np.int64)[data.offset : data.offset + len(data) + 1].tolist()
     dims = vector_to_numpy(shapes.values).tolist()
     bounds = np.frombuffer(shapes.buffers()[1], np.int32)[shapes.offset : shapes.offset + len(shapes) + 1].tolist()
-    valid = None if not storage.null_count else storage.is_valid().to_numpy(zero_copy_only=False)
+    valid = None if not storage.null_count else vector_to_numpy(storage.is_valid())
     out = np.empty(len(column), dtype=object)
     for i in range(len(column)):
         if valid is None or valid[i]:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.core.errors import DataError, PlanError
+from headrace.core.tensors import vector_to_numpy
 from headrace.metrics import sums
 from headrace.metrics.base import Metric, State, one_of, unique
 from headrace.metrics.columns import check_finite, classes_of, matrix, values, weights
@@ -69,7 +70,7 @@ class Accuracy(_Share):
             predicted, label = map(_zero_or_one, (predicted, label))
         for name, array in zip(names, (predicted, label), strict=True):
             if pa.types.is_floating(array.type):
-                check_finite(array.to_numpy(zero_copy_only=False), name)
+                check_finite(vector_to_numpy(array), name)
         try:
             equal = pc.equal(predicted, label)  # type: ignore[attr-defined]
         except (pa.ArrowNotImplementedError, pa.ArrowInvalid) as error:
@@ -78,7 +79,7 @@ class Accuracy(_Share):
                 where=(("column", self.prediction),),
                 hint="give both columns the same type",
             ) from error
-        return self._add(state, batch, equal.to_numpy(zero_copy_only=False))
+        return self._add(state, batch, vector_to_numpy(equal))
 
 
 def _zero_or_one(array: pa.Array) -> pa.Array:

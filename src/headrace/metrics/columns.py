@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.core.errors import DataError
+from headrace.core.tensors import vector_to_numpy
 
 _LAST_WHOLE = 1 << 53  # up to which a double holds every whole number
 _DROP_HINT = "filter these rows out before evaluate, or fill them"
@@ -36,7 +37,7 @@ def numbers(batch: pa.RecordBatch, column: str) -> np.ndarray:
         array = array.cast(pa.float64())
     elif not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         raise _wrong_type(column, kind, "numbers")
-    made = array.to_numpy(zero_copy_only=False)
+    made = vector_to_numpy(array)
     if made.dtype.kind == "f":
         check_finite(made, column)
         return made
@@ -60,14 +61,14 @@ def vectors(batch: pa.RecordBatch, column: str) -> np.ndarray:
         raise _wrong_type(column, array.type, "one vector of numbers per row, without nulls")
     width = len(flat) // len(array) if len(array) else 0
     if not pa.types.is_fixed_size_list(kind) and len(array):
-        lengths = np.diff(storage.offsets.to_numpy())
+        lengths = np.diff(vector_to_numpy(storage.offsets))
         if (lengths != width).any():
             raise DataError(
                 f"a metric reads column {column!r}, whose vectors have {lengths.min()} to {lengths.max()} entries",
                 where=(("column", column),),
                 hint="every row needs one entry per class",
             )
-    return flat.to_numpy(zero_copy_only=False).reshape(len(array), width)
+    return vector_to_numpy(flat).reshape(len(array), width)
 
 
 def floats(array: np.ndarray, column: str) -> np.ndarray:

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.core.errors import DataError
+from headrace.core.tensors import numpy_to_array, vector_to_numpy
 from headrace.metrics.columns import values
 
 
@@ -30,7 +31,7 @@ def split_by_group(batch: pa.RecordBatch, by: tuple[str, ...]) -> Iterator[tuple
     if len(groups) == 1:
         yield keys[0], batch
         return
-    ordered = batch.take(pa.array(np.argsort(codes, kind="stable")))
+    ordered = batch.take(numpy_to_array(np.argsort(codes, kind="stable")))
     start = 0
     for key, size in zip(keys, sizes.tolist(), strict=True):
         yield key, ordered.slice(start, size)
@@ -55,7 +56,7 @@ def encoded(batch: pa.RecordBatch, column: str) -> tuple[np.ndarray, list[Any]]:
             hint="use texts, whole numbers, booleans or dates",
         )
     table = array.dictionary_encode()
-    return table.indices.to_numpy(zero_copy_only=False).astype(np.int64), table.dictionary.to_pylist()
+    return vector_to_numpy(table.indices).astype(np.int64), table.dictionary.to_pylist()
 
 
 def _whole(array: pa.Array, column: str) -> pa.Array:

@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from headrace.core.errors import DataError, PlanError
 from headrace.core.extras import require
+from headrace.core.tensors import vector_to_numpy
 from headrace.metrics.base import Metric, State
 from headrace.metrics.columns import drop_missing, numbers, values
 
@@ -162,9 +163,9 @@ def _hashable(array: pa.Array, column: str) -> Iterable[int | float | str]:
     if pa.types.is_boolean(kind):
         return found.cast(pa.int8()).to_pylist()
     if pa.types.is_floating(kind):
-        return (found.to_numpy(zero_copy_only=False).astype(np.float64) + 0.0).tolist()  # + 0.0: -0.0 is 0.0
+        return (vector_to_numpy(found).astype(np.float64) + 0.0).tolist()  # + 0.0: -0.0 is 0.0
     if pa.types.is_integer(kind):
-        return found.to_numpy().astype(np.int64).tolist()  # of uint64 the same bits: as many are distinct
+        return vector_to_numpy(found).astype(np.int64).tolist()  # of uint64 the same bits: as many are distinct
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
         return (value.hex() for value in found.to_pylist())
     return map(str, found.to_pylist())

@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from msgspec import Struct, field
 
@@ -18,7 +19,9 @@ from headrace.contracts.source import BadRange
 from headrace.core.errors import DataError, DestinationError, HeadraceError, InputChanged, StorageRefused, UserCodeError
 from headrace.core.receipts import OutputFile, Tally
 from headrace.core.redact import redact
+from headrace.core.tensors import numpy_to_array
 from headrace.worker.batching import Piece
+from headrace.worker.python_values import values_column
 from headrace.worker.refused import BrokenModel, Refused
 from headrace.worker.results import make_batch
 from headrace.worker.user_code import exception_text, user_frames
@@ -98,7 +101,7 @@ class BadRows:
         for position, failure in lost:
             row = piece.slice(position, 1)
             uri, at = row.origin.locate(0) or (_common_uri(row), None)
-            copy = row.batch.take(pa.array([0])) if row.batch.num_columns else row.batch
+            copy = row.batch.take(numpy_to_array(np.zeros(1, np.int64))) if row.batch.num_columns else row.batch
             self._hold(op, name, copy, (uri, at, 1, failure))
 
     def add_range(self, op: int, name: str, bad: BadRange) -> None:
@@ -172,13 +175,13 @@ def _table(held: _Held, attempt: int) -> pa.Table:
         table = pa.Table.from_batches(held.batches)
         columns = dict(zip(table.schema.names, table.columns, strict=True))
     added = {
-        "_source_uri": pa.array([uri for uri, _, _, _ in notes], pa.string()),
-        "_source_row": pa.array([row for _, row, _, _ in notes], pa.int64()),
-        "_rows": pa.array([rows for _, _, rows, _ in notes], pa.int64()),
-        "_stage": pa.array([held.stage] * len(notes), pa.string()),
-        "_exception": pa.array([_unicode(failure.exception) for *_, failure in notes], pa.string()),
-        "_traceback": pa.array([_unicode(failure.traceback) for *_, failure in notes], pa.string()),
-        "_attempt": pa.array([attempt] * len(notes), pa.int32()),
+        "_source_uri": values_column([uri for uri, _, _, _ in notes], pa.string()),
+        "_source_row": values_column([row for _, row, _, _ in notes], pa.int64()),
+        "_rows": values_column([rows for _, _, rows, _ in notes], pa.int64()),
+        "_stage": values_column([held.stage] * len(notes), pa.string()),
+        "_exception": values_column([_unicode(failure.exception) for *_, failure in notes], pa.string()),
+        "_traceback": values_column([_unicode(failure.traceback) for *_, failure in notes], pa.string()),
+        "_attempt": numpy_to_array(np.full(len(notes), attempt, np.int32)),
     }
     for name, column in added.items():
         while name in columns:

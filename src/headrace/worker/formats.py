@@ -38,6 +38,7 @@ from headrace.core.tensors import (
     is_ragged,
     is_tensor,
     numpy_dtype,
+    numpy_to_array,
     ragged_to_numpy,
     tensor_to_numpy,
     vector_to_numpy,
@@ -522,7 +523,7 @@ class GivenRows(Given):
             return None
         if not (_are_frozen(values, column.type) or (compare and _are_still(shown, column))):
             return None
-        return column if self._rows is None else column.take(pa.array(self._rows, pa.int64()))
+        return column if self._rows is None else column.take(numpy_to_array(np.asarray(self._rows, np.int64)))
 
 
 _FROZEN = frozenset((type(None), bool, int, float, str, bytes, decimal.Decimal, datetime.date, datetime.datetime, uuid.UUID))

@@ -11,12 +11,14 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
 import pyarrow as pa
 
 from headrace.contracts.substrate import Crumb
 from headrace.core.errors import WorkerDied
 from headrace.core.refs import Origin, Segment
 from headrace.core.steps import Doing, Suspect
+from headrace.core.tensors import numpy_to_array
 from headrace.worker.bad_rows import Failure
 from headrace.worker.batching import Piece
 
@@ -94,7 +96,7 @@ NOBODY = Watch()
 def row_bytes(batch: pa.RecordBatch) -> bytes:
     """One row as an Arrow IPC stream that is a function of names, types and values alone."""
     if batch.num_columns:
-        fresh = batch.take(pa.array([0]))  # a slice may share bytes of bitmaps with its neighbours
+        fresh = batch.take(numpy_to_array(np.zeros(1, np.int64)))  # a slice may share bytes of bitmaps with its neighbours
         arrays = [c.dictionary_decode() if pa.types.is_dictionary(c.type) else c for c in fresh.columns]
         batch = pa.RecordBatch.from_arrays(arrays, names=batch.schema.names)
     sink = pa.BufferOutputStream()

@@ -22,6 +22,7 @@ from headrace.connectors.sinks.files import (
     holds_intervals,
     written,
 )
+from headrace.core.tensors import numpy_to_array, text_scalar
 
 JOIN_BYTES = 1 << 20  # text held at once while files are joined
 STEP_ROWS = 1 << 16  # encoded at a time: columns of text take several times the memory of their file
@@ -185,10 +186,10 @@ def _joined(batch: pa.RecordBatch) -> memoryview:
     import pyarrow.compute
 
     pc: Any = pyarrow.compute  # its functions are made at import, type checkers don't see them
-    comma, line_end = pa.scalar(",", pa.large_string()), pa.scalar("\n", pa.large_string())
+    comma, line_end = text_scalar(","), text_scalar("\n")
     texts = [_texts(pc, column) for column in batch.columns]
     rows = pc.binary_join_element_wise(*texts, comma, null_handling="replace", null_replacement="")
-    (file,) = pc.binary_join(pa.LargeListArray.from_arrays(pa.array([0, len(rows)], pa.int64()), rows), line_end)
+    (file,) = pc.binary_join(pa.LargeListArray.from_arrays(numpy_to_array(np.array([0, len(rows)], np.int64)), rows), line_end)
     return memoryview(file.as_buffer().to_pybytes() + b"\n")
 
 
@@ -199,10 +200,10 @@ def _texts(pc: Any, column: pa.Array) -> pa.Array:
     text = column.cast(pa.large_string())
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type) or pa.types.is_string_view(column.type)):
         return text
-    quote = pa.scalar('"', pa.large_string())
+    quote = text_scalar('"')
     if pc.any(pc.match_substring(text, '"')).as_py():
         text = pc.replace_substring(text, '"', '""')
-    return pc.binary_join_element_wise(quote, text, quote, pa.scalar("", pa.large_string()))
+    return pc.binary_join_element_wise(quote, text, quote, text_scalar(""))
 
 
 def _plain(t: pa.DataType) -> pa.DataType:

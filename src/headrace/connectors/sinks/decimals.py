@@ -6,6 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from headrace.core.tensors import text_scalar
+
 
 def has_whole(column: pa.Array) -> bool:
     """Is it a column of floats, and one of them finite and without a fraction?"""
@@ -21,8 +23,8 @@ def decimals(column: pa.Array) -> pa.Array:
     if not pc.any(whole).as_py():
         return text
     bare = pc.and_(whole, pc.invert(pc.match_substring(text, "e")))
-    point = pc.if_else(bare, pa.scalar(".0", pa.large_string()), pa.scalar("", pa.large_string()))
-    return pc.binary_join_element_wise(text, point, pa.scalar("", pa.large_string()))
+    point = pc.if_else(bare, text_scalar(".0"), text_scalar(""))
+    return pc.binary_join_element_wise(text, point, text_scalar(""))
 
 
 def _whole(column: pa.Array) -> Any:

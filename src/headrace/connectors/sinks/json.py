@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from headrace.connectors.sinks.decimals import decimals
 from headrace.connectors.sinks.files import SMALL_BYTES, Encoder, FileSink, Written, written
+from headrace.core.tensors import text_scalar
 
 
 class JsonSink(FileSink):
@@ -71,10 +72,10 @@ def encode_lines(batch: pa.RecordBatch) -> bytes | memoryview:
         return b"{}\n" * batch.num_rows
     parts: list[Any] = []
     for i, (name, column) in enumerate(zip(batch.schema.names, batch.columns, strict=True)):
-        parts.append(pa.scalar(("{" if i == 0 else ",") + json.dumps(name, ensure_ascii=False) + ":", pa.large_string()))
-        parts.append(pc.fill_null(_values(column), "null"))
-    parts.append(pa.scalar("}\n", pa.large_string()))
-    lines = pc.binary_join_element_wise(*parts, pa.scalar("", pa.large_string()))
+        parts.append(text_scalar(("{" if i == 0 else ",") + json.dumps(name, ensure_ascii=False) + ":"))
+        parts.append(pc.fill_null(_values(column), text_scalar("null")))
+    parts.append(text_scalar("}\n"))
+    lines = pc.binary_join_element_wise(*parts, text_scalar(""))
     offsets, data = lines.buffers()[1:]
     first, last = lines.offset, lines.offset + len(lines)
     spans = memoryview(offsets).cast("q")
@@ -95,7 +96,7 @@ def _values(column: pa.Array) -> pa.Array:
         return column.cast(pa.large_string())
     if kinds.is_floating(t):
         column = column.cast(pa.float32()) if kinds.is_float16(t) else column
-        return decimals(pc.if_else(pc.is_finite(column), column, pa.scalar(None, column.type)))
+        return decimals(pc.if_else(pc.is_finite(column), column, pa.nulls(1, column.type)[0]))
     if kinds.is_string(t) or kinds.is_large_string(t) or kinds.is_string_view(t):
         text = column.cast(pa.large_string())
         if pc.any(pc.match_substring_regex(text, r'["\\\x00-\x1f]')).as_py():
@@ -121,8 +122,8 @@ def _compute() -> Any:
 def _quoted(text: pa.Array) -> pa.Array:
     pc = _compute()
 
-    quote = pa.scalar('"', pa.large_string())
-    return pc.binary_join_element_wise(quote, text, quote, pa.scalar("", pa.large_string()))
+    quote = text_scalar('"')
+    return pc.binary_join_element_wise(quote, text, quote, text_scalar(""))
 
 
 def _python_values(column: pa.Array) -> list[Any]:

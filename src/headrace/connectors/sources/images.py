@@ -7,6 +7,7 @@ from contextlib import closing
 from itertools import islice
 from typing import ClassVar
 
+import numpy as np
 import pyarrow as pa
 from msgspec.structs import replace
 
@@ -21,6 +22,7 @@ from headrace.core.errors import DataError
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin, Segment
 from headrace.core.splits import Fragment, Split
+from headrace.core.tensors import texts_to_array
 
 _SCHEMA = pa.schema([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -91,9 +93,9 @@ def _read(f: Fragment) -> pa.Buffer:
 
 def _piece(f: Fragment, data: pa.Buffer | None, names: list[str]) -> Piece:
     origin = Origin((Segment(f.uri, 0, 1),))
-    columns = {"path": pa.array([f.uri], pa.string())}
+    columns = {"path": texts_to_array([f.uri])}
     if data is not None:
-        offsets = pa.array([0, data.size], pa.int32()).buffers()[1]
+        offsets = pa.py_buffer(np.array([0, data.size], np.int32))
         columns["bytes"] = pa.Array.from_buffers(pa.binary(), 1, [None, offsets, data])
     batch = pa.record_batch([columns[n] for n in names], names=names) if names else no_columns(1)
     row_bytes = (f.size_bytes if "bytes" in names else 0) + len(f.uri) + 8
