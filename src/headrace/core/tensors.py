@@ -115,8 +115,8 @@ def numpy_to_array(values: np.ndarray[Any, Any]) -> pa.Array:
     return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(flat.type, shape), storage)
 
 
-def texts_to_array(values: Sequence[str]) -> pa.Array:
-    """A column of strings. (`pa.array` imports pandas wherever it is installed, which takes 0.2 s.)
+def texts_to_array(values: Sequence[str], large: bool = False) -> pa.Array:
+    """A column of strings, or large ones. (`pa.array` imports pandas wherever it is installed, which takes 0.2 s.)
 
     Raises UnicodeEncodeError for half a surrogate pair, OverflowError for more than a column of strings holds (2 GiB).
     """
@@ -126,16 +126,17 @@ def texts_to_array(values: Sequence[str]) -> pa.Array:
     else:
         encoded = [value.encode() for value in values]
         data, sizes = b"".join(encoded), np.fromiter(map(len, encoded), np.int64, len(values))
-    if len(data) > _MOST_TEXT:
+    if len(data) > _MOST_TEXT and not large:
         raise OverflowError(f"{len(data)} bytes of text are more than a column of strings holds")
-    ends = np.zeros(len(values) + 1, np.int32)
+    ends = np.zeros(len(values) + 1, np.int64 if large else np.int32)
     np.cumsum(sizes, out=ends[1:])
-    return pa.Array.from_buffers(pa.string(), len(values), [None, pa.py_buffer(ends), pa.py_buffer(data)])
+    kind = pa.large_string() if large else pa.string()
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(ends), pa.py_buffer(data)])
 
 
 def text_scalar(value: str) -> pa.Scalar:
     """A large_string. (As `pa.scalar`, which imports pandas, too.)"""
-    return texts_to_array([value]).cast(pa.large_string())[0]
+    return texts_to_array([value], large=True)[0]
 
 
 def _vector(values: np.ndarray[Any, Any]) -> pa.Array:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import datetime
 import decimal
 import math
+import sys
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import headrace as hr
 from headrace.core.errors import DataError, PlanError
@@ -273,6 +276,35 @@ def test_rows_of_python_values():
     assert row["b"] == b"x"
     assert row["o"] == {"k": [1]}
     assert row["r"].shape == (1, 2)
+
+
+PLAIN = {
+    "whole": st.integers(-(1 << 63), (1 << 63) - 1),
+    "floats": st.floats(),
+    "texts": st.text(st.characters(codec="utf-8")),
+    "booleans": st.booleans(),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+@given(data=st.data())
+def test_columns_of_one_kind_are_those_of_arrow(kind, data):
+    values = data.draw(st.lists(PLAIN[kind] | st.none() if data.draw(st.booleans()) else PLAIN[kind]))
+    expected = pa.array(values)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, "pandas", raising=False)  # where it is there, texts are Arrow's own
+        made = values_column(values)
+    made.validate(full=True)
+    assert made.type == expected.type
+    assert made.null_count == expected.null_count
+    assert list(map(repr, made.to_pylist())) == list(map(repr, expected.to_pylist()))  # NaN, -0.0
+
+
+@pytest.mark.parametrize("value", [1 << 64, -(1 << 63) - 1, "\ud800"])
+def test_what_no_column_holds_is_refused_among_plain_values_too(value, monkeypatch):
+    monkeypatch.delitem(sys.modules, "pandas", raising=False)
+    with pytest.raises(Refused):
+        values_column([value, None])
 
 
 # --- casting ---------------------------------------------------------------------------------------------------------

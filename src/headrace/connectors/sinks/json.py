@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from headrace.connectors.sinks.decimals import decimals
 from headrace.connectors.sinks.files import SMALL_BYTES, Encoder, FileSink, Written, written
-from headrace.core.tensors import text_scalar
+from headrace.core.tensors import text_scalar, texts_to_array
 
 
 class JsonSink(FileSink):
@@ -100,8 +100,7 @@ def _values(column: pa.Array) -> pa.Array:
     if kinds.is_string(t) or kinds.is_large_string(t) or kinds.is_string_view(t):
         text = column.cast(pa.large_string())
         if pc.any(pc.match_substring_regex(text, r'["\\\x00-\x1f]')).as_py():
-            quoted = [None if v is None else json.dumps(v, ensure_ascii=False) for v in text.to_pylist()]
-            return pa.array(quoted, pa.large_string())
+            return texts_to_array([json.dumps(v, ensure_ascii=False) for v in text.to_pylist()], large=True)
         return _quoted(text)
     if kinds.is_timestamp(t):
         text = column.cast(pa.large_string())
