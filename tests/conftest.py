@@ -114,7 +114,10 @@ def ray_cluster() -> Generator[None]:
     from ray.cluster_utils import Cluster
 
     store = 100 << 20
-    cluster = Cluster(True, head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": store})
+    cluster = Cluster(
+        True,
+        head_node_args={"num_cpus": 1, "include_log_monitor": False, "object_store_memory": store, "include_dashboard": False},
+    )
     try:
         cluster.add_node(num_cpus=1, resources={"sim": 2}, object_store_memory=store)
         ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR", namespace="headrace")

@@ -89,7 +89,8 @@ def test_worker_processes_import_none_either(tmp_path: Path) -> None:
             import sys
             return {"id": row["id"], "imported": "pandas" in sys.modules, "text": str(row["id"])}
 
-        made = hr.range(100).map(where).filter(lambda row: row["id"] >= 0).map(where).to_arrow(engine="processes", progress="quiet")
+        data = hr.range(100).map(where).filter(lambda row: row["id"] >= 0).map(where)
+        made = data.to_arrow(engine="processes", progress="quiet")
         print(any(made.column("imported").to_pylist()))
     """
     done = subprocess.run(

@@ -48,7 +48,13 @@ def cluster() -> Iterator[Any]:
 
     before = ray.get_runtime_context().gcs_address if ray.is_initialized() else ""
     ray.shutdown()
-    head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": STORE_BYTES, "_system_config": SOON}
+    head = {
+        "num_cpus": 1,
+        "include_dashboard": False,
+        "include_log_monitor": False,
+        "object_store_memory": STORE_BYTES,
+        "_system_config": SOON,
+    }
     made = Cluster(True, head_node_args=head)
     try:
         made.add_node(num_cpus=1, object_store_memory=STORE_BYTES)

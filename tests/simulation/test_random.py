@@ -1,4 +1,4 @@
-"""Thousands of seeded random runs, each checked after every event. A failure names its seed and how to run it alone."""
+"""More than a thousand seeded random runs, each checked after every event. A failure names its seed and how to run it alone."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from headrace.scheduler.machine import FRACTION_ROWS, MOST_UNSTARTED
 from headrace.substrates.simulated import HANG_S, SimulatedProgram, source_rows
 
 CHUNKS = 9
-SEEDS = 110  # per chunk
-FAULTS = 20  # seeds per chunk that are run again with a fault
-BULK = 15  # seeds per chunk, of fewer chunks
-TROUBLES = 50  # seeds per chunk of runs with troubles, and of runs in several sessions
+SEEDS = 66  # per chunk
+FAULTS = 15  # seeds per chunk that are run again with a fault
+BULK = 12  # seeds per chunk, of fewer chunks
+TROUBLES = 30  # seeds per chunk of runs with troubles, and of runs in several sessions
 
 
 def run_seed(seed: int) -> None:

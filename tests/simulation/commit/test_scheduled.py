@@ -9,7 +9,7 @@ from tests.simulation.commit.scheduled import run_scheduled
 from tests.simulation.commit.scheduled_bugs import SCHEDULED_BUGS, plant_scheduled
 
 SHARDS = 6
-SEEDS = 250  # of each
+SEEDS = 125  # of each
 ENOUGH = 500  # seeds within which a planted bug shows; all of them pass without it, being among those above
 
 
