@@ -269,7 +269,7 @@ class Work(Struct, frozen=True):
     @property
     def amount(self) -> str:
         """In words."""
-        count, unit = (self.rows, "row") if self.rows else (self.splits, "input")
+        count, unit = (self.rows, "row") if self.rows else (self.splits, "split")
         return f"{count:,} {unit}" + ("" if count == 1 else "s")
 
     @property

@@ -266,5 +266,5 @@ def ask(ref: Any) -> Any:
     except RayActorError as gone:
         raise WorkerDied(
             f"the actor that runs the pipeline of this streaming_split has ended ({type(gone).__name__})",
-            hint="it lives as long as the process that called streaming_split, and its node",
+            hint="it lives until the split is closed, and no longer than its node and the process that called streaming_split",
         ) from None
