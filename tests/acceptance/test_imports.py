@@ -27,6 +27,17 @@ PLANS = {
         assert made.num_rows == 99
         assert made.column("some").null_count == 95
     """,
+    "lists and dicts": """
+        def boxed(row):
+            boxes = [{"label": "cat", "at": [1.0, 2.0]}, {"label": "dog", "at": []}]
+            return {"boxes": boxes[: row["id"] % 3], "answer": {"text": "yes", "tokens": row["id"]}}
+
+        made = hr.range(100).map(boxed).filter(lambda row: len(row["boxes"]) < 2).to_arrow(progress="quiet")
+        assert made.num_rows == 67
+    """,
+    "items": """
+        assert hr.from_items([{"text": str(i), "i": i} for i in range(9)]).map(dict).to_arrow(progress="quiet").num_rows == 9
+    """,
     "one row becomes several": """
         made = hr.range(10).flat_map(lambda row: [{"name": f"{row['id']}-{i}"} for i in range(3)]).to_arrow(progress="quiet")
         assert made.num_rows == 30

@@ -105,21 +105,31 @@ def from_pandas(frame: pd.DataFrame) -> Dataset:
 
 
 def from_items(rows: Iterable[Mapping[str, Any]]) -> Dataset:
-    """Rows given as dicts of Python values. A key that some of them lack is null there."""
+    """Rows given as dicts of Python values, NumPy arrays or tensors. A key that some of them lack is null there.
+
+    Columns are made as those of `map` are. Raises PlanError for values that don't make a column.
+    """
     import pyarrow as pa
 
-    from headrace.worker.python_values import check_kinds
+    from headrace.worker.python_values import values_column
     from headrace.worker.refused import Refused
 
-    items = [dict(row) for row in rows]
-    names = dict.fromkeys(name for row in items for name in row)
-    table = pa.table({name: pa.array([row.get(name) for row in items]) for name in names})
-    for field in table.schema:
+    items = list(rows)
+    for row in items:
+        if not isinstance(row, Mapping):
+            raise PlanError(
+                f"from_items was given a row of type {type(row).__name__}",
+                hint='give dicts of column names and values: {"x": 1}',
+            )
+    columns: dict[str, pa.Array] = {}
+    for name in dict.fromkeys(name for row in items for name in row):
+        if not isinstance(name, str):
+            raise PlanError(f"from_items was given column {name!r}", hint="names of columns are texts")
         try:
-            check_kinds((row.get(field.name) for row in items), field.type)
+            columns[name] = values_column([row.get(name) for row in items])
         except Refused as exc:
-            raise PlanError(f"from_items was given column {field.name!r}, {exc}", hint=exc.hint) from None
-    return from_arrow(table if names or not items else pa.table({"_": pa.nulls(len(items))}).select([]))
+            raise PlanError(f"from_items was given column {name!r}, {exc}", hint=exc.hint) from None
+    return from_arrow(pa.table(columns) if columns or not items else pa.table({"_": pa.nulls(len(items))}).select([]))
 
 
 def range(rows: int) -> Dataset:

@@ -36,6 +36,8 @@ _t = pa.types
 _CUT = frozenset((np.float16, np.longdouble))
 _DAYS = np.dtype("M8[D]")
 _PLAIN = {int: np.dtype(np.int64), float: np.dtype(np.float64), bool: np.dtype(np.bool_)}
+_QUICK_IN_ARROW = (str, list, dict)  # once pandas is there anyway
+_MOST_ITEMS = (1 << 31) - 1  # of all lists of a column, whose offsets are int32
 UNSHOWN = (pa.ArrowException, OverflowError, ValueError)  # what Arrow raises for a value that it can't convert
 _UNMADE = (ValueError, TypeError, pa.ArrowNotImplementedError, OverflowError)  # UnicodeEncodeError: of half a surrogate pair
 
@@ -130,28 +132,66 @@ def _made(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
     return made
 
 
-def _plain(values: Sequence[Any]) -> pa.Array | None:
-    """What Arrow makes of values of one of Python's own kinds, no quicker than it; None of others. Programs that have no
-    others are spared pandas, which its first call imports wherever it is installed: 0.2 s in each process.
+def _plain(values: Sequence[Any], levels: int = 5) -> pa.Array | None:
+    """What Arrow makes of values of one of Python's own kinds, of lists of such and of dicts; None of others. Programs that
+    have no others are spared pandas, which Arrow's first call imports wherever it is installed: 0.2 s in each process.
+    levels: of nesting, at most. (A list that holds itself has no end.)
     """
     kinds = set(map(type, values))
     nulls = type(None) in kinds
     kinds.discard(type(None))
     kind = kinds.pop() if len(kinds) == 1 else object
     dtype = _PLAIN.get(kind)
-    if dtype is None and (kind is not str or "pandas" in sys.modules):
+    if dtype is None and (kind not in _QUICK_IN_ARROW or not levels or "pandas" in sys.modules):
         return None
-    there = [v is not None for v in values] if nulls else None
+    there = np.fromiter((v is not None for v in values), np.bool_, len(values)) if nulls else None
     if there is not None:
         values = [v if v is not None else kind() for v in values]
     try:
-        made = texts_to_array(values) if dtype is None else numpy_to_array(np.fromiter(values, dtype, len(values)))
+        if dtype is not None:
+            made = numpy_to_array(np.fromiter(values, dtype, len(values)))
+        else:
+            make = texts_to_array if kind is str else functools.partial(_NESTED[kind], levels=levels - 1)
+            made = make(values)
     except (OverflowError, UnicodeEncodeError):
         return None
-    if there is None:
-        return made
-    bits = np.packbits(np.array(there, np.bool_), bitorder="little")
-    return pa.Array.from_buffers(made.type, len(made), [pa.py_buffer(bits), *made.buffers()[1:]])
+    return made if made is None or there is None else _where(there, made)
+
+
+def _plain_lists(values: Sequence[list[Any]], levels: int) -> pa.Array | None:
+    items = list(itertools.chain.from_iterable(values))
+    made = _plain_or_null(items, levels)
+    if made is None or len(items) > _MOST_ITEMS:
+        return None
+    ends = np.zeros(len(values) + 1, np.int32)
+    np.cumsum(np.fromiter(map(len, values), np.int32, len(values)), out=ends[1:])
+    return pa.Array.from_buffers(pa.list_(made.type), len(values), [None, pa.py_buffer(ends)], children=[made])
+
+
+def _plain_dicts(values: Sequence[dict[Any, Any]], levels: int) -> pa.Array | None:
+    names = dict.fromkeys(itertools.chain.from_iterable(values))
+    if not names or set(map(type, names)) != {str}:
+        return None
+    made = [_plain_or_null([v.get(name) for v in values], levels) for name in names]
+    if any(child is None for child in made):
+        return None
+    fields = [pa.field(name, child.type) for name, child in zip(names, made, strict=True)]
+    return pa.Array.from_buffers(pa.struct(fields), len(values), [None], children=made)
+
+
+def _plain_or_null(values: list[Any], levels: int) -> pa.Array | None:
+    return pa.nulls(len(values)) if all(v is None for v in values) else _plain(values, levels)
+
+
+_NESTED: dict[type, Callable[..., pa.Array | None]] = {list: _plain_lists, dict: _plain_dicts}
+
+
+def _where(there: np.ndarray, made: pa.Array) -> pa.Array:
+    """The array, null elsewhere."""
+    bits = pa.py_buffer(np.packbits(there, bitorder="little"))
+    children = [made.values] if _t.is_list(made.type) else [made.field(i) for i in range(made.type.num_fields)]
+    buffers = made.buffers()[1 : made.type.num_buffers]
+    return pa.Array.from_buffers(made.type, len(made), [bits, *buffers], children=children)
 
 
 def _inferred(values: Sequence[Any]) -> pa.Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -19,6 +20,30 @@ def test_a_key_that_the_first_row_lacks() -> None:
     assert hr.from_items(rows).to_arrow(**QUIET).to_pylist() == [{"id": 1, "label": None}, {"id": 2, "label": "cat"}]
     assert hr.from_items([{}, {}]).count() == 2
     assert hr.from_items([]).count() == 0
+
+
+def test_items_make_columns_as_rows_of_map_do() -> None:
+    rows: list[dict[str, Any]] = [
+        {"image": np.zeros((2, 3), np.float32), "boxes": [{"at": [i]}] * i, "k": None} for i in range(2)
+    ]
+    table = hr.from_items(rows).to_arrow(**QUIET)
+    assert table.schema.equals(hr.range(2).map(lambda row: rows[row["id"]]).to_arrow(**QUIET).schema)
+    assert table["boxes"].to_pylist() == [[], [{"at": [1]}]]
+    assert table.schema.field("image").type.shape == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"a": 1}, {"a": "x"}], "column 'a', whose values don't make a column"),
+        ([{"a": "\ud83d"}], "column 'a'"),
+        ([{1: 2}], "column 1"),
+        ([{"a": 1}, 3], "a row of type int"),
+    ],
+)
+def test_items_that_make_no_rows(rows: Any, said: str) -> None:
+    with pytest.raises(hr.PlanError, match=said):
+        hr.from_items(rows)
 
 
 @pytest.fixture
