@@ -172,9 +172,12 @@ def _plain_dicts(values: Sequence[dict[Any, Any]], levels: int) -> pa.Array | No
     names = dict.fromkeys(itertools.chain.from_iterable(values))
     if not names or set(map(type, names)) != {str}:
         return None
-    made = [_plain_or_null([v.get(name) for v in values], levels) for name in names]
-    if any(child is None for child in made):
-        return None
+    made: list[pa.Array] = []
+    for name in names:
+        child = _plain_or_null([v.get(name) for v in values], levels)
+        if child is None:
+            return None
+        made.append(child)
     fields = [pa.field(name, child.type) for name, child in zip(names, made, strict=True)]
     return pa.Array.from_buffers(pa.struct(fields), len(values), [None], children=made)
 
