@@ -150,7 +150,7 @@ def make_driver(
         substrate=_substrate(prepared, must_see, refs, server),
         program=prepared.program,
         workers=prepared.workers,
-        splits=prepared.program.source.splits(per_input=sink is not None and sink.per_input),
+        splits=iter(prepared.program.source.splits(per_input=sink is not None and sink.per_input)),
         committer=committer,
         observers=observers,
         started=started,

@@ -120,14 +120,12 @@ def texts_to_array(values: Sequence[str], large: bool = False) -> pa.Array:
 
     Raises UnicodeEncodeError for half a surrogate pair, OverflowError for more than a column of strings holds (2 GiB).
     """
-    joined = "".join(values)
-    if joined.isascii():
-        data, sizes = joined.encode(), np.fromiter(map(len, values), np.int64, len(values))
-    else:
-        encoded = [value.encode() for value in values]
-        data, sizes = b"".join(encoded), np.fromiter(map(len, encoded), np.int64, len(values))
-    if len(data) > _MOST_TEXT and not large:
-        raise OverflowError(f"{len(data)} bytes of text are more than a column of strings holds")
+    plain = all(map(str.isascii, values))
+    encoded = values if plain else [value.encode() for value in values]
+    sizes = np.fromiter(map(len, encoded), np.int64, len(values))
+    if not large and sizes.sum() > _MOST_TEXT:
+        raise OverflowError(f"{sizes.sum():,} bytes of text are more than a column of strings holds")
+    data = "".join(values).encode() if plain else b"".join(encoded)  # pyright: ignore[reportArgumentType]
     ends = np.zeros(len(values) + 1, np.int64 if large else np.int32)
     np.cumsum(sizes, out=ends[1:])
     kind = pa.large_string() if large else pa.string()
@@ -161,7 +159,7 @@ def _vector(values: np.ndarray[Any, Any]) -> pa.Array:
     try:
         values = np.ascontiguousarray(values)
         return pa.array(values.tolist() if dtype.kind in "SU" and _has_inner_nul(values) else values)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as exc:
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeError) as exc:
         raise TypeError(f"arrays of {dtype} have no column type: {exc}") from exc
 
 

@@ -90,8 +90,12 @@ def _may_share(job: Job, has_devices: bool) -> bool:
     if any(job.options.get(name) not in (None, "auto", "streaming") for name in OWN_MACHINE):
         return False
     plan = job.dataset._plan  # pyright: ignore[reportPrivateUsage]
-    if not hasattr(plan.read.source, "covers") and not is_small(job):  # what lies in memory is not sent to find out
-        return False
+    if not hasattr(plan.read.source, "covers"):  # what lies in memory is not sent to find out
+        try:
+            if not is_small(job):
+                return False
+        except Exception:  # the user's own source: the job fails by itself
+            return False
     models = [op for op in plan.ops if isinstance(op, Predict)]
     return not any(m.device != "cpu" and (has_devices or m.device != "auto") for m in models)
 

@@ -18,13 +18,15 @@ _DROP_HINT = "filter these rows out before evaluate, or fill them"
 def values(batch: pa.RecordBatch, column: str) -> pa.Array:
     """The column without nulls, dictionaries decoded."""
     array = batch.column(column)
+    if isinstance(array, pa.DictionaryArray):  # null may be one of its values, too
+        array = array.dictionary_decode()
     if array.null_count:
         raise DataError(
             f"a metric reads column {column!r}, which has {array.null_count} null(s) in {len(array)} rows",
             where=(("column", column),),
             hint=_DROP_HINT,
         )
-    return array.dictionary_decode() if isinstance(array, pa.DictionaryArray) else array
+    return array
 
 
 def numbers(batch: pa.RecordBatch, column: str) -> np.ndarray:

@@ -30,6 +30,7 @@ LEAST_ROWS = 16
 STREAM_ROW_S = 0.05  # an LLM, an endpoint
 DEVICE_ROW_S = 0.001
 UNTRIED_ROW_S = 0.0001
+LEAST_ROW_BYTES = 2**-10  # that a source may tell; less, and what is no number, is nothing told
 GUESSED_BYTES = 1 << 20  # of a split at least, where the guess is most of what is known: rows may be quick, and few bytes
 
 
@@ -43,7 +44,9 @@ def choose_division(program: Program, sampled: Sampled | None) -> Division | Non
     if not row_s or (sampled is not None and not assumed_s and sampled.all_s <= USUAL_S):
         return None
     size = _least_bytes(source)
-    row_bytes = source.row_bytes() or (sampled.row_bytes if sampled is not None else 0.0)
+    told = source.row_bytes()
+    known = math.isfinite(told) and told >= LEAST_ROW_BYTES
+    row_bytes = told if known else (sampled.row_bytes if sampled is not None else 0.0)
     if not row_bytes:
         return None
     byte_s = row_s / row_bytes
@@ -79,6 +82,6 @@ def _pool(program: Program, op: int) -> str:
 
 def _least_bytes(source: Source) -> int:
     """Bytes of the input, or of the first of very many inputs."""
-    inputs = source.splits(per_input=True)
+    inputs = iter(source.splits(per_input=True))
     size = sum(split.bytes for split in islice(inputs, LOOK_AHEAD))
     return size if next(inputs, None) is None else max(size, PACK_BYTES)

@@ -36,7 +36,8 @@ _t = pa.types
 _CUT = frozenset((np.float16, np.longdouble))
 _DAYS = np.dtype("M8[D]")
 _PLAIN = {int: np.dtype(np.int64), float: np.dtype(np.float64), bool: np.dtype(np.bool_)}
-_QUICK_IN_ARROW = (str, list, dict)  # once pandas is there anyway
+_PANDAS_PAYS = 2 << 20  # values, and 64 bytes of text count for one
+_made_here = 0  # in this process
 _MOST_ITEMS = (1 << 31) - 1  # of all lists of a column, whose offsets are int32
 UNSHOWN = (pa.ArrowException, OverflowError, ValueError)  # what Arrow raises for a value that it can't convert
 _UNMADE = (ValueError, TypeError, pa.ArrowNotImplementedError, OverflowError)  # UnicodeEncodeError: of half a surrogate pair
@@ -133,16 +134,20 @@ def _made(values: Sequence[Any], hint: pa.DataType | None) -> pa.Array:
 
 
 def _plain(values: Sequence[Any], levels: int = 5) -> pa.Array | None:
-    """What Arrow makes of values of one of Python's own kinds, of lists of such and of dicts; None of others. Programs that
-    have no others are spared pandas, which Arrow's first call imports wherever it is installed: 0.2 s in each process.
+    """What Arrow makes of values of one of Python's own kinds, of lists of such and of dicts; None of others, and once pandas
+    is there: Arrow's first call imports it wherever it is installed, 0.2 s in each process, but is quicker then than this.
     levels: of nesting, at most. (A list that holds itself has no end.)
     """
+    global _made_here
+    if "pandas" in sys.modules or _made_here > _PANDAS_PAYS:
+        return None
+    _made_here += len(values)
     kinds = set(map(type, values))
     nulls = type(None) in kinds
     kinds.discard(type(None))
     kind = kinds.pop() if len(kinds) == 1 else object
     dtype = _PLAIN.get(kind)
-    if dtype is None and (kind not in _QUICK_IN_ARROW or not levels or "pandas" in sys.modules):
+    if dtype is None and (kind is not str) and (kind not in _NESTED or not levels):
         return None
     there = np.fromiter((v is not None for v in values), np.bool_, len(values)) if nulls else None
     if there is not None:
@@ -153,6 +158,8 @@ def _plain(values: Sequence[Any], levels: int = 5) -> pa.Array | None:
         else:
             make = texts_to_array if kind is str else functools.partial(_NESTED[kind], levels=levels - 1)
             made = make(values)
+            if kind is str and made is not None:
+                _made_here += made.nbytes >> 6
     except (OverflowError, UnicodeEncodeError):
         return None
     return made if made is None or there is None else _where(there, made)

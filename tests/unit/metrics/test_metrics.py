@@ -134,6 +134,14 @@ def test_accuracy_matches_sklearn() -> None:
     assert value(metrics.Accuracy("guess", "class"), batch) == expected
 
 
+def test_null_among_the_values_of_a_dictionary_is_a_null() -> None:
+    hidden = pa.DictionaryArray.from_arrays(pa.array([0, 1, 0]), pa.array([None, 1]))
+    batch = pa.RecordBatch.from_pydict({"a": hidden, "b": [1, 1, 1]})
+    for metric in (metrics.Accuracy("a", "b"), metrics.DistinctCount("a"), metrics.Count(by="a")):
+        with pytest.raises(DataError, match="2 null"):
+            value(metric, batch)
+
+
 def test_accuracy_compares_words_and_mixed_whole_numbers() -> None:
     words = pa.RecordBatch.from_pydict({"a": pa.array(["x", "y", "z"]).dictionary_encode(), "b": ["x", "q", "z"]})
     assert value(metrics.Accuracy("a", "b"), words) == 2 / 3

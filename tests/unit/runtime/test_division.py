@@ -111,6 +111,19 @@ def test_devices_are_taken_for_quicker(data: hr.Dataset, tmp_path: Path) -> None
             assert found.split_bytes >= GUESSED_BYTES
 
 
+@pytest.mark.parametrize("told", [math.nan, math.inf, -1.0, 1e-300, 0.0])
+def test_a_source_that_tells_no_size_of_rows(
+    data: hr.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: float
+) -> None:
+    """What a sample told is taken."""
+    p = program(data.predict(add_one, input="x"), tmp_path)
+    row_s = 10.0 / ROWS * 10
+    monkeypatch.setattr(type(p.source), "row_bytes", lambda _: told)
+    found = choose_division(p, sampled(p, row_s))
+    assert found is not None
+    assert LEAST_S / 4 <= split_s(p, row_s, found) <= 4 * LEAST_S
+
+
 def test_of_a_listing_without_end_splits_are_small(data: hr.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     p = program(data.predict(add_one, input="x"), tmp_path)
     monkeypatch.setattr("headrace.runtime.division.LOOK_AHEAD", 0)

@@ -354,6 +354,26 @@ def test_a_function_that_waits_is_looked_at_again(monkeypatch: pytest.MonkeyPatc
     assert prepared.engine == expected
 
 
+def test_a_second_look_that_fails_leaves_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, watch = itertools.count(), engine._watch
+
+    def watched(call: Any, watched: bool) -> tuple[Any, float, float]:
+        answer, held, wall_s = watch(call, watched)
+        return answer, 0.95 if watched else held, wall_s
+
+    def fails_once(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        time.sleep(0.05)
+        if next(calls) == 2:
+            raise ValueError("now and then")
+        return batch
+
+    monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: FOUR_CORES)
+    monkeypatch.setattr(engine, "_watch", watched)
+    prepared = prepare(hr.range(1_000_000).map_batches(fails_once)._plan, RunOptions())
+    assert prepared.engine == "processes"
+    assert next(calls) <= 4
+
+
 def test_a_sample_takes_time_whatever_the_clocks_say(monkeypatch: pytest.MonkeyPatch) -> None:
     """Waiting for a core between reading one clock and the other made samples of no, or of negative time."""
     waited_s = itertools.count(0, 0.02)

@@ -24,6 +24,7 @@ from headrace.core.tensors import (
     ragged_type,
     tensor_to_numpy,
 )
+from headrace.worker import python_values
 from headrace.worker.casting import cast_batch, concat
 from headrace.worker.formats import Given, NumpyReader, read_rows, to_format, to_pandas, to_rows, to_torch
 from headrace.worker.refused import Refused
@@ -307,6 +308,19 @@ def test_columns_of_one_kind_are_those_of_arrow(kind, data):
     assert made.type == expected.type
     assert made.null_count == expected.null_count
     assert list(map(repr, made.to_pylist())) == list(map(repr, expected.to_pylist()))  # NaN, -0.0
+
+
+def test_many_plain_values_are_made_by_arrow(monkeypatch):
+    """Quicker than here, once it has imported pandas."""
+    monkeypatch.delitem(sys.modules, "pandas", raising=False)
+    monkeypatch.setattr(python_values, "_made_here", python_values._PANDAS_PAYS + 1)
+    monkeypatch.setattr(python_values, "texts_to_array", None)
+    assert values_column(["a", None]).to_pylist() == ["a", None]
+
+
+def test_half_a_surrogate_in_an_array_is_told_as_one_among_rows():
+    with pytest.raises(Refused):
+        column_of(np.array(["\ud83d"]), None)
 
 
 @pytest.mark.parametrize("value", [1 << 64, -(1 << 63) - 1, "\ud800"])

@@ -24,6 +24,7 @@ from headrace.core.refs import Origin, Segment
 from headrace.core.splits import Fragment, Split
 from headrace.core.tensors import texts_to_array
 
+MOST_BYTES = (1 << 31) - 1  # of a binary column, whose offsets are int32
 _SCHEMA = pa.schema([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -67,6 +68,7 @@ class BinarySource(FileSource):
         names, data = self.schema().names, None
         if "bytes" in names:
             try:
+                _check_size(fragment)
                 data = _read(fragment)
             except DataError as error:
                 reported(on_bad, fragment.uri, 0, 1, error)
@@ -79,6 +81,15 @@ class ImageSource(BinarySource):
 
     name = "images"
     extensions: ClassVar[tuple[str, ...]] = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+
+
+def _check_size(f: Fragment) -> None:
+    if f.size_bytes > MOST_BYTES:
+        raise DataError(
+            f"the file has {f.size_bytes:,} bytes, more than the 2 GiB that a value of a column may have",
+            where=(("file", f.uri),),
+            hint="leave it out, or read only the paths (select) and open it in a function",
+        )
 
 
 def _read(f: Fragment) -> pa.Buffer:
