@@ -105,13 +105,13 @@ def pack_remote(
                         from concurrent.futures import ThreadPoolExecutor
 
                         pool = threads.enter_context(ThreadPoolExecutor(DIVIDED_AHEAD, thread_name_prefix="headrace-divide"))
+                        threads.callback(lambda: [parts.cancel() for _, parts in divided])  # before the pool is waited for
                     divided.append((o, pool.submit(divide, o)))
             if not ahead:
                 return
             yield ahead.popleft()
 
     with ExitStack() as threads:
-        threads.callback(lambda: [parts.cancel() for _, parts in divided])
         yield from pack(looked_at(threads), taken, division, file_cost=file_cost)
 
 

@@ -9,6 +9,7 @@ Raises AssertionError that says which promise was broken.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import stat
 import threading
@@ -19,10 +20,10 @@ import cloudpickle
 import pyarrow as pa
 
 from headrace.connectors.blocks import concat
-from headrace.contracts.source import BadRange, Source
+from headrace.contracts.source import BadRange, DividingSource, Source
 from headrace.core.options import BlockLimits
 from headrace.core.refs import Origin
-from headrace.core.splits import Split
+from headrace.core.splits import Division, Split
 
 
 def check_source(
@@ -46,6 +47,7 @@ def check_source(
     _check_cuts(source, splits, table)
     _check_projection(source, splits, table)
     _check_pickle(source, table)
+    _check_division(source, table)
     _check_close(source, splits)
     _check_tolerance(source, splits)
     if predicate is not None:
@@ -162,6 +164,24 @@ def _check_projection(source: Source, splits: list[Split], table: pa.Table) -> N
     rows = sum(b.num_rows for s in splits for b, _ in bare.open(s, BlockLimits()))
     assert rows == table.num_rows, "a projection to no columns must still count rows"
     assert source.schema().names == names, "project() must not change the source itself"
+
+
+def _check_division(source: Source, table: pa.Table) -> None:
+    if not isinstance(source, DividingSource):
+        return
+    row_bytes = source.row_bytes()
+    assert math.isfinite(row_bytes), f"row_bytes() says {row_bytes}"
+    assert row_bytes >= 0, f"row_bytes() says {row_bytes}"
+    usual, per_input = list(source.splits(per_input=False)), list(source.splits(per_input=True))
+    for parts, by_rows in itertools.product((3, 40), (False, True)):
+        division = Division(max(1, sum(s.bytes for s in usual) // parts), by_rows=by_rows)
+        divided = source.divided(division)
+        splits = list(divided.splits(per_input=False))
+        assert [s.index for s in splits] == list(range(len(splits))), f"{division}: split indexes must be 0, 1, 2, ..."
+        assert splits == list(divided.splits(per_input=False)), f"{division}: the same input must give the same splits"
+        assert list(divided.splits(per_input=True)) == per_input, f"{division} changes the splits of per_input"
+        assert read_all(divided).equals(table), f"{division} gives other rows, or another order"
+    assert list(source.splits(per_input=False)) == usual, "divided() changed the source itself"
 
 
 def _check_pickle(source: Source, table: pa.Table) -> None:

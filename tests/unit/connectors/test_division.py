@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,32 @@ def test_tables_in_memory_and_ranges() -> None:
     assert check_source(numbers, rows=1_000)["id"].to_pylist() == list(range(1_000))
     assert len(list(numbers.splits(per_input=False))) == 100
     assert len(list(RangeSource(3).divided(Division(1)).splits(per_input=False))) == 3
+
+
+class _Nonsense(RangeSource):
+    def row_bytes(self) -> float:
+        return math.nan
+
+
+class _Loses(RangeSource):
+    def divided(self, division: Division) -> Any:
+        return RangeSource(self.count() - 1)
+
+
+class _ChangesPerInput(RangeSource):
+    def divided(self, division: Division) -> Any:
+        return _OfTwoInputs(self.count())
+
+
+class _OfTwoInputs(RangeSource):
+    def splits(self, *, per_input: bool) -> Any:
+        splits = super().splits(per_input=per_input)
+        return iter(list(splits)[:0]) if per_input else splits
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"), [(_Nonsense, "row_bytes"), (_Loses, "per_input|other rows"), (_ChangesPerInput, "splits of per_input")]
+)
+def test_the_kit_finds_what_is_wrong_with_a_division(broken: Any, said: str) -> None:
+    with pytest.raises(AssertionError, match=said):
+        check_source(broken(1_000), rows=1_000)
