@@ -106,9 +106,8 @@ class Crew:
             yield from self._hand_out()
             if not self._members:
                 break
-            for fd, event in self._poll.poll():
-                member = self._by_fd.get(fd)
-                if member is None:
+            for member, fd, event in [(self._by_fd.get(fd), fd, event) for fd, event in self._poll.poll()]:
+                if member is None or self._by_fd.get(fd) is not member:  # lost meanwhile; its number may be another's by now
                     continue
                 if fd == member.ended:
                     yield from self._lost(member)
