@@ -56,6 +56,26 @@ def test_repeated_wide_values_do_not_swell_a_block(tmp_path: Path) -> None:
     assert max(sizes) <= 1.1 * limits.target_bytes
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system takes no hints")
+def test_the_disk_is_asked_for_the_next_row_group_while_one_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.table({name: np.random.default_rng(0).random(900_000) for name in ("x", "unread")})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=300_000, use_dictionary=False)
+    asked: list[range] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, size, advice: asked.append(range(at, at + size)))
+    source = ParquetSource(tmp_path / "a.parquet", columns=("x",))
+    chunks = [pq.read_metadata(tmp_path / "a.parquet").row_group(g).column(0) for g in range(3)]
+    begins = [chunk.data_page_offset for chunk in chunks]
+    seen: list[tuple[int, set[int]]] = []  # rows so far, row groups that were asked for by then
+    rows = 0
+    for split in source.splits(per_input=False):
+        for batch, _ in source.open(split, BlockLimits(max_rows=50_000)):
+            rows += batch.num_rows
+            seen.append((rows, {g for g, at in enumerate(begins) if any(at in r for r in asked)}))
+    assert rows == 900_000
+    assert [groups for at, groups in seen if at in (50_000, 300_000, 600_000, 900_000)] == [set(), {1}, {1, 2}, {1, 2}]
+    assert sum(map(len, asked)) == sum(chunk.total_compressed_size for chunk in chunks[1:])
+
+
 def block_bytes(path: Path, limits: BlockLimits) -> list[int]:
     source = ParquetSource(path)
     return [b.nbytes for s in source.splits(per_input=False) for b, _ in source.open(s, limits)]

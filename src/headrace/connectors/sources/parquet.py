@@ -48,6 +48,10 @@ LOCAL_BUFFER_BYTES = 64 << 10
 S3_AHEAD_BYTES = 32 << 20
 S3_BUFFER_BYTES = 64 << 20
 S3_BUFFER_LEAST_BYTES = 512 << 10
+# A disk is asked for the next row group when half of one is used: what the kernel reads ahead by itself ends with the column
+# chunk. Smaller ones come with their neighbours; larger ones would push others out of the page cache.
+DISK_AHEAD_LEAST_BYTES = 1 << 20
+DISK_AHEAD_BYTES = 128 << 20
 
 
 TINY_BYTES = 1 << 20  # of a row group of fewer than PROBE_FROM_ROWS: its metadata is not worth a look
@@ -671,10 +675,12 @@ def _ranges(group: Any, columns: _Columns) -> tuple[list[tuple[int, int]], int]:
 
 def _announce(reader: Reader, columns: _Columns, g: int, following: int) -> None:
     """Row group `following` is on its way while the rest of `g` is used, if both fit in what a reader may buffer."""
-    if not storage.is_remote(reader.uri):
-        return
     (_, held), (ranges, size) = (_ranges(columns.file.metadata.row_group(i), columns) for i in (g, following))
-    if size <= S3_AHEAD_BYTES and min(held, S3_AHEAD_BYTES) + size <= S3_BUFFER_BYTES:
+    if not storage.is_remote(reader.uri):
+        fits = DISK_AHEAD_LEAST_BYTES <= size <= DISK_AHEAD_BYTES
+    else:
+        fits = size <= S3_AHEAD_BYTES and min(held, S3_AHEAD_BYTES) + size <= S3_BUFFER_BYTES
+    if fits:
         reader.announce(ranges)
 
 
