@@ -38,7 +38,7 @@ from headrace.scheduler.messages import (
 from headrace.substrates.simulated import SimulatedSubstrate
 
 MAX_EVENTS = 200_000  # a case that takes more goes round in circles
-CLOSELY, SOME = 300, 4  # all checks after each of so many events, then after every fourth: tables that are wrong stay so
+CLOSELY, SOME = 100, 8  # all checks after each of so many events, then after every eighth: tables that are wrong stay so
 
 
 class Simulation:

@@ -122,5 +122,5 @@ def test_a_live_model_means_the_same_every_time(net: Any, rows: pa.Table, tmp_pa
 @pytest.mark.skipif(sys.platform != "linux", reason="the processes engine is for Linux")
 def test_in_worker_processes(net: Any, rows: pa.Table, tmp_path: Path) -> None:
     adapter = hr.models.Keras(quietly(net.save, tmp_path / "net.keras"), stack=True)
-    made = predicted(adapter, rows, engine="processes", cpus=2)
+    made = predicted(adapter, rows, engine="processes", cpus=1)
     np.testing.assert_allclose(made, net.predict_on_batch(matrix(rows)), rtol=1e-5, atol=1e-6)

@@ -190,5 +190,5 @@ def test_what_must_be_trusted(harm: str, folder: str, texts: Any, tmp_path: Path
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the processes engine is for Linux")
 def test_in_worker_processes(folder: str, texts: Any) -> None:
-    made = embedded(texts, SentenceTransformers(folder), engine="processes", cpus=2)
+    made = embedded(texts, SentenceTransformers(folder), engine="processes", cpus=1)
     np.testing.assert_allclose(made, embedded(texts, SentenceTransformers(folder)), rtol=1e-4, atol=1e-5)

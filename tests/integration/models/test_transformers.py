@@ -288,7 +288,7 @@ def test_missing_texts_are_told(tmp_path: Path) -> None:
 def test_in_worker_processes(texts: Any, tmp_path: Path) -> None:
     folder = tiny.bert("ForSequenceClassification", tmp_path / "m", num_labels=3)
     ds = texts.predict(Transformers(folder, task="text-classification"), input="text")
-    made = ds.to_arrow(engine="processes", cpus=2, progress="quiet")
+    made = ds.to_arrow(engine="processes", cpus=1, progress="quiet")
     wanted = ds.to_arrow(**INLINE)
     assert made["label"].to_pylist() == wanted["label"].to_pylist()
     np.testing.assert_allclose(made["score"].to_numpy(), wanted["score"].to_numpy(), rtol=1e-5)

@@ -626,7 +626,7 @@ class RaySubstrate:
             self._end(worker)
 
     def _end(self, worker: _Worker) -> None:
-        ray.kill(worker.handle)
+        self._errands.add(partial(ray.kill, worker.handle))
         self._lose(worker, RuntimeError(worker.killed))
 
     def _end_overdue(self) -> None:
