@@ -76,10 +76,22 @@ def disk_error(e: OSError, path: str) -> DestinationError:
     if e.errno in _FULL or "No space left" in str(e) or "quota exceeded" in str(e).lower():
         return DestinationError("the disk is full", where=where, hint="make space and run the same command again")
     hint = "check its permissions" if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else ""
+    if e.errno != errno.ELOOP and (link := _dangling(path)) is not None:
+        text = f"can't write there: {redact(link)} is a symbolic link to {redact(os.readlink(link))}, which is not there"
+        return DestinationError(text, where=where, hint="make that folder, or remove the link")
     if e.errno == errno.ENOENT and not os.path.isdir(os.path.dirname(path) or "."):
         hint = "was the destination removed, or a part of it? Then the same command begins anew"
         return DestinationError("can't write there: the folder is gone", where=where, hint=hint)
     return DestinationError(f"can't write there: {e.strerror or redact(str(e))}", where=where, hint=hint)
+
+
+def _dangling(path: str) -> str | None:
+    """The link on the way to `path` that leads nowhere; None when there is none."""
+    while path and not os.path.lexists(path):
+        path, before = os.path.dirname(path), path
+        if path == before:
+            return None
+    return path if os.path.islink(path) and not os.path.exists(path) else None
 
 
 def digest_of(path: str) -> str:

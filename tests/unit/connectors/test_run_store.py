@@ -430,6 +430,15 @@ def test_a_missing_file_is_not_called_a_missing_folder(tmp_path: Path) -> None:
         assert text in str(run_store.disk_error(caught.value, str(path)))
 
 
+@pytest.mark.parametrize("place", ["link", "link/a/b"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, place: str) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(OSError) as caught:
+        (tmp_path / place).mkdir()
+    text = str(run_store.disk_error(caught.value, str(tmp_path / place)))
+    assert f"{tmp_path / 'link'} is a symbolic link to {tmp_path / 'gone'}, which is not there" in text
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 def test_a_folder_above_that_may_not_be_read(tmp_path: Path) -> None:
     above = tmp_path / "above"

@@ -374,6 +374,18 @@ def test_a_csv_without_a_column_ends_the_run(tmp_path: Path) -> None:
         read(CsvSource(tmp_path))
 
 
+@pytest.mark.parametrize(("share", "cut"), [(0.001, True), (0.5, True), (0.001, False)])
+def test_damaged_compressed_files_with_newlines_in_values_are_named(tmp_path: Path, share: float, cut: bool) -> None:
+    whole = gzip.compress(b"a,b\n" + b"".join(b'%d,"x\ny%d"\n' % (k, k) for k in range(400_000)))
+    at = int(len(whole) * share)
+    bad = whole[:at] if cut else whole[:at] + bytes(c ^ 0x55 for c in whole[at : at + 40]) + whole[at + 40 :]
+    (tmp_path / "a.csv.gz").write_bytes(bad)
+    (tmp_path / "b.csv").write_bytes(b'a,b\n7,"q\nr"\n')
+    rows, ranges = read(CsvSource(tmp_path, newlines_in_values=True))
+    assert rows[-1] == ("b.csv", 0, {"a": 7, "b": "q\nr"})
+    assert [(Path(r.uri).name, r.error.message.partition(":")[0]) for r in ranges] == [("a.csv.gz", "can't read on")]
+
+
 def test_after_a_bad_row_with_newlines_in_values_the_rest_is_bad(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('x,y\n1,"two\nlines"\n')
     (tmp_path / "b.csv").write_text("x,y\n1,2,3\n4,5\n")

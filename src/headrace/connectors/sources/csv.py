@@ -66,10 +66,9 @@ class CsvSource(FileSource):
         fragment = packing.whole(first)
         where = (("file", first.uri),)
         if self._newlines:
-            with lines.opened(fragment) as (_, stream):
-                data = stream.read(lines.INFER_BYTES)
+            data, all_of_it = lines.sample(fragment, lines.INFER_BYTES)
             _check_encoding(data.partition(b"\n")[0], where, header=self._names is None)
-            sample = max(1, len(data) if len(data) < lines.INFER_BYTES else len(data) // 2)
+            sample = max(1, len(data) if all_of_it else len(data) // 2)
             options = self._parse_options(first.uri)
             with _explained(where):
                 reader = pc.open_csv(
@@ -190,7 +189,8 @@ class CsvSource(FileSource):
                                 convert_options=options,
                             )
                         batch = next(batches, None)
-                except DataError as error:
+                except (DataError, OSError) as e:
+                    error = e if isinstance(e, DataError) else lines.cut_off(e, fragment.uri, ("after row", str(row)))
                     reported(on_bad, fragment.uri, row, 0, error)
                     break
                 if batch is None:

@@ -8,6 +8,7 @@ object agree on what a newline is (LineEnd).
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from operator import itemgetter
@@ -202,9 +203,9 @@ def line_chunks(fragment: Fragment, size: int, line_end: LineEnd = NEWLINE) -> G
         reader.check()
 
 
-def _up_to_fault(fragment: Fragment, start: int) -> bytes:
-    """The plain bytes of a compressed object from `start` up to where it is damaged. A read that fails gives nothing of what
-    came before the fault, so the last ones are single bytes.
+def _up_to_fault(fragment: Fragment, start: int, size: int = sys.maxsize) -> bytes:
+    """The plain bytes of a compressed object from `start` up to where it is damaged, `size` at most. A read that fails gives
+    nothing of what came before the fault, so the last ones are single bytes.
     """
     out = bytearray()
     for step in (_SALVAGE_BYTES, 1):
@@ -212,7 +213,7 @@ def _up_to_fault(fragment: Fragment, start: int) -> bytes:
             left = start + len(out)
             while left and (passed := stream.read(min(left, _STEP_BYTES))):
                 left -= len(passed)
-            while data := stream.read(step):
+            while len(out) < size and (data := stream.read(min(step, size - len(out)))):
                 out += data
     return bytes(out)
 
@@ -250,9 +251,28 @@ def _read(stream: pa.NativeFile, size: int, uri: str, at: int) -> bytes:
     except (pa.ArrowException, OSError) as e:
         if isinstance(e, DataError):
             raise
-        where = (("file", uri), ("offset", str(at)))
-        hint = "the file is damaged or cut short" + (f", or no {_codec(uri)} data" if at == 0 and is_compressed(uri) else "")
-        raise DataError(f"can't read on: {e}", where=where, hint=hint) from e
+        raise cut_off(e, uri, ("offset", str(at)), at_once=at == 0) from e
+
+
+def cut_off(e: Exception, uri: str, place: tuple[str, str], *, at_once: bool = False) -> DataError:
+    """The error for an object that can't be read from that place on. at_once: nothing could be read."""
+    hint = "the file is damaged or cut short" + (f", or no {_codec(uri)} data" if at_once and is_compressed(uri) else "")
+    error = DataError(f"can't read on: {e}", where=(("file", uri), place), hint=hint)
+    error.__cause__ = e
+    return error
+
+
+def sample(fragment: Fragment, size: int) -> tuple[bytes, bool]:
+    """(the first `size` plain bytes, are they all?); of a damaged object those before the fault. Raises DataError."""
+    with opened(fragment) as (_, stream):
+        try:
+            data = _read(stream, size, fragment.uri, 0)
+        except DataError as error:
+            data = _up_to_fault(fragment, 0, size) if is_bad(error) and is_compressed(fragment.uri) else b""
+            if not data:
+                raise
+            return data, False
+        return data, len(data) < size
 
 
 def _codec(uri: str) -> str:
