@@ -27,6 +27,8 @@ from headrace.core.errors import DataError
 from headrace.core.options import BlockLimits
 from headrace.core.splits import Fragment
 
+LONG_LINE_BYTES = 16 << 20  # a row with newlines in values is no longer than this
+
 _HINT = "give its type: read_csv(..., column_types={name: pa.string()})"
 _FLOAT_HINT = "give its type: read_csv(..., column_types={name: pa.float64()})"
 _NO_WHOLE_NUMBER = re.compile(r"conversion error to u?int\d+: invalid value '(.*)'")
@@ -68,12 +70,12 @@ class CsvSource(FileSource):
         if self._newlines:
             data, all_of_it = lines.sample(fragment, lines.INFER_BYTES)
             _check_encoding(data.partition(b"\n")[0], where, header=self._names is None)
-            sample = max(1, len(data) if all_of_it else len(data) // 2)
+            cut = len(data) if all_of_it else lines.whole_lines(data) or len(data) // 2
             options = self._parse_options(first.uri)
             with _explained(where):
                 reader = pc.open_csv(
-                    io.BytesIO(data),
-                    read_options=pc.ReadOptions(column_names=self._names, block_size=sample),
+                    io.BytesIO(data[:cut]),
+                    read_options=pc.ReadOptions(column_names=self._names, block_size=max(1, cut)),
                     parse_options=options,
                 )
             return self._typed(reader.schema)
@@ -165,25 +167,26 @@ class CsvSource(FileSource):
         return parse, Guess(apart, doubtful, blanks=b"\r\n")
 
     def _streamed(self, fragment: Fragment, limits: BlockLimits, options: object, on_bad: OnBad | None) -> Iterator[Piece]:
-        """The whole object through the incremental reader, which knows newlines in quotes. What comes after a bad row can't be
-        told apart: the rest of the object is bad.
+        """The whole object through the incremental reader, which knows newlines in quotes. What comes after a bad row, or a
+        fault, can't be told apart: the rest of the object is bad.
         """
         import pyarrow.csv as pc
 
         row = 0
         where = (("file", fragment.uri),)
         with lines.opened(fragment) as (reader, stream):
+            whole = lines.WholeLines(fragment, stream) if lines.is_compressed(fragment.uri) else None
             batches = None
             while True:
                 try:
                     with _explained((*where, ("after row", str(row)))):
                         if batches is None:
                             batches = pc.open_csv(
-                                stream,
+                                stream if whole is None else whole,
                                 read_options=pc.ReadOptions(
                                     column_names=self._names,
                                     use_threads=False,
-                                    block_size=lines.chunk_bytes(limits, fragment),
+                                    block_size=max(lines.chunk_bytes(limits, fragment), LONG_LINE_BYTES),
                                 ),
                                 parse_options=self._parse_options(fragment.uri),
                                 convert_options=options,
@@ -194,6 +197,8 @@ class CsvSource(FileSource):
                     reported(on_bad, fragment.uri, row, 0, error)
                     break
                 if batch is None:
+                    if whole is not None and whole.error is not None:
+                        reported(on_bad, fragment.uri, row, 0, whole.error)
                     break
                 batch = batch.select(self.schema().names)
                 yield measured(batch, lines.origin_of(fragment, row, batch.num_rows), limits)

@@ -218,6 +218,57 @@ def _up_to_fault(fragment: Fragment, start: int, size: int = sys.maxsize) -> byt
     return bytes(out)
 
 
+class WholeLines:
+    """A compressed object's plain bytes as a file to read from. Where they are damaged it ends with the last line before the
+    fault that ends outside of quotes. error: the fault, once it was met.
+    """
+
+    closed = False
+
+    def __init__(self, fragment: Fragment, stream: pa.NativeFile) -> None:
+        self._fragment = fragment
+        self._stream = stream
+        self._at = 0  # of what was read
+        self._rest: bytes | None = b""  # of it, behind the last whole line; None when it is not known where lines end
+        self.error: DataError | None = None
+
+    def read(self, size: int) -> bytes:
+        """About so many bytes; none at the end. Raises DataError for what is no fault of the data, and at one when it is not
+        known where lines end.
+        """
+        if self.error is not None:
+            return b""
+        try:
+            read = _read(self._stream, size, self._fragment.uri, self._at)
+        except DataError as error:
+            if self._rest is None or not is_bad(error):
+                raise
+            self.error = error
+            data = self._rest + _up_to_fault(self._fragment, self._at)
+            return data[: whole_lines(data) or 0]
+        self._at += len(read)
+        if self._rest is None:
+            return read
+        data = self._rest + read
+        cut = whole_lines(data) if read else len(data)  # the last line needs no end
+        self._rest = None if cut is None else data[cut:]
+        return data if cut is None else data[:cut]
+
+
+def whole_lines(data: bytes) -> int | None:
+    """Where the last newline outside of quotes ends, in data that begin with a line. None: it is not to be found near the end,
+    as lines are long, or quotes don't come in pairs.
+    """
+    inside = data.count(b'"') % 2 == 1
+    stop = len(data)
+    while (cut := data.rfind(b"\n", max(0, len(data) - _STEP_BYTES), stop)) >= 0:
+        inside ^= data.count(b'"', cut, stop) % 2 == 1
+        if not inside:
+            return cut + 1
+        stop = cut
+    return None
+
+
 def beginning(fragment: Fragment, size: int, line_end: LineEnd = NEWLINE) -> bytes:
     """The whole lines of the first `size` bytes; a longer first line by itself. Of a shorter object the last line, too, whether
     or not a newline ends it.
