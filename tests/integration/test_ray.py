@@ -938,6 +938,26 @@ def test_few_tasks_at_once_look_at_many_blocks(connected: Any, monkeypatch: pyte
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Ray Data's of its own options
+def test_a_ray_dataset_is_made_though_this_program_holds_all_cpus(connected: Any) -> None:
+    """Which it gives back when it has been made."""
+
+    @ray.remote(num_cpus=0.5)
+    class Holder:
+        def up(self) -> bool:
+            return True
+
+    holders = [Holder.remote() for _ in range(2 * int(ray.cluster_resources()["CPU"]))]
+    ray.get([holder.up.remote() for holder in holders])
+    try:
+        made = hr.range(100).map_batches(lambda batch: batch).to_ray_dataset()
+    finally:
+        for holder in holders:
+            ray.kill(holder)
+    assert made.count() == 100
+    assert [row for block in ray.get(made.to_arrow_refs()) for row in block["id"].to_pylist()] == list(range(100))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Ray Data's of its own options
 def test_no_rows_of_permuted_tensors_reach_ray_data(connected: Any) -> None:
     table = pa.table({"x": pa.FixedShapeTensorArray.from_numpy_ndarray(np.ones((4, 2, 3)))})
     (empty,) = ray.get(hr.from_arrow(table.slice(0, 0)).to_ray_dataset().to_arrow_refs())

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from headrace.contracts.substrate import BlockStore
 from headrace.core.errors import HeadraceError, InternalError, UserCodeError
+from headrace.core.process import begin_step, end_step
 from headrace.core.resources import WorkerSpec
 from headrace.core.steps import Step, StepDone, StepFailed
 
@@ -63,7 +64,7 @@ def run_guarded(body: Body, step: Step, *, interruptible: bool = False) -> StepD
     interruptible: the step runs in the caller's own thread, where Ctrl-C belongs to the caller. A child that user code forked
     ends if it comes back to here: it must not answer in its parent's place.
     """
-    pid = os.getpid()
+    before = begin_step()
     try:
         return body.run(step)
     except KeyboardInterrupt as exc:
@@ -73,8 +74,7 @@ def run_guarded(body: Body, step: Step, *, interruptible: bool = False) -> StepD
     except BaseException as exc:
         return StepFailed(step.id, step.worker, _as_error(exc))
     finally:
-        if os.getpid() != pid:
-            os._exit(1)
+        end_step(before)
 
 
 def let_answers_gather(steps: Iterable[int], timeout_s: float | None) -> None:

@@ -6,7 +6,6 @@ little memory is held, and nothing that a block's memory would have to wait for.
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from typing import Any
 
@@ -17,6 +16,7 @@ from msgspec import Struct, field
 from headrace.contracts.sink import Sink
 from headrace.contracts.source import BadRange
 from headrace.core.errors import DataError, DestinationError, HeadraceError, InputChanged, StorageRefused, UserCodeError
+from headrace.core.process import end_if_forked, is_interrupted
 from headrace.core.receipts import OutputFile, Tally
 from headrace.core.redact import redact
 from headrace.core.tensors import numpy_to_array
@@ -47,10 +47,11 @@ Lost = tuple[int, Failure]  # a row's position, and why it failed
 
 def blames_rows(exc: BaseException) -> bool:
     """Is this what a row may be to blame for? Not: storage, plans, faults of ours, answers that belong to no row, Ctrl-C of the
-    person at the keyboard.
+    person at the keyboard. A child that user code forked ends here.
     """
+    end_if_forked()
     if isinstance(exc, KeyboardInterrupt):
-        return threading.current_thread() is not threading.main_thread()
+        return not is_interrupted(exc)
     if isinstance(exc, HeadraceError):
         return isinstance(exc, (DataError, UserCodeError)) and not isinstance(exc, InputChanged | StorageRefused)
     return not isinstance(exc, BrokenModel)

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from headrace.core.extras import is_instance
+from headrace.core.process import end_if_forked
 from headrace.core.schemas import decode
 from headrace.core.tensors import is_tensor, numpy_to_array
 from headrace.worker.declared import NOTHING, Declared
@@ -53,6 +54,7 @@ def with_columns(batch: pa.RecordBatch, made: pa.RecordBatch) -> pa.RecordBatch:
 def call(fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, bool]:
     """(what fn returned, whether somebody else still holds it)."""
     result = fn(*args, **kwargs)
+    end_if_forked()
     shared = sys.getrefcount(result) > _FRESH_RESULT
     return result, shared
 

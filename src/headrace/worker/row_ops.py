@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from headrace.core.errors import HeadraceError
 from headrace.core.origins import chosen
+from headrace.core.process import end_if_forked
 from headrace.plan.nodes import Types, UserFunction
 from headrace.worker.bad_rows import Lost, RowError, blames_rows, failure_of
 from headrace.worker.batching import Piece
@@ -64,6 +65,7 @@ class RowOperator(Operator):
             try:
                 for row in source:
                     out.append(fn(row, *args, **kwargs))
+                end_if_forked()
                 return out
             except RowError as exc:
                 self._fail(exc, part, len(out) + len(lost), lost)
@@ -108,6 +110,7 @@ class RowOperator(Operator):
         self, rows: list[Mapping[str, Any]], part: Piece, given: Given, parents: Sequence[int] | None = None
     ) -> pa.RecordBatch:
         """parents: of each row, the one that it was made of; None: the one in its place."""
+        end_if_forked()
         source = given if parents is None else given.at(parents)
         try:
             return rows_batch(rows, source, self._declared)
@@ -122,6 +125,7 @@ class RowOperator(Operator):
         self, rows: Sequence[Mapping[str, Any]], parents: Sequence[int], given: Given, lost: list[Lost]
     ) -> tuple[pa.RecordBatch | None, list[int]]:
         """(the rows that go together as a batch, each one's parent). A parent of one that does not is lost with all it made."""
+        end_if_forked()
         while rows:
             made, refused = fitting_rows(rows, given.at(parents), self._declared)
             if not refused:

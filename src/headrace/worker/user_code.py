@@ -23,6 +23,7 @@ from headrace.contracts.model import ModelAdapter, Place
 from headrace.contracts.substrate import Crumb
 from headrace.core.errors import HeadraceError, InternalError, UserCodeError
 from headrace.core.extras import is_instance
+from headrace.core.process import end_if_forked, is_interrupted
 from headrace.core.redact import redact
 from headrace.core.refs import Origin
 from headrace.core.steps import CONSTRUCTING, Doing
@@ -246,9 +247,10 @@ def explain(
     """The error that says what user code did, in which operator, on which rows.
 
     row: the one to blame, within `origin`. columns: what the code was given. doing: what it was at, if not being called.
-    Raises KeyboardInterrupt again in the main thread: there it is the person at the keyboard who speaks.
+    Raises KeyboardInterrupt again where it is the person at the keyboard who speaks. A child that user code forked ends here.
     """
-    if isinstance(exc, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+    end_if_forked()
+    if is_interrupted(exc):
         raise exc
     where = _where(op, origin, row, columns)
     if isinstance(exc, HeadraceError):
@@ -259,6 +261,8 @@ def explain(
     message = f"{op} raised {type(exc).__name__}" + (f" while {doing}" if doing else "") + (f": {text}" if text else "")
     frames = user_frames(exc)
     hint = CALLED_WITH if isinstance(exc, TypeError) and not frames and "positional argument" in text else _hint(exc, text)
+    if doing.startswith(("constructing", "loading")):
+        hint = 'engine="inline" runs it under pdb; on_error= is for rows, and without this none can be done'
     return UserCodeError(message, where=where, hint=hint, frames=frames)
 
 

@@ -71,11 +71,14 @@ Command = Begin | Took | Stop
 
 
 class _Seat(Struct):
-    """ticket: the consumer's that has it, None when AWAY. waiting: what is dealt to it and not taken yet (with `equal`)."""
+    """ticket: the consumer's that has it, None when AWAY. waiting: what is dealt to it and not taken yet (with `equal`). sent:
+    what it has taken, and may not have got.
+    """
 
     place: Place = Place.AWAY
     ticket: int | None = None
     waiting: deque[Piece] = field(default_factory=deque)
+    sent: Piece | None = None
 
 
 class Coordinator:
@@ -119,11 +122,16 @@ class Coordinator:
         seat = self._seat(ticket)
         return Place.AWAY if seat is None else seat.place
 
-    def take(self, ticket: int) -> Piece | Answer:
-        """The consumer's next piece. END, and the raising of the run's error, are the end of the epoch for it."""
+    def take(self, ticket: int, *, sent: bool = False) -> Piece | Answer:
+        """The consumer's next piece; it has got the one before. END, and the raising of the run's error, end the epoch for it.
+
+        sent: the piece goes a long way, and has arrived when `reached` says so. Until then no other consumer's epoch ends:
+        should this one leave, the piece is somebody else's.
+        """
         seat = self._seat(ticket)
         if seat is None or seat.place is Place.WAITING:
             return Answer.END if seat is None else Answer.WAIT
+        seat.sent = None
         if self._error is not None:
             error = self._error
             self._away(seat)
@@ -138,11 +146,20 @@ class Coordinator:
             if piece is not None:
                 self._commands.append(Took(1))
         if piece is not None:
+            seat.sent = piece if sent else None
             return piece
         if self._running or self._arrived:  # with `equal` blocks may wait for a rank that is behind
             return Answer.WAIT
+        if not self.equal and any(s.sent is not None for s in self._seats):
+            return Answer.WAIT
         self._away(seat)
         return Answer.END
+
+    def reached(self, ticket: int) -> None:
+        """The consumer has got what it took last."""
+        seat = self._seat(ticket)
+        if seat is not None:
+            seat.sent = None
 
     def give_back(self, epoch: int, piece: Piece) -> None:
         """The consumer was gone before the piece reached it: somebody else's now; with `equal` it is dropped."""
@@ -207,11 +224,13 @@ class Coordinator:
         self._commands.append(Begin(self.epoch))
 
     def _away(self, seat: _Seat) -> None:
-        was = seat.place
-        seat.place, seat.ticket = Place.AWAY, None
+        was, sent = seat.place, seat.sent
+        seat.place, seat.ticket, seat.sent = Place.AWAY, None, None
         seat.waiting.clear()
         if was is not Place.READING:
             return
+        if sent is not None:
+            self.give_back(self.epoch, sent)
         if self._anyone_reads():
             if self.equal:
                 self._deal()  # it may have been the one that held the others up

@@ -89,12 +89,14 @@ class Hub:
         with self._changed:
             return self._coordinator.place(ticket) is Place.READING
 
-    def next(self, ticket: int) -> Piece | None:
-        """The consumer's next piece; waits for it. None at the end, and once it has left. Raises the run's error."""
+    def next(self, ticket: int, *, sent: bool = False) -> Piece | None:
+        """The consumer's next piece; waits for it. None at the end, and once it has left. Raises the run's error. sent: see
+        Coordinator.take.
+        """
         with self._changed:
             while not self._closed:
                 try:
-                    answer = self._coordinator.take(ticket)
+                    answer = self._coordinator.take(ticket, sent=sent)
                 except BaseException as error:
                     self._carry()
                     raise _fresh(error) from error.__cause__
@@ -110,6 +112,12 @@ class Hub:
         """The consumer gives up its share of the epoch; again and again, if need be."""
         with self._changed:
             self._coordinator.leave(ticket)
+            self._carry()
+
+    def reached(self, ticket: int) -> None:
+        """The consumer has got what was sent to it."""
+        with self._changed:
+            self._coordinator.reached(ticket)
             self._carry()
 
     def give_back(self, epoch: int, piece: Piece) -> None:

@@ -20,6 +20,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from headrace.core.errors import InternalError
+from headrace.core.process import leave_interrupts_to_the_driver
 from headrace.core.steps import Step, StepFailed
 from headrace.substrates.malloc import keep_large_allocations
 from headrace.substrates.processes import stacks, wire
@@ -243,6 +244,7 @@ def leave_signals_to_the_driver() -> None:
     def nothing(*_: object) -> None:
         return
 
+    leave_interrupts_to_the_driver()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, nothing)
     signal.siginterrupt(signal.SIGTERM, False)  # native code need not know

@@ -24,6 +24,7 @@ from msgspec import Struct
 from headrace.contracts.substrate import Crumb
 from headrace.core.errors import HeadraceError
 from headrace.core.paths import working_directory
+from headrace.core.process import leave_interrupts_to_the_driver
 from headrace.core.resources import WorkerSpec
 from headrace.core.steps import Step, StepDone, StepFailed
 from headrace.runtime.governor import MachineRooms
@@ -106,6 +107,7 @@ class RayWorker:
 
     def __init__(self, spec: WorkerSpec, payload: list[Any], around: Surroundings) -> None:
         _end_on_sigterm()
+        leave_interrupts_to_the_driver()
         context = ray.get_runtime_context()
         self._node = node_name(ray.util.get_node_ip_address(), context.get_node_id())
         self._actor = context.get_actor_id() or ""

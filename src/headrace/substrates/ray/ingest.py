@@ -17,6 +17,7 @@ import ray
 from msgspec import Struct
 from msgspec.structs import replace
 from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from headrace.core.errors import HeadraceError, PlanError, WorkerDied
 from headrace.core.refs import BlockRef
@@ -82,7 +83,6 @@ class _Guest(Struct):
 
     rank: int
     heard_s: float
-    epoch: int = 0
 
 
 class SplitServer:
@@ -124,24 +124,24 @@ class SplitServer:
         self._hear(ticket)
         epoch = self._hub.wait_begin(ticket, BEAT_S)
         self._hear(ticket)
-        guest = self._guests.get(ticket)
-        if guest is not None:
-            guest.epoch = max(epoch, 0)
         return epoch >= 0
 
     def next(self, ticket: int) -> tuple[list[Any], int, int] | None:
-        """([reference], first row, rows): the consumer reads the object itself. None at the end."""
+        """([reference], first row, rows): the consumer reads the object itself, and says that it has `reached` it: it may have
+        died while it waited here. None at the end.
+        """
         self._hear(ticket)
-        guest = self._guests.get(ticket)
-        piece = self._hub.next(ticket)
-        if ticket in self._expelled and piece is not None and guest is not None:
-            self._hub.give_back(guest.epoch, piece)
-        self._hear(ticket)
+        piece = self._hub.next(ticket, sent=True)
+        self._check(ticket)
         if piece is None:
             self._guests.pop(ticket, None)
             return None
         block: RefBlock = piece.block
         return [block.ref], block.start + piece.start, piece.rows
+
+    def reached(self, ticket: int) -> None:
+        self.alive(ticket)
+        self._hub.reached(ticket)
 
     def leave(self, ticket: int) -> None:
         self._guests.pop(ticket, None)
@@ -156,13 +156,16 @@ class SplitServer:
         self._hub.close(timeout_s=BEAT_S)
 
     def _hear(self, ticket: int) -> None:
+        self._check(ticket)
+        self.alive(ticket)
+
+    def _check(self, ticket: int) -> None:
         """Raises WorkerDied for one that was given up: its epoch must not look complete to it."""
         if ticket in self._expelled:
             raise WorkerDied(
                 "this worker gave no sign of life for so long that its part of the epoch was given up",
                 hint="begin the next epoch; a worker that stops for a minute (a debugger, a frozen machine) counts as dead",
             )
-        self.alive(ticket)
 
     def _listen(self) -> None:
         """Let those leave that have died."""
@@ -180,10 +183,11 @@ class SplitServer:
 
 
 def serve(ranks: int, *, equal: bool, open_run: OpenRun) -> RayChannel:
-    """Start the actor that drives the epochs. It ends with this process, or by `close`. Raises PlanError when the plan can't be
-    sent.
+    """Start the actor that drives the epochs, on the node of this process, with which it ends, or by `close`. Raises PlanError
+    when the plan can't be sent.
     """
-    server = ray.remote(SplitServer).options(num_cpus=0, max_concurrency=4 * ranks + 8)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    server = ray.remote(SplitServer).options(num_cpus=0, max_concurrency=4 * ranks + 8, scheduling_strategy=here)
     payload = send(open_run, "this pipeline")
     return RayChannel(server.remote(ranks, equal, [payload], Surroundings.here()), owner=True)
 
@@ -235,7 +239,9 @@ class RayEpoch:
                 self._over.set()
                 return None
             (ref,), start, rows = answer
-            return ask(ref).slice(start, rows)
+            block = ask(ref).slice(start, rows)
+            self._server.reached.remote(self.ticket)
+            return block
         except BaseException:
             self._over.set()
             raise

@@ -250,7 +250,22 @@ def to_ray_dataset(blocks: Sequence[RefBlock], schema: pa.Schema) -> Any:
     import ray.data as data
 
     refs = _some_at_once(_as_table, [(block.ref, block.start, block.num_rows) for block in blocks])
-    return data.from_arrow_refs(refs) if refs else data.from_arrow(_rays(_no_rows(schema)))
+    return _of_refs(refs) if refs else data.from_arrow(_rays(_no_rows(schema)))
+
+
+def _of_refs(refs: list[Any]) -> Any:
+    """As `ray.data.from_arrow_refs`, whose tasks ask for a CPU each: this program may hold all there are, and wait here before
+    it gives any back. Ray has no public way to say so; where its parts are others than these it has to do.
+    """
+    from ray.data import read_api as parts
+
+    try:
+        metadata = ray.get(_some_at_once(parts.get_table_block_metadata_schema, [(ref,) for ref in refs]))
+        stats = parts.DatasetStats(metadata={"FromArrow": metadata}, parent=None)
+        context = parts.DataContext.get_current().copy()
+        return parts.MaterializedDataset(parts.LogicalPlan(parts.FromArrow(refs, metadata), context), context, stats)
+    except (AttributeError, TypeError):
+        return parts.from_arrow_refs(refs)
 
 
 def _no_rows(schema: pa.Schema) -> pa.Table:

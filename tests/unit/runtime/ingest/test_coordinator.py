@@ -237,3 +237,39 @@ def test_rows_are_dealt_once_and_equally(
         assert len(dealt) == total
     told = sum(c.blocks for c in made.commands() if isinstance(c, Took))
     assert told == len(blocks) or gone is not None
+
+
+def test_a_piece_that_was_sent_is_anothers_until_it_has_arrived() -> None:
+    made = reading(2, equal=False)
+    made.arrived("a", 3)
+    made.arrived("b", 4)
+    assert rows_of(made.take(1, sent=True)) == [("a", i) for i in range(3)]
+    assert rows_of(made.take(2, sent=True)) == [("b", i) for i in range(4)]
+    made.reached(2)
+    made.ended()
+    assert made.take(2) is Answer.WAIT, "the other one may not have got its piece"
+    made.leave(1)
+    assert rows_of(made.take(2, sent=True)) == [("a", i) for i in range(3)]
+    assert made.take(2) is Answer.END, "to ask for more is to have got it"
+    assert [c for c in made.commands() if isinstance(c, Took)] == [Took(1), Took(1), Took(-1), Took(1)]
+
+
+def test_a_piece_that_has_arrived_is_nobody_elses() -> None:
+    made = reading(2, equal=False)
+    made.arrived("a", 3)
+    made.take(1, sent=True)
+    made.reached(1)
+    made.leave(1)
+    made.ended()
+    assert made.take(2) is Answer.END
+
+
+def test_equal_shares_wait_for_nobody_at_the_end() -> None:
+    made = reading(2, equal=True)
+    made.arrived("a", 4)
+    made.ended()
+    made.take(1, sent=True)
+    assert isinstance(made.take(2, sent=True), Piece)
+    assert made.take(2) is Answer.END
+    made.leave(1)
+    assert made.place(1) is Place.AWAY
