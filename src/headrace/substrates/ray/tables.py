@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
@@ -257,8 +258,7 @@ def _of_refs(refs: list[Any]) -> Any:
     """As `ray.data.from_arrow_refs`, whose tasks ask for a CPU each: this program may hold all there are, and wait here before
     it gives any back. Ray has no public way to say so; where its parts are others than these it has to do.
     """
-    from ray.data import read_api as parts
-
+    parts: Any = importlib.import_module("ray.data.read_api")
     try:
         metadata = ray.get(_some_at_once(parts.get_table_block_metadata_schema, [(ref,) for ref in refs]))
         stats = parts.DatasetStats(metadata={"FromArrow": metadata}, parent=None)
