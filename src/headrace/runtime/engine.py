@@ -28,13 +28,13 @@ from headrace.core.refs import Origin
 from headrace.core.resources import CPU_POOL, WorkerSpec
 from headrace.core.splits import Split
 from headrace.core.stages import End, Order, Stage
-from headrace.core.steps import Advance, StepDone
+from headrace.core.steps import Advance, StepDone, StepFailed
 from headrace.plan.nodes import AUTO_BATCH_ROWS, Apply, FilterRows, FlatMap, MapBatches, MapRows, Predict
 from headrace.runtime.trial_mark import died_of, key_of, mark
 from headrace.worker.program import Program
 from headrace.worker.readahead import Ahead, Begun, begin_reading
 from headrace.worker.tried import Tried
-from headrace.worker.user_code import Functions
+from headrace.worker.user_code import Functions, is_for_main_threads
 
 PROBE_S = 0.03  # enough for about 40 samples of the interpreter lock, too short to be felt
 PROBE_AIM_S = 0.04  # what the next sample may take if it takes as long for each row as the one before
@@ -177,12 +177,22 @@ def _by_work(program: Program, ops: int, named: Sequence[str], cores: int) -> Ch
     tiny = work.fragments > 1 and work.bytes < TINY_BYTES * work.fragments
     if tiny and work.overhead_s >= WORTH_S and sys.platform == "linux" and cores > 1 and _ships(program):
         return Choice("processes", f"{work.fragments} tiny inputs: reading and writing them holds the interpreter lock")
-    probe = _probe(program, ops, work) if named else None
+    try:
+        probe = _probe(program, ops, work) if named else None
+    except _ForMainThreads:
+        return _in_main_threads(program, f"{', '.join(named)} can be called in main threads only")
     choice = _suited(program, ops, named, cores, work, probe, tiny=tiny)
     if probe is None:
         return choice
     all_s = work.functions_s(probe) if work.known else math.inf
     return replace(choice, sampled=Sampled(ops, probe.row_s, probe.bytes / probe.rows, all_s))
+
+
+def _in_main_threads(program: Program, why: str) -> Choice:
+    if sys.platform == "linux" and _ships(program):
+        return Choice("processes", why)
+    here = threading.current_thread() is threading.main_thread()
+    return Choice("inline" if here else "threads", why)
 
 
 def _suited(
@@ -320,11 +330,18 @@ def _cpu_ops(program: Program) -> int:
     return min(stops, default=len(program.ops))
 
 
+class _ForMainThreads(Exception):
+    """What was tried can be called in main threads only, and the trial is none."""
+
+
 _First = tuple[Split, Any, Origin]  # a split, its first block with rows, and where those came from
 
 
 def _probe(program: Program, ops: int, work: Work) -> Probe | None:
-    """What a sample told. None when there is no input, or the functions raise for all that is tried: the run will say."""
+    """What a sample told. None when there is no input, or the functions raise for all that is tried: the run will say.
+
+    Raises _ForMainThreads.
+    """
     first = _first_block(program)
     if first is None:
         return None
@@ -519,6 +536,8 @@ class _Trial:
 
 
 def _done(answers: Sequence[Any]) -> list[StepDone]:
+    if any(isinstance(answer, StepFailed) and is_for_main_threads(answer.error.message) for answer in answers):
+        raise _ForMainThreads
     return [answer for answer in answers if isinstance(answer, StepDone)]
 
 

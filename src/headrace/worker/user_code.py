@@ -261,7 +261,7 @@ def explain(
     message = f"{op} raised {type(exc).__name__}" + (f" while {doing}" if doing else "") + (f": {text}" if text else "")
     frames = user_frames(exc)
     hint = CALLED_WITH if isinstance(exc, TypeError) and not frames and "positional argument" in text else _hint(exc, text)
-    if doing.startswith(("constructing", "loading")):
+    if doing.startswith(("constructing", "loading")) and not is_for_main_threads(text):
         hint = 'engine="inline" runs it under pdb; on_error= is for rows, and without this none can be done'
     return UserCodeError(message, where=where, hint=hint, frames=frames)
 
@@ -307,10 +307,21 @@ def exception_text(exc: BaseException) -> str:
     return redact(text if len(text) <= MESSAGE_CHARS else text[:MESSAGE_CHARS] + " ...")
 
 
+# As Python says it: signal.signal and its like; asyncio.get_event_loop, which makes a loop in a main thread only.
+_MAIN_THREAD_ONLY = ("only works in main thread", "There is no current event loop in thread")
 CALLED_WITH = "it is called with one argument: a dict of columns, or the one column that input= names, by itself"
 
 
+def is_for_main_threads(text: str) -> bool:
+    """Does this error say that what was called can't be called in other threads?"""
+    return any(words in text for words in _MAIN_THREAD_ONLY)
+
+
 def _hint(exc: BaseException, text: str) -> str:
+    if is_for_main_threads(text):
+        return 'engine="processes" calls it in the main threads of processes'
+    if "attribute lookup" in text and "on __main__ failed" in text:  # pickle's words
+        return "put what is sent to other processes into a module, and import it: a program's own file is not imported there"
     if "read-only" in text or "WRITEABLE" in text:
         return "a batch's arrays are views of memory that others read too: copy what you change, x = x.copy()"
     if isinstance(exc, (KeyboardInterrupt, SystemExit)):

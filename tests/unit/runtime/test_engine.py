@@ -21,7 +21,7 @@ from PIL import Image
 import headrace as hr
 from headrace.api.planning import _PoolChoice, choose, lay_out, prepare
 from headrace.connectors.sinks.parquet import ParquetSink
-from headrace.core.errors import PlanError
+from headrace.core.errors import PlanError, UserCodeError
 from headrace.core.options import Engine, OnError, RunOptions
 from headrace.core.resources import Machine
 from headrace.plan.nodes import Predict, Write
@@ -98,6 +98,37 @@ def test_functions_are_tried_where_bad_rows_are_no_end(monkeypatch: pytest.Monke
 
     assert held_workers(500, add_one, on_error=on_error)[0] == 1
     assert held_workers(500, fails_first, on_error=on_error)[0] == 1
+
+
+def for_main_threads(row: dict[str, int]) -> dict[str, int]:
+    signal.signal(signal.SIGALRM, signal.getsignal(signal.SIGALRM))  # as functions that limit their own time do
+    return {"y": row["id"] + 1}
+
+
+@pytest.mark.parametrize("on_error", ["fail", "skip"])
+def test_functions_for_main_threads_are_called_in_those_of_processes(on_error: Any) -> None:
+    ds = hr.range(10).map(for_main_threads)
+    prepared = prepare(ds._plan, RunOptions(on_error=on_error))
+    assert prepared.engine == "processes"
+    assert "map(for_main_threads) can be called in main threads only" in prepared.notes[-1]
+    assert sorted(ds.to_arrow(on_error=on_error)["y"].to_pylist()) == list(range(1, 11))
+
+
+def test_functions_for_main_threads_that_do_not_pickle_are_called_in_the_callers() -> None:
+    lock = threading.Lock()
+
+    def locked(row: dict[str, int]) -> dict[str, int]:
+        with lock:
+            return for_main_threads(row)
+
+    ds = hr.range(10).map(locked)
+    assert prepare(ds._plan, RunOptions()).engine == "inline"
+    assert sorted(ds.to_arrow()["y"].to_pylist()) == list(range(1, 11))
+
+
+def test_an_engine_that_was_asked_for_is_kept_and_the_error_names_another() -> None:
+    with pytest.raises(UserCodeError, match='next: engine="processes" calls it in the main threads'):
+        hr.range(10).map(for_main_threads).to_arrow(engine="threads")
 
 
 def test_functions_that_fail_on_the_first_row_are_said_to_be_untried() -> None:
