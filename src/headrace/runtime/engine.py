@@ -49,7 +49,8 @@ PROBE_BYTES = 128 << 20
 PROBE_MOST_S = 1.0
 ASK_S = 0.0002  # between asking twice for the interpreter
 LEAST_S = 1e-6  # that a sample takes
-LOOKS, DOUBT_SHARE = 3, 0.2  # at functions that seem to hold the lock for that much longer than they use a core
+LOOKS, DOUBT_SHARE = 3, 0.2  # at functions that seem to hold the lock for that much longer than they use a core,
+DISTURBED_SHARE = 0.05  # or enough to matter, while other programs have the cores for so much of the time
 READINGS = 3  # of the time and of how long a thread has waited, until it has not waited in between
 FREE_S = 0.00015  # that asking for a free interpreter takes; one that is held gives way after 5 ms
 ALONE_SHARE = 0.67  # above this, no number of threads does the work of 1.5
@@ -482,22 +483,25 @@ class _Trial:
 
         self._source.block = sample
 
-        def run() -> tuple[list[Any], float, float]:
+        def run() -> _Watched:
             return _watch(lambda: [run_guarded(self._body, self._step()) for _ in range(times)], watched)
 
-        answers, held, wall_s = self._tried.call(run)
-        done = _done(answers)
+        seen = self._tried.call(run)
+        done = _done(seen.answer)
         for _ in range(LOOKS - 1):
-            # To hold it one needs a core, but for rare libraries: more often something else made the watcher wait.
-            usual = held <= sum(answer.timing.cpu_s for answer in done) / wall_s + DOUBT_SHARE
-            if usual or wall_s > MORE_LEAST_S or len(done) < times or not all(answer.finished for answer in done):
+            # To hold it one needs a core, but for rare libraries: more often something else made the watcher wait. And a
+            # function that is without a core for a while may hold it meanwhile.
+            unlikely = seen.held > sum(answer.timing.cpu_s for answer in done) / seen.wall_s + DOUBT_SHARE
+            likely = not unlikely and (seen.held < HELD_SHARE or seen.disturbed < DISTURBED_SHARE)
+            if likely or seen.wall_s > MORE_LEAST_S or len(done) < times or not all(answer.finished for answer in done):
                 break
-            answers, again, again_s = self._tried.call(run)
-            if len(_done(answers)) < times:  # a function that fails now and then: what the look before told holds
+            again = self._tried.call(run)
+            if len(_done(again.answer)) < times:  # a function that fails now and then: what the look before told holds
                 self._tried.call(self._drop)
                 break
-            if again < held:
-                held, wall_s, done = again, again_s, _done(answers)
+            if again.held < seen.held:
+                seen, done = again, _done(again.answer)
+        held, wall_s = seen.held, seen.wall_s
         timings = [answer.timing for answer in done]
         if len(timings) < times:
             return None
@@ -541,34 +545,48 @@ def _done(answers: Sequence[Any]) -> list[StepDone]:
     return [answer for answer in answers if isinstance(answer, StepDone)]
 
 
-def _watch(call: Callable[[], Any], watched: bool) -> tuple[Any, float, float]:
-    """(the call's answer, share of the time in which the interpreter was held, seconds without those without a core)."""
-    done = threading.Event()
-    late_s = watched_s = 0.0
+class _Watched(Struct, frozen=True):
+    """held: share of the time in which the interpreter was. wall_s: without the time in which the caller had no core.
+    disturbed: share of the time in which it or the watcher had none.
+    """
+
+    answer: Any
+    held: float
+    wall_s: float
+    disturbed: float
+
+
+def _watch(call: Callable[[], Any], watched: bool) -> _Watched:
+    begun, done = threading.Event(), threading.Event()
+    held = disturbed = 0.0
 
     def sample() -> None:
         """Ask for the interpreter again and again: as long as it is held, the answer does not come."""
-        nonlocal late_s, watched_s
-        started, queued_s = time.perf_counter(), _queued_s()
+        nonlocal held, disturbed
+        late_s, queued_s, started = 0.0, _queued_s(), time.perf_counter()
+        begun.set()
         while not done.is_set():
             before = time.perf_counter()
             time.sleep(ASK_S)
             late_s += max(0.0, time.perf_counter() - before - ASK_S - FREE_S)
-        watched_s = time.perf_counter() - started
-        late_s = max(0.0, late_s - (_queued_s() - queued_s))
+        watched_s = max(time.perf_counter() - started, LEAST_S)
+        queued_s = _queued_s() - queued_s
+        held, disturbed = max(0.0, late_s - queued_s) / watched_s, queued_s / watched_s
 
     watcher = threading.Thread(target=sample, name="headrace-probe", daemon=True)
     if watched:
         watcher.start()
-    started = _running_s()
+        begun.wait()  # or what holds the interpreter might be over before it is asked for
+    began_s, started = time.perf_counter(), _running_s()
     try:
         answer = call()
     finally:
         wall_s = max(_running_s() - started, LEAST_S)
+        took_s = max(time.perf_counter() - began_s, LEAST_S)
         done.set()
         if watched:
             watcher.join()
-    return answer, late_s / watched_s if watched_s else 0.0, wall_s
+    return _Watched(answer, held, wall_s, max(disturbed, 1 - wall_s / took_s))
 
 
 def _running_s() -> float:

@@ -360,8 +360,8 @@ def test_a_lock_that_is_held_for_less_than_a_millisecond_at_a_time_is_held() -> 
             sum(i * i for i in range(20_000))
             time.sleep(0)  # as most calls of NumPy and Arrow do, it lets others have the lock
 
-    _, busy, _ = _watch(loops, watched=True)
-    _, idle, _ = _watch(lambda: time.sleep(0.02), watched=True)
+    busy = _watch(loops, watched=True).held
+    idle = _watch(lambda: time.sleep(0.02), watched=True).held
     assert busy > 2 * idle
     assert busy > 0.1
 
@@ -371,9 +371,9 @@ def test_a_function_that_waits_is_looked_at_again(monkeypatch: pytest.MonkeyPatc
     """It seemed to hold the lock, as its watcher had to wait for something else. One that always does, does hold it."""
     shares, watch = itertools.cycle(told), engine._watch
 
-    def watched(call: Any, watched: bool) -> tuple[Any, float, float]:
-        answer, held, wall_s = watch(call, watched)
-        return answer, next(shares) if watched else held, wall_s
+    def watched(call: Any, watched: bool) -> Any:
+        seen = watch(call, watched)
+        return replace(seen, held=next(shares)) if watched else seen
 
     def waits(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         time.sleep(0.0001 * len(batch["id"]))
@@ -385,12 +385,47 @@ def test_a_function_that_waits_is_looked_at_again(monkeypatch: pytest.MonkeyPatc
     assert prepared.engine == expected
 
 
+@pytest.mark.parametrize(
+    ("disturbed", "told", "expected", "looks"),
+    [
+        (0.2, [0.5, 0.1, 0.9], "threads", 2),
+        (0.2, [0.5, 0.6, 0.5], "processes", 3),
+        (0.2, [0.1, 0.9, 0.9], "threads", 1),
+        (0.0, [0.5, 0.1, 0.1], "processes", 1),
+    ],
+)
+def test_a_function_that_computes_is_looked_at_again_where_others_have_the_cores(
+    monkeypatch: pytest.MonkeyPatch, disturbed: float, told: list[float], expected: str, looks: int
+) -> None:
+    """It may be without a core while it holds the lock for a moment: the watcher waited long, and threads would have done."""
+    shares, watch, asked = itertools.cycle(told), engine._watch, itertools.count()
+
+    def watched(call: Any, watched: bool) -> Any:
+        seen = watch(call, watched)
+        if not watched or seen.wall_s < engine.PROBE_S:  # a smaller sample
+            return replace(seen, held=0.0)
+        next(asked)
+        return replace(seen, held=next(shares), disturbed=disturbed)
+
+    def computes(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        until = time.thread_time() + 0.0001 * len(batch["id"])
+        while time.thread_time() < until:
+            pass
+        return batch
+
+    monkeypatch.setattr("headrace.api.planning.detect_machine", lambda: FOUR_CORES)
+    monkeypatch.setattr(engine, "_watch", watched)
+    prepared = prepare(hr.range(1_000_000).map_batches(computes)._plan, RunOptions())
+    assert prepared.engine == expected
+    assert next(asked) == looks
+
+
 def test_a_second_look_that_fails_leaves_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     calls, watch = itertools.count(), engine._watch
 
-    def watched(call: Any, watched: bool) -> tuple[Any, float, float]:
-        answer, held, wall_s = watch(call, watched)
-        return answer, 0.95 if watched else held, wall_s
+    def watched(call: Any, watched: bool) -> Any:
+        seen = watch(call, watched)
+        return replace(seen, held=0.95) if watched else seen
 
     def fails_once(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         time.sleep(0.05)
@@ -409,8 +444,7 @@ def test_a_sample_takes_time_whatever_the_clocks_say(monkeypatch: pytest.MonkeyP
     """Waiting for a core between reading one clock and the other made samples of no, or of negative time."""
     waited_s = itertools.count(0, 0.02)
     monkeypatch.setattr(engine, "_queued_s", lambda: next(waited_s))
-    _, _, wall_s = _watch(lambda: None, watched=False)
-    assert wall_s > 0
+    assert _watch(lambda: None, watched=False).wall_s > 0
 
 
 def test_a_wait_between_two_clocks_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
