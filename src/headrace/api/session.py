@@ -33,6 +33,7 @@ from headrace.contracts.observer import Observer
 from headrace.contracts.sink import Sink
 from headrace.core.errors import HeadraceError, InputChanged, InternalError, PlanError
 from headrace.core.events import RunStarted
+from headrace.core.frames import with_room
 from headrace.core.guards import guard_name
 from headrace.core.options import ActionOptions, RunOptions
 from headrace.core.splits import Division
@@ -324,7 +325,7 @@ def _run_unlogged(plan: Plan, options: RunOptions, at_end: Columns) -> Run:
     driver = make_driver(ready, [recorder, *make_observers(options.progress)], committer)
     try:
         with handling_signals(driver, resumable=False):
-            driver.run()
+            with_room(driver.run)
     except BaseException as error:
         raise plain(error) from error.__cause__
     return recorder.run()
@@ -344,7 +345,7 @@ def _run_logged(
     done = False
     try:
         with handling_signals(driver):
-            driver.run()
+            with_room(driver.run)
             run = recorder.run()
             summary = run.to_dict()
             committer.finish(summary)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from headrace.core.frames import with_room
 from headrace.substrates.malloc import keep_large_allocations
 from headrace.substrates.processes.main import die_with_driver, flush_prints, leave_signals_to_the_driver, watch_driver
 from headrace.substrates.processes.wire import FrameReader, frame
@@ -51,7 +52,7 @@ def main(control_fd: int, lifeline_fd: int) -> None:
     control.sendall(frame((None,)))
     for number, payload in messages:
         _go_to(cwd)  # where the job before it left the process: relative paths would lead elsewhere
-        outcome = _run(number, payload, memory_bytes)
+        outcome = with_room(_run, number, payload, memory_bytes)
         flush_prints()
         control.sendall(_framed(outcome))
         del payload, outcome

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 from typing import Any
 
+from headrace.core.frames import with_room
 from headrace.runtime.driver import Driver
 from headrace.runtime.signals import Stopped
 
@@ -39,7 +40,7 @@ def _stream_threaded(make_driver: Callable[[Callable[[Any], None]], Driver]) -> 
         else:
             queue.put(_End(None))
 
-    thread = threading.Thread(target=work, name="headrace-driver", daemon=True)
+    thread = threading.Thread(target=with_room, args=(work,), name="headrace-driver", daemon=True)
     thread.start()
     try:
         while True:

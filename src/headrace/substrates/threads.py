@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 from msgspec import Struct
 
+from headrace.core.frames import with_room
 from headrace.core.refs import BlockRef, PartRef
 from headrace.core.resources import CPU_POOL, WorkerSpec
 from headrace.core.steps import Discard, PartsFreed, Step, StepDone, StepFailed, SubstrateEvent, WorkerLost, WorkerUp
@@ -196,7 +197,7 @@ class _Worker:
         """tried: goes on in its thread, if it has one."""
         name = f"headrace-{self._spec.pool}-{self._spec.id}"
         found = None if tried is None else tried.go_on(self._run, name)
-        self._thread = found or threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = found or threading.Thread(target=with_room, args=(self._run,), name=name, daemon=True)
         if found is None:
             self._thread.start()
 

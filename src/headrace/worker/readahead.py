@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 from headrace.contracts.source import BadRange, OnBad, Source
+from headrace.core.frames import with_room
 from headrace.core.options import BlockLimits
 from headrace.core.splits import Split
 
@@ -40,8 +41,8 @@ class ReadAhead(Generic[T]):
         self._room = threading.Semaphore(1)
         self._stop = threading.Event()
         self._again: list[T] = []
-        args = (source, self._handed, self._room, self._stop)
-        self._thread = threading.Thread(target=_fill, args=args, name="headrace-read-ahead", daemon=True)
+        args = (_fill, source, self._handed, self._room, self._stop)
+        self._thread = threading.Thread(target=with_room, args=args, name="headrace-read-ahead", daemon=True)
         self._thread.start()
 
     def __iter__(self) -> Iterator[T]:

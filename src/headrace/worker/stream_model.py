@@ -24,6 +24,7 @@ from typing import Any
 import pyarrow as pa
 
 from headrace.core.errors import HeadraceError, WorkerDied
+from headrace.core.frames import with_room
 from headrace.core.origins import join_origins
 from headrace.core.refs import Origin
 from headrace.plan.nodes import Predict
@@ -257,7 +258,7 @@ class _Engine:
         self._next_key = 0
         self._closing = False
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._main, name="headrace-stream", daemon=True)
+        self._thread = threading.Thread(target=with_room, args=(self._main,), name="headrace-stream", daemon=True)
         self._thread.start()
 
     def give(self, ticket: _Ticket) -> None:

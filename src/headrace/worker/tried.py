@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
+from headrace.core.frames import with_room
 from headrace.core.process import begin_step, end_step
 from headrace.worker.loads import Loads
 from headrace.worker.user_code import Functions, abandon_construction
@@ -29,6 +30,9 @@ class _Thread(threading.Thread):
         self.calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
 
     def run(self) -> None:
+        with_room(self._run)
+
+    def _run(self) -> None:
         while (call := self.calls.get()) is not None:
             before = begin_step()
             call()

@@ -20,6 +20,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from headrace.core.errors import InternalError
+from headrace.core.frames import with_room
 from headrace.core.process import leave_interrupts_to_the_driver
 from headrace.core.steps import Step, StepFailed
 from headrace.substrates.malloc import keep_large_allocations
@@ -47,7 +48,7 @@ def main(control_fd: int, lifeline_fd: int, report_fd: int) -> None:
         os._exit(0)
     _, spec, driver_pid, cwd, sys_path, payload = hello
     watch_driver(driver_pid, control_fd)
-    _serve(channel, spec, cwd, sys_path, payload)
+    with_room(_serve, channel, spec, cwd, sys_path, payload)
 
 
 def _serve(channel: _Channel, spec: Any, cwd: str, sys_path: list[str], payload: bytes) -> None:

@@ -23,6 +23,7 @@ from msgspec import Struct
 
 from headrace.contracts.substrate import Crumb
 from headrace.core.errors import HeadraceError
+from headrace.core.frames import with_room
 from headrace.core.paths import working_directory
 from headrace.core.process import leave_interrupts_to_the_driver
 from headrace.core.resources import WorkerSpec
@@ -146,7 +147,7 @@ class RayWorker:
         clear_away(self._remains)
 
     def _run(self, step: Step) -> StepDone | StepFailed:
-        return self._placed(run_guarded(self._body, step))
+        return self._placed(with_room(run_guarded, self._body, step))
 
     def _placed(self, answer: StepDone | StepFailed) -> StepDone | StepFailed:
         if isinstance(answer, StepFailed):
